@@ -1,0 +1,52 @@
+"""The static rivals on CIFAR-10: ResNet-56, -32 and -20, fine-tuned for as many epochs as the dynamic network.
+
+    python benchmarks/cifar10_baselines.py --data cifar10 --checkpoints DIR --out runs/baselines --epochs 12
+
+DIR holds resnet{56,32,20}-cifar10-jpeg.pt. Same optimiser, schedule, augmentation and precision as the dynamic
+network; labels only, no distillation. The last epoch is kept, whatever its accuracy.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import dynamize as dz
+from dynamize.checkpoints import save_safetensors_atomically
+from dynamize.convert import apply, wrap
+from dynamize.data import DataSpec, load_data
+from dynamize.measure.accuracy import exit_accuracies
+from dynamize.transform import Context
+from dynamize.transforms import Distill
+
+MEAN_STD = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def main(
+    data: Annotated[Path, typer.Option(help="folder with train/ and test/")],
+    checkpoints: Annotated[Path, typer.Option(help="folder with resnet*-cifar10-jpeg.pt")],
+    out: Annotated[Path, typer.Option(help="where resnet*.safetensors are written")],
+    epochs: int = 12,
+    seed: int = 0,
+    depths: Annotated[str, typer.Option(help="comma-separated")] = "56,32,20",
+) -> None:
+    """Fine-tune the three static networks and save them."""
+    spec = DataSpec(source=f"imagefolder:{data}", calibration_from="test", normalize=MEAN_STD, seed=seed)
+    splits = load_data(spec, (3, 32, 32), 10)
+    for depth in depths.split(","):
+        target = out / f"resnet{depth}.safetensors"
+        if target.exists():
+            continue
+        network = dz.source(f"dynamize:cifar_resnet{depth}", checkpoint=checkpoints / f"resnet{depth}-cifar10-jpeg.pt")
+        work = out / f"resnet{depth}"
+        context = Context(data=splits, seed=seed, work=work, resume=True)
+        tuned, _ = apply(wrap(network, (3, 32, 32)), Distill(epochs=epochs, alpha=0.0), context)
+        accuracies = exit_accuracies(tuned, splits.calibration, context.device)
+        state = {name.removeprefix("segments.0."): value for name, value in tuned.state_dict().items()}
+        state.pop("temperatures")
+        save_safetensors_atomically(state, target)
+        print(f"ResNet-{depth}: {accuracies[0]:.2%} on the first half of the test images, saved to {target}", flush=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,43 @@
+"""dynamize: turn a trained CNN into a dynamic network that really skips work, and measure what it saves.
+
+Names are loaded when they are first used (PEP 562), so ``import dynamize`` does not import torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dynamize.convert import convert as convert
+    from dynamize.errors import DynamizeError as DynamizeError
+    from dynamize.nn.network import DynamicNetwork as DynamicNetwork
+    from dynamize.nn.routing import record_routing as record_routing
+    from dynamize.runtime.compiled import compile_network as compile_network
+    from dynamize.sources import source as source
+    from dynamize.training.objectives import MultiExitLoss as MultiExitLoss
+    from dynamize.transforms import Distill as Distill
+    from dynamize.transforms import Exits as Exits
+
+_HOMES = {
+    "Distill": "transforms",
+    "DynamicNetwork": "nn.network",
+    "DynamizeError": "errors",
+    "Exits": "transforms",
+    "MultiExitLoss": "training.objectives",
+    "compile_network": "runtime.compiled",
+    "convert": "convert",
+    "record_routing": "nn.routing",
+    "source": "sources",
+}
+
+__all__ = sorted(_HOMES)
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'dynamize' has no attribute '{name}'; public names: {', '.join(__all__)}")
+    return getattr(import_module(f"dynamize.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,245 @@
+"""Operating points: settings of all thresholds with what to expect from them on fresh images, chosen along
+the whole curve or for one explicit budget, and picked again by what they cost or lose."""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, RootModel
+
+from dynamize.calibration.intervals import CrossFit, Interval, Solve, apply_folds, cross_fit, folds_of
+from dynamize.calibration.solver import frontier_budgets, solve_budget
+from dynamize.calibration.table import ConfidenceTable, Thresholds
+from dynamize.errors import DynamizeError
+
+FOLDS = 10
+DROP_STEPS = 12  # bisections of the budget: the curve's width / 4096
+TIGHTENINGS = 4
+SLACK = 1 + 1e-9
+
+Pair = tuple[float, float]
+
+
+class OperatingPoint(BaseModel):
+    """One setting of all K-1 thresholds (None = exit off; score >= threshold leaves).
+
+    Expected values are cross-fitted on calibration images; each interval is where the value of a fresh set
+    of as many images falls with 95 % probability. Accuracies and drops are fractions, macs per image,
+    latency in ms per image without the machine's own noise; exits are the expected shares (K,).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    name: str
+    thresholds: list[float | None]
+    accuracy: float = Field(ge=0, le=1)
+    accuracy_ci: Pair
+    accuracy_drop: float
+    accuracy_drop_ci: Pair
+    macs: float = Field(gt=0)
+    macs_ci: Pair
+    macs_ratio: float = Field(gt=0)
+    latency_ms: float | None = None
+    latency_ci: Pair | None = None
+    exits: list[float]
+
+
+class OperatingPoints(RootModel[tuple[OperatingPoint, ...]]):
+    """A sequence of points, the cheapest first; `points["macs-0.50"]` and `points[0]` both work."""
+
+    model_config = ConfigDict(frozen=True)
+
+    def __iter__(self) -> Iterator[OperatingPoint]:  # type: ignore[override]
+        return iter(self.root)
+
+    def __len__(self) -> int:
+        return len(self.root)
+
+    def __getitem__(self, key: int | str) -> OperatingPoint:
+        if isinstance(key, int):
+            return self.root[key]
+        for point in self.root:
+            if point.name == key:
+                return point
+        names = ", ".join(point.name for point in self.root)
+        raise DynamizeError(f"there is no operating point {key!r}: choose one of {names}.")
+
+    def at(
+        self,
+        *,
+        macs_ratio: float | None = None,
+        macs: float | None = None,
+        latency_ms: float | None = None,
+        accuracy_drop: float | None = None,
+    ) -> OperatingPoint:
+        """For a cost the most accurate point expected not to exceed it; for an accuracy drop (a fraction)
+        the point of the fewest MACs expected not to lose more. DynamizeError, naming the nearest, where
+        there is none."""
+        asked = {
+            "macs_ratio": macs_ratio,
+            "macs": macs,
+            "latency_ms": latency_ms,
+            "accuracy_drop": accuracy_drop,
+        }
+        given = {name: value for name, value in asked.items() if value is not None}
+        if len(given) != 1:
+            raise DynamizeError(
+                f"{len(given)} limits were given ({', '.join(given) or 'none'}): give exactly one of "
+                f"{', '.join(asked)}, for example at(macs_ratio=0.5)."
+            )
+        ((name, limit),) = given.items()
+        if math.isnan(limit) or (limit <= 0 and name != "accuracy_drop"):
+            raise DynamizeError(f"{name}={limit} is no limit: give a positive number.")
+        return self._within(name, limit)
+
+    def _within(self, name: str, limit: float) -> OperatingPoint:
+        measured: list[tuple[float, OperatingPoint]] = [
+            (value, point) for point in self.root if (value := getattr(point, name)) is not None
+        ]
+        if not measured:
+            raise DynamizeError(f"no operating point states {name}: measure it first, or ask for macs_ratio.")
+        allowed = [point for value, point in measured if value <= limit + abs(limit) * (SLACK - 1)]
+        if not allowed:
+            nearest, point = min(measured, key=lambda pair: pair[0])
+            raise DynamizeError(
+                f"no operating point is expected to keep {name} at or below {limit:g}: the nearest is "
+                f"{point.name!r} with {nearest:g}. Ask for {name}={nearest!r} or more."
+            )
+        if name == "accuracy_drop":
+            return min(allowed, key=lambda point: (point.macs, -point.accuracy))
+        return max(allowed, key=lambda point: (point.accuracy, -getattr(point, name)))
+
+
+def operating_points(
+    table: ConfidenceTable, count: int = 20, measure: str = "macs", seed: int = 0
+) -> OperatingPoints:
+    """Up to `count` points along the whole curve, costs evenly spread, the cheapest first.
+
+    "cheapest" lets every image leave at the cheapest exit, "full" has all exits off, and the others are
+    named after the budget they keep in expectation, as a ratio to the static network: "macs-0.50".
+    """
+    budgets = frontier_budgets(table, measure, count)
+    static = table.static_cost[measure]
+    ratios = _distinct_ratios([budget / static for budget in budgets[1:]])
+    points = [point_for(table, "cheapest", _budget_solver(budgets[0], measure), seed=seed)]
+    for label, ratio in ratios.items():
+        if ratio * static > budgets[0]:
+            points.append(point_for_budget(table, ratio * static, measure, f"{measure}-{label}", seed))
+    full = point_for(table, "full", lambda part: [None] * (part.exits - 1), seed=seed)
+    if points[0].thresholds == full.thresholds:
+        points = points[1:]
+    inner = [
+        point for i, point in enumerate(points) if point.thresholds not in [p.thresholds for p in points[:i]]
+    ]
+    return OperatingPoints((*(point for point in inner if point.thresholds != full.thresholds), full))
+
+
+def point_for(
+    table: ConfidenceTable, name: str, solve: Solve, folds: int = FOLDS, seed: int = 0
+) -> OperatingPoint:
+    """The point at the thresholds that `solve` finds on the whole table; expectations by `folds`-fold
+    cross-fit."""
+    return _point(table, name, solve(table), cross_fit(table, solve, folds, seed))
+
+
+def point_for_budget(
+    table: ConfidenceTable, budget: float, measure: str = "macs", name: str | None = None, seed: int = 0
+) -> OperatingPoint:
+    """The most accurate point whose cross-fitted mean cost per image does not exceed the budget.
+
+    Thresholds are fitted to a slightly smaller budget where fresh images would exceed it. DynamizeError
+    where the budget is below the cheapest possible cost.
+    """
+    cheapest = float(table.cost(measure).min())
+    fitted = budget
+    for tightening in range(TIGHTENINGS + 1):
+        thresholds, fit = _fit(table, fitted, measure, seed)
+        excess = float(fit.costs[measure].mean()) - budget
+        if excess <= budget * (SLACK - 1):
+            break
+        fitted = (
+            cheapest
+            if tightening == TIGHTENINGS - 1
+            else max(cheapest, fitted - excess * 1.1 * 2**tightening)
+        )
+    label = name or f"{measure}-{budget / table.static_cost[measure]:.2f}"
+    return _point(table, label, thresholds, fit)
+
+
+def point_for_drop(
+    table: ConfidenceTable, max_drop: float, measure: str = "macs", name: str | None = None, seed: int = 0
+) -> OperatingPoint:
+    """The cheapest point whose cross-fitted expected accuracy drop is at most max_drop (a fraction).
+
+    Found by bisection of the budget. DynamizeError naming the least expected drop where none is small enough.
+    """
+    if not 0 <= max_drop <= 1:
+        raise DynamizeError(
+            f"max_drop={max_drop!r} is not a loss of accuracy: give a fraction from 0 to 1, "
+            "for example 0.002 for 0.2 points."
+        )
+    label = name or f"drop-{max_drop:g}"
+    off: Thresholds = [None] * (table.exits - 1)
+    tried = [(off, apply_folds(table, off, [off] * FOLDS, FOLDS, seed))]
+    budgets = frontier_budgets(table, measure, 2 if table.exits == 1 else 3)
+    low, high = budgets[0], budgets[-1]
+    tried += [_fit(table, low, measure, seed), _fit(table, high, measure, seed)]
+    if tried[1][1].drop.mean() > max_drop >= tried[2][1].drop.mean():
+        for _ in range(DROP_STEPS):
+            middle = (low + high) / 2
+            tried.append(_fit(table, middle, measure, seed))
+            if tried[-1][1].drop.mean() <= max_drop:
+                high = middle
+            else:
+                low = middle
+    met = [found for found in tried if found[1].drop.mean() <= max_drop * SLACK + 1e-12]
+    if not met:
+        nearest = min(float(fit.drop.mean()) for _, fit in tried)
+        raise DynamizeError(
+            f"no thresholds are expected to lose at most {max_drop:g} of accuracy: the least expected drop "
+            f"is {nearest:.4f} ({100 * nearest:.2f} points). "
+            f"Ask for max_drop={math.ceil(nearest * 1e4) / 1e4:g} or more, or distil the exits further first."
+        )
+    thresholds, fit = min(met, key=lambda found: float(found[1].costs[measure].mean()))
+    return _point(table, label, thresholds, fit)
+
+
+def _fit(table: ConfidenceTable, budget: float, measure: str, seed: int) -> tuple[Thresholds, CrossFit]:
+    solve = _budget_solver(budget, measure)
+    thresholds = solve(table)
+    settings = [solve(fold.fitted_on) for fold in folds_of(table, FOLDS, seed)]
+    return thresholds, apply_folds(table, thresholds, settings, FOLDS, seed)
+
+
+def _budget_solver(budget: float, measure: str) -> Solve:
+    return lambda part: solve_budget(part, budget, measure)
+
+
+def _point(table: ConfidenceTable, name: str, thresholds: Thresholds, fit: CrossFit) -> OperatingPoint:
+    table.cost("macs")
+    accuracy, drop, macs = fit.accuracy(), fit.accuracy_drop(), fit.cost("macs")
+    latency = fit.cost("ms") if "ms" in table.costs else None
+    return OperatingPoint(
+        name=name,
+        thresholds=thresholds,
+        accuracy=accuracy.expected,
+        accuracy_ci=_ends(accuracy),
+        accuracy_drop=drop.expected,
+        accuracy_drop_ci=_ends(drop),
+        macs=macs.expected,
+        macs_ci=_ends(macs),
+        macs_ratio=macs.expected / table.static_cost["macs"],
+        latency_ms=latency.expected if latency else None,
+        latency_ci=_ends(latency) if latency else None,
+        exits=fit.shares.tolist(),
+    )
+
+
+def _ends(interval: Interval) -> Pair:
+    return interval.low, interval.high
+
+
+def _distinct_ratios(ratios: Sequence[float]) -> dict[str, float]:
+    """Names of two digits, or three where two would not tell them apart, each with the ratio it says."""
+    digits: Literal[2, 3] = 2 if len({f"{ratio:.2f}" for ratio in ratios}) == len(ratios) else 3
+    return {name: float(name) for name in (f"{ratio:.{digits}f}" for ratio in ratios)}

@@ -1,0 +1,71 @@
+"""From a network and a list of transforms to a dynamic network, and the same again without data."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from dynamize.graph.trace import trace
+from dynamize.nn.network import DynamicNetwork
+from dynamize.transform import Context, Transform, check_order, parse_step
+
+
+def wrap(network: nn.Module, input_shape: Sequence[int]) -> DynamicNetwork:
+    """The traced network as one segment without exits; ``network`` itself is left alone.
+
+    Args:
+        network: a classifier, (N, C, H, W) -> (N, classes); one that is wrapped already is only copied.
+        input_shape: (C, H, W).
+    """
+    if isinstance(network, DynamicNetwork):
+        return copy.deepcopy(network)
+    wrapped = DynamicNetwork([trace(network, input_shape)], input_shape=input_shape)
+    return wrapped.train(network.training)
+
+
+def convert(
+    network: nn.Module,
+    transforms: Sequence[Transform],
+    input_shape: Sequence[int],
+    context: Context | None = None,
+) -> DynamicNetwork:
+    """Apply transforms in order to a copy of ``network``.
+
+    Args:
+        network: a trained classifier; it becomes the teacher unless ``context`` names another one.
+        transforms: for example ``[Exits(count=2)]``.
+        input_shape: (C, H, W).
+        context: data, device and seed for transforms that need them.
+
+    Raises:
+        DynamizeError: the network cannot be traced, the order is wrong or a transform refuses.
+    """
+    check_order(list(transforms))
+    if context is None or context.teacher is None:
+        teacher = copy.deepcopy(network).eval().requires_grad_(False)
+        context = Context(teacher=teacher) if context is None else replace(context, teacher=teacher)
+    converted = wrap(network, input_shape)
+    for transform in transforms:
+        converted = apply(converted, transform, context)[0]
+    return converted
+
+
+def apply(network: DynamicNetwork, transform: Transform, context: Context) -> tuple[DynamicNetwork, list[str]]:
+    """Apply one transform and write its resolved form into the history. Returns the network and notes."""
+    history, training = network.history, network.training
+    applied = transform.apply(network, context)
+    applied.network.history = [*history, applied.resolved.describe()]
+    return applied.network.train(training), applied.notes
+
+
+def replay(network: nn.Module, history: Sequence[dict[str, Any]], input_shape: Sequence[int]) -> DynamicNetwork:
+    """Rebuild the structure that a history describes on a fresh source network, without data or training."""
+    rebuilt = wrap(network, input_shape)
+    for step in history:
+        transform = parse_step(step)
+        if transform.structural:
+            rebuilt = transform.apply(rebuilt, Context()).network
+    rebuilt.history = list(history)
+    return rebuilt.train(network.training)

@@ -1,0 +1,239 @@
+"""The images of one split, and the loaders over them: one interface for our own data and for users' loaders.
+
+Training reads uint8 batches from `training_loader` and turns them into network input with `prepare`, on the
+device they then lie on. Evaluation reads `batches`: network input under the test-time transform, in order.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler
+
+from dynamize.data.augment import Normalize, augment, random_resized_crop
+from dynamize.data.storage import Geometry, PixelStorage, Storage, UnreadableImage
+from dynamize.errors import DynamizeError
+
+Batch = tuple[Tensor, Tensor]
+
+
+class Images(Protocol):
+    """What every member of `Splits` offers."""
+
+    name: str
+    classes: tuple[str, ...]
+
+    @property
+    def labels(self) -> Tensor: ...
+
+    def __len__(self) -> int: ...
+
+    def batches(self, batch_size: int, device: str | torch.device = "cpu") -> Iterator[Batch]: ...
+
+    def training_loader(self, batch_size: int, seed: int) -> Any: ...
+
+    def prepare(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor: ...
+
+
+class ImageSet(Dataset[Batch]):
+    """Labelled images of one split, as uint8 in memory or read from their files batch by batch.
+
+    `labels` is int64 (N,), `shape` the network's input (C, H, W), `keys` one name per image that no other
+    split may hold. A map-style dataset: `images[i]`, and `__getitems__` for the DataLoader's batches.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        storage: Storage,
+        labels: Tensor,
+        classes: tuple[str, ...],
+        keys: Sequence[str],
+        geometry: Geometry,
+        size: tuple[int, int],
+        augmentation: str = "none",
+    ) -> None:
+        self.name = name
+        self.storage = storage
+        self.labels = labels
+        self.classes = classes
+        self.keys = keys
+        self.geometry = geometry
+        self.shape = (geometry.channels, *size)
+        self.augmentation = augmentation
+        self.normalize = Normalize((0.0,) * geometry.channels, (1.0,) * geometry.channels)
+
+    @property
+    def in_memory(self) -> bool:
+        ready = self.geometry.resize is None
+        return ready and isinstance(self.storage, PixelStorage) and self.storage.shape == self.geometry.shape
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Batch:
+        images, labels = self.__getitems__([index])
+        return images[0], labels[0]
+
+    def __getitems__(self, index: Sequence[int]) -> Batch:
+        """uint8 images (len(index), C, H', W') and int64 labels; larger than (H, W) if crops follow."""
+        return self.storage.read(index, self.geometry), self.labels[torch.as_tensor(index)]
+
+    def prepare(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """uint8 (N, C, H', W') -> normalised float32 (N, C, H, W), on the images' device.
+
+        Without a generator under the test-time transform, with one randomly augmented.
+        """
+        size = self.shape[1:]
+        if generator is None or self.augmentation == "none":
+            return self.normalize(_centre(images, size))
+        if tuple(images.shape[2:]) == size:
+            return self.normalize(augment(images, generator, self.augmentation, padding=min(size) // 8))
+        return self.normalize(
+            random_resized_crop(images, generator, size, flip=self.augmentation == "crop_flip")
+        )
+
+    def batches(self, batch_size: int, device: str | torch.device = "cpu") -> Iterator[Batch]:
+        """Network input (N, C, H, W) float32 and labels (N,) under the test-time transform, in file order."""
+        try:
+            for images, labels in loader(self, batch_size):
+                yield self.prepare(images.to(device)), labels.to(device)
+        except UnreadableImage as error:
+            # The traceback would keep torch's worker processes, whose shutdown then waits 5 s for each.
+            raise error.with_traceback(None)  # noqa: B904
+
+    def training_loader(self, batch_size: int, seed: int) -> DataLoader[Batch]:
+        """Shuffled batches for `prepare`; the last, smaller batch is left out unless it is the only one."""
+        return loader(self, batch_size, shuffle=True, seed=seed, drop_last=len(self) >= batch_size)
+
+
+class LoaderSet:
+    """A user's own loader of (normalised float images (N, C, H, W), int64 labels (N,)) as one split.
+
+    Its batch size, order and augmentation are the user's: `training_loader` returns it as it is.
+    """
+
+    def __init__(self, name: str, loader: Any, classes: tuple[str, ...] = ()) -> None:
+        self.name = name
+        self.loader = loader
+        self.classes = classes
+        self._check(shuffled_is_wrong=name != "train")
+
+    def _check(self, shuffled_is_wrong: bool) -> None:
+        if not hasattr(self.loader, "__iter__") or hasattr(self.loader, "__next__"):
+            raise DynamizeError(
+                f"the {self.name} loader is a {type(self.loader).__name__}, which can be read once at most; "
+                "pass what can be iterated again and again, such as a DataLoader or a list of batches"
+            )
+        if shuffled_is_wrong and isinstance(getattr(self.loader, "sampler", None), RandomSampler):
+            raise DynamizeError(
+                f"the {self.name} loader is shuffled, so two passes over it could not be compared; "
+                "make it with shuffle=False"
+            )
+
+    @cached_property
+    def labels(self) -> Tensor:
+        """int64 (N,); the first use reads through the loader once."""
+        found = [labels for _, labels in self.batches(0)]
+        if not found:
+            raise DynamizeError(f"the {self.name} loader gave no batch; pass one that holds images")
+        return torch.cat(found)
+
+    def __len__(self) -> int:
+        dataset, sampler = getattr(self.loader, "dataset", None), getattr(self.loader, "sampler", None)
+        if getattr(self.loader, "drop_last", False) or not hasattr(dataset, "__len__"):
+            return len(self.labels)
+        return len(sampler if sampler is not None and hasattr(sampler, "__len__") else dataset)  # type: ignore[arg-type]
+
+    def batches(self, batch_size: int, device: str | torch.device = "cpu") -> Iterator[Batch]:
+        """The user's batches on `device`; their size is the user's, whatever `batch_size` says."""
+        for batch in self.loader:
+            images, labels = _checked_batch(batch, self.name)
+            yield images.to(device), labels.to(device)
+
+    def training_loader(self, batch_size: int, seed: int) -> Any:
+        return self.loader
+
+    def prepare(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """The images as they are: the user's loader has augmented and normalised them."""
+        return images
+
+
+def _checked_batch(batch: Any, name: str) -> Batch:
+    pair = isinstance(batch, list | tuple) and len(batch) == 2 and all(isinstance(x, Tensor) for x in batch)
+    if not pair:
+        raise DynamizeError(f"the {name} loader gave a {type(batch).__name__}; it must give (images, labels)")
+    images, labels = batch
+    if images.dim() != 4 or not images.is_floating_point():
+        raise DynamizeError(
+            f"the {name} loader gave images {tuple(images.shape)} of {images.dtype}; "
+            "it must give normalised floating-point images (N, C, H, W)"
+        )
+    if labels.shape != images.shape[:1] or labels.is_floating_point():
+        raise DynamizeError(
+            f"the {name} loader gave {len(images)} images, labels {tuple(labels.shape)} of {labels.dtype}; "
+            "it must give one class number per image"
+        )
+    return images, labels.long()
+
+
+def loader(
+    images: ImageSet, batch_size: int, shuffle: bool = False, seed: int = 0, drop_last: bool = False
+) -> DataLoader[Batch]:
+    """A DataLoader of (uint8 images, labels) that accelerate can prepare.
+
+    Its order depends on (seed, epoch) only. Sets in memory are sliced in this process; streamed ones are
+    decoded by worker processes.
+    """
+    workers = 0 if images.in_memory else min(4, os.cpu_count() or 1)
+    return DataLoader(
+        images,
+        batch_size=batch_size,
+        sampler=EpochSampler(len(images), seed) if shuffle else None,
+        drop_last=drop_last,
+        num_workers=workers,
+        collate_fn=_as_fetched,
+        persistent_workers=workers > 0 and shuffle,
+    )
+
+
+def set_epoch(training_loader: Any, epoch: int) -> None:
+    """Choose the shuffling of an epoch, for our loaders, those that accelerate prepared, and users' own."""
+    targets: tuple[Any, ...] = (training_loader, getattr(training_loader, "sampler", None))
+    for target in targets:
+        if hasattr(target, "set_epoch"):
+            target.set_epoch(epoch)
+            return
+
+
+class EpochSampler(Sampler[int]):
+    """A permutation of `range(count)` for each (seed, epoch); every DDP process draws the same one."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.count = count
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        return iter(torch.randperm(self.count, generator=generator).tolist())
+
+
+def _as_fetched(batch: Any) -> Any:
+    return batch
+
+
+def _centre(images_NCHW: Tensor, size: tuple[int, int]) -> Tensor:
+    top, left = ((have - want) // 2 for have, want in zip(images_NCHW.shape[2:], size, strict=True))
+    return images_NCHW[:, :, top : top + size[0], left : left + size[1]]

@@ -1,0 +1,13 @@
+"""The one error a user is meant to read: what was given, why it is refused, what to type instead."""
+
+
+class DynamizeError(Exception):
+    """Something the user can repair. The command line prints it as one red line and exits with code 2."""
+
+
+def closest(name: str, known: list[str]) -> str:
+    """'Did you mean a, b? ' for an error message, or nothing where no known name is near."""
+    from difflib import get_close_matches
+
+    near = get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"Did you mean {', '.join(near)}? " if near else ""

@@ -1,0 +1,128 @@
+"""Reading a network: a symbolic trace whose leaves keep everything that training and folding need."""
+
+import copy
+import traceback
+from collections.abc import Sequence
+
+import torch
+from torch import fx, nn
+from torchvision.ops import StochasticDepth
+
+from dynamize.errors import DynamizeError
+from dynamize.measure.macs import counting_macs
+
+# Subclasses outside torch.nn (timm's BatchNormAct2d, Conv2dSame, ...) must stay modules: traced through, a
+# batch norm freezes its training flag and disappears from the network.
+_LEAF_TYPES: tuple[type[nn.Module], ...] = (
+    nn.modules.batchnorm._NormBase,
+    nn.modules.conv._ConvNd,
+    nn.Linear,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.modules.dropout._DropoutNd,
+    StochasticDepth,
+)
+
+
+class NetworkTracer(fx.Tracer):
+    """``fx.Tracer`` with the leaf lists of torchvision and, where it is installed, timm."""
+
+    def __init__(self) -> None:
+        functions, self._timm_leaves = _timm_leaves()
+        super().__init__(autowrap_functions=functions)
+        self.visiting = ""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if isinstance(m, _LEAF_TYPES + self._timm_leaves) or "DropPath" in type(m).__name__:
+            return True
+        return super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m: nn.Module, forward: object, args: tuple, kwargs: dict) -> object:
+        outer, self.visiting = self.visiting, self.path_of_module(m)
+        result = super().call_module(m, forward, args, kwargs)  # type: ignore[arg-type]
+        self.visiting = outer  # not restored on an error: it then names the module that failed
+        return result
+
+
+def _timm_leaves() -> tuple[tuple, tuple[type[nn.Module], ...]]:
+    try:
+        from timm.models._features_fx import get_notrace_functions, get_notrace_modules
+    except ImportError:
+        return (), ()
+    return tuple(get_notrace_functions()), tuple(get_notrace_modules())
+
+
+def trace(network: nn.Module, input_shape: Sequence[int]) -> fx.GraphModule:
+    """Trace a copy of ``network`` in eval mode and annotate every node.
+
+    Each node's ``meta`` gets ``shape`` (of its tensor for one image, else None) and ``macs`` (multiply-accumulates
+    per image). The network itself is left as it was; parameter names are kept.
+
+    Args:
+        network: any CNN classifier, ``(N, C, H, W) -> (N, classes)``.
+        input_shape: ``(C, H, W)``.
+
+    Raises:
+        DynamizeError: the network cannot be traced, run on this shape, or does not return class scores.
+    """
+    network = copy.deepcopy(network).eval()
+    tracer = NetworkTracer()
+    try:
+        graph = tracer.trace(network)
+    except Exception as error:
+        raise DynamizeError(_why_untraceable(network, tracer, error)) from error
+    traced = fx.GraphModule(network, graph, type(network).__name__)
+    traced.graph.eliminate_dead_code()
+    traced.recompile()
+    annotate(traced, input_shape)
+    return traced
+
+
+def annotate(traced: fx.GraphModule, input_shape: Sequence[int]) -> None:
+    """Run one blank image of ``(C, H, W)`` and write ``shape`` and ``macs`` into the meta of each node."""
+    tensors = [*traced.parameters(), *traced.buffers()]
+    device = tensors[0].device if tensors else torch.device("cpu")
+    image_NCHW = torch.zeros(1, *input_shape, device=device)
+    try:
+        with torch.no_grad():
+            output = _Annotator(traced).run(image_NCHW)
+    except DynamizeError:
+        raise
+    except Exception as error:
+        raise DynamizeError(
+            f"the network does not run on one image of shape {tuple(input_shape)}: {_first_line(error)}. "
+            "Give the shape it was trained on, e.g. --input 3,224,224."
+        ) from error
+    if not isinstance(output, torch.Tensor) or output.ndim != 2:
+        given = f"a tensor of shape {tuple(output.shape)}" if isinstance(output, torch.Tensor) else type(output).__name__
+        raise DynamizeError(
+            f"the network returns {given}, but a classifier returns one tensor (N, classes). "
+            "Wrap it in a module whose forward returns the class scores only."
+        )
+
+
+class _Annotator(fx.Interpreter):
+    def run_node(self, n: fx.Node) -> object:
+        with counting_macs() as counted:
+            value = super().run_node(n)
+        n.meta["macs"] = counted()
+        n.meta["shape"] = tuple(value.shape) if isinstance(value, torch.Tensor) else None
+        n.meta["floating"] = isinstance(value, torch.Tensor) and value.is_floating_point()
+        return value
+
+
+def _why_untraceable(network: nn.Module, tracer: NetworkTracer, error: Exception) -> str:
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "torch/fx" not in f.filename.replace("\\", "/")]
+    frames = [f for f in frames if not f.filename.endswith("graph/trace.py") and "/torch/nn/" not in f.filename]
+    line = f", {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
+    where = f"module '{tracer.visiting}'" if tracer.visiting else "the top module"
+    return (
+        f"{type(network).__name__} cannot be traced: {where}{line}: {_first_line(error)}. "
+        "Control flow must not depend on tensor values or shapes there: rewrite that line, or wrap the function "
+        "with torch.fx.wrap so that tracing keeps it whole. Nothing was changed."
+    )
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return text[0].rstrip(".") if text else type(error).__name__

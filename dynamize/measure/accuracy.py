@@ -1,0 +1,71 @@
+"""What a network answers: at every exit, or where each image leaves."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dynamize.data import Images
+from dynamize.nn.network import DynamicNetwork
+from dynamize.nn.routing import record_routing
+
+_BATCH = 256
+
+
+@dataclass(frozen=True)
+class ExitOutputs:
+    """Every exit on every image: answers and scores (K, n), labels (n,). The last row of scores is the last
+    exit's own confidence, which no decision uses."""
+
+    answers: Tensor
+    scores: Tensor
+    labels: Tensor
+
+
+def exit_outputs(network: DynamicNetwork, images: Images, device: torch.device) -> ExitOutputs:
+    """One dense pass over a split in eval mode."""
+    logits_KNC, labels = exit_logits(network, images, device)
+    scores = [network.scores(one, k) for k, one in enumerate(logits_KNC[:-1])]
+    scores.append(torch.zeros(len(labels)))
+    return ExitOutputs(torch.stack([one.argmax(1) for one in logits_KNC]), torch.stack(scores), labels)
+
+
+def exit_logits(network: DynamicNetwork, images: Images, device: torch.device) -> tuple[list[Tensor], Tensor]:
+    """Logits of every exit, K tensors (n, classes) on the CPU, and labels (n,)."""
+    network.to(device).eval()
+    found: list[list[Tensor]] = [[] for _ in range(network.exit_count)]
+    labels: list[Tensor] = []
+    with torch.no_grad():
+        for batch, truth in images.batches(_BATCH, device):
+            for kept, one in zip(found, network.all_exits(_fast(batch)), strict=True):
+                kept.append(one.float().cpu())
+            labels.append(truth.cpu())
+    return [torch.cat(one) for one in found], torch.cat(labels)
+
+
+def exit_accuracies(network: DynamicNetwork, images: Images, device: torch.device) -> list[float]:
+    """Top-1 accuracy of each exit over a whole split."""
+    logits, labels = exit_logits(network, images, device)
+    return [float((one.argmax(1) == labels).double().mean()) for one in logits]
+
+
+def answers(network: nn.Module, images: Images, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Top-1 answers of any classifier in eval mode, (n,), and labels (n,)."""
+    network.to(device).eval()
+    found, labels = [], []
+    with torch.no_grad():
+        for batch, truth in images.batches(_BATCH, device):
+            found.append(network(_fast(batch)).argmax(1).cpu())
+            labels.append(truth.cpu())
+    return torch.cat(found), torch.cat(labels)
+
+
+def routed_answers(network: DynamicNetwork, images: Images, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Answers (n,), labels (n,) and the exit index each image left at (n,)."""
+    with record_routing(network) as routing:
+        found, labels = answers(network, images, device)
+    return found, labels, routing.exits
+
+
+def _fast(images_NCHW: Tensor) -> Tensor:
+    return images_NCHW.contiguous(memory_format=torch.channels_last)

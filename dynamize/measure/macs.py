@@ -1,0 +1,26 @@
+"""Multiply-accumulates of what is really executed, counted by torch's own dispatcher (2 FLOPs are 1 MAC)."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+@contextmanager
+def counting_macs() -> Iterator[Callable[[], float]]:
+    """Count the MACs that the body executes; call the yielded function to read them, inside or after the body.
+
+    Convolutions and matrix products count, element-wise work and batch norms do not. Only operators that run are
+    seen, so work that is skipped is not in the figure.
+    """
+    with FlopCounterMode(display=False) as counter:
+        yield lambda: counter.get_total_flops() / 2
+
+
+def count_macs(module: nn.Module, *inputs: object) -> float:
+    """MACs of one forward of ``module`` on ``inputs``, over the whole batch."""
+    with torch.no_grad(), counting_macs() as counted:
+        module(*inputs)
+    return counted()

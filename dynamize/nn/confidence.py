@@ -1,0 +1,44 @@
+"""How sure an exit is of its answer, as one score per sample; larger means surer."""
+
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+ConfidenceName = Literal["top_probability", "entropy", "margin"]
+
+
+def top_probability(logits: Tensor) -> Tensor:
+    """Log-odds of the top class, log(p / (1 - p)): (N, classes) -> (N,).
+
+    Ordered like the softmax probability p that the literature thresholds (MSDNet, sec. 3), but it does not
+    saturate: at p = 1 - 1e-9 float32 probabilities all tie at 1.0, which makes small exit shares unreachable.
+    """
+    others = logits.masked_fill(_is_top(logits), -torch.inf)
+    return logits.amax(dim=1) - others.logsumexp(dim=1)
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Negative entropy of the softmax in nats (BranchyNet, sec. 3.2): (N, classes) -> (N,)."""
+    log_probabilities = logits.log_softmax(dim=1)
+    return (log_probabilities.exp() * log_probabilities).sum(dim=1)
+
+
+def margin(logits: Tensor) -> Tensor:
+    """Log-ratio of the two largest probabilities: (N, classes) -> (N,)."""
+    others = logits.masked_fill(_is_top(logits), -torch.inf)
+    return logits.amax(dim=1) - others.amax(dim=1)
+
+
+def _is_top(logits: Tensor) -> Tensor:
+    classes = torch.arange(logits.shape[1], device=logits.device)
+    return classes[None, :] == logits.argmax(dim=1)[:, None]
+
+
+CONFIDENCES: dict[str, Callable[[Tensor], Tensor]] = {
+    "top_probability": top_probability,
+    "entropy": entropy,
+    "margin": margin,
+}
+assert set(CONFIDENCES) == set(get_args(ConfidenceName))

@@ -1,0 +1,59 @@
+"""Exit heads: small classifiers on an intermediate feature map."""
+
+import torch
+from torch import Tensor, nn
+
+
+class ExitHead(nn.Module):
+    """An intermediate classifier that may build on the exits before it.
+
+    Args:
+        body: feature map (N, C, H, W) -> (N, C', H', W').
+        classifier: (N, C', H', W') -> (N, classes).
+        fusion: adds what earlier heads saw to the logits, (N, D) -> (N, classes); None where nothing came before.
+    """
+
+    def __init__(self, body: nn.Module, classifier: nn.Module, fusion: nn.Linear | None = None) -> None:
+        super().__init__()
+        self.body = body
+        self.classifier = classifier
+        self.fusion = fusion
+
+    def forward(self, features_NCHW: Tensor, context_ND: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the logits (N, classes) and the pooled features (N, C') that later exits may build on."""
+        features_NCHW = self.body(features_NCHW)
+        logits = self.classifier(features_NCHW)
+        if self.fusion is not None:
+            logits = logits + self.fusion(context_ND)
+        return logits, features_NCHW.mean(dim=(2, 3))
+
+
+def linear_classifier(channels: int, classes: int) -> nn.Sequential:
+    """Global average pool and a linear layer: (N, channels, H, W) -> (N, classes)."""
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
+
+
+def conv_body(channels: int, width: int, size: int) -> nn.Sequential:
+    """Stride-2 3x3 convolutions to ``width`` channels: MSDNet's classifier (Huang et al. 2018, sec. 4).
+
+    Args:
+        channels: of the feature map.
+        width: output channels of each convolution.
+        size: the shorter side of the feature map; a map of 8 or more gets two convolutions, a smaller one gets one.
+    """
+    layers: list[nn.Module] = []
+    for inputs in [channels, width][: 2 if size >= 8 else 1]:
+        layers += [nn.Conv2d(inputs, width, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+def zero_fusion(inputs: int, classes: int) -> nn.Linear:
+    """A linear map that starts at zero, so that adding it changes nothing until it is trained."""
+    fusion = nn.Linear(inputs, classes, bias=False)
+    nn.init.zeros_(fusion.weight)
+    return fusion
+
+
+def extend_context(context_ND: Tensor | None, pooled_NC: Tensor) -> Tensor:
+    """What the next exit may build on: everything earlier heads pooled, side by side."""
+    return pooled_NC if context_ND is None else torch.cat([context_ND, pooled_NC], dim=1)

@@ -1,0 +1,161 @@
+"""The converted network: static segments, the exit heads between them, and the one place that decides."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from dynamize.errors import DynamizeError
+from dynamize.nn.confidence import CONFIDENCES, ConfidenceName
+from dynamize.nn.heads import ExitHead, extend_context
+from dynamize.nn.routing import Routing, StageOutput, run_stages
+
+if TYPE_CHECKING:
+    from dynamize.calibration.points import OperatingPoint, OperatingPoints
+
+
+class DynamicNetwork(nn.Module):
+    """A classifier in K segments with an exit after each.
+
+    ``train()``: returns the logits of all K exits, a list of (N, classes), dense and differentiable.
+    ``eval()``: returns (N, classes), each image's answer from the exit it left at; what comes after is not executed
+    for that image. A new network has all exits off and answers as the original does.
+
+    Args:
+        segments: K modules; the last one returns logits.
+        heads: K - 1 exit heads.
+        fusion: lets the last exit build on what the heads saw, (N, D) -> (N, classes).
+        confidence: what the thresholds are compared with.
+        input_shape: (C, H, W).
+
+    Attributes:
+        thresholds: one score for each early exit, None where it is off; set by :meth:`set_operating_point`.
+        operating_points: what calibration found, or None before.
+        history: the resolved transforms that made this network, as plain data.
+    """
+
+    temperatures: Tensor
+
+    def __init__(
+        self,
+        segments: Sequence[nn.Module],
+        heads: Sequence[ExitHead] = (),
+        *,
+        input_shape: Sequence[int],
+        fusion: nn.Linear | None = None,
+        confidence: ConfidenceName = "top_probability",
+    ) -> None:
+        super().__init__()
+        if len(segments) != len(heads) + 1:
+            raise ValueError(f"{len(segments)} segments need {len(segments) - 1} heads, given {len(heads)}")
+        self.segments = nn.ModuleList(segments)
+        self.heads = nn.ModuleList(heads)
+        self.fusion = fusion
+        self.confidence: ConfidenceName = confidence
+        self.input_shape = tuple(input_shape)
+        self.register_buffer("temperatures", torch.ones(len(heads)))
+        self.thresholds: list[float | None] = [None] * len(heads)
+        self.operating_points: OperatingPoints | None = None
+        self.operating_point: OperatingPoint | None = None
+        self.gradient_equilibrium = False
+        self.history: list[dict[str, Any]] = []
+        self.routing: Routing | None = None
+
+    @property
+    def exit_count(self) -> int:
+        """K, the network's own classifier included."""
+        return len(self.segments)
+
+    @property
+    def chained(self) -> bool:
+        """Whether exits build on earlier heads, so that a head runs even where its exit is off."""
+        return self.fusion is not None
+
+    def forward(self, images_NCHW: Tensor) -> Tensor | list[Tensor]:
+        if self.training:
+            logits = self.all_exits(images_NCHW)
+            return logits if len(logits) > 1 else logits[0]
+        logits_NK, exits_N = run_stages(self.stages(), self.thresholds, images_NCHW)
+        if self.routing is not None:
+            self.routing.batches.append(exits_N)
+        return logits_NK
+
+    def all_exits(self, images_NCHW: Tensor) -> list[Tensor]:
+        """Logits of all K exits for every image, each (N, classes), in either mode."""
+        features, context, found = images_NCHW, None, []
+        for k, head in enumerate(self.heads):
+            features = self.segments[k](features)
+            left = self.exit_count - k
+            branch = features
+            if self.gradient_equilibrium and self.training:
+                branch, features = _Rescale.apply(features, 1 / left), _Rescale.apply(features, (left - 1) / left)
+            logits, pooled = head(branch, context)
+            found.append(logits)
+            context = extend_context(context, pooled.detach()) if self.chained else None
+        logits = self.segments[-1](features)
+        return [*found, logits if self.fusion is None else logits + self.fusion(context)]
+
+    def stages(self) -> list["NetworkStage"]:
+        """What runs between two decisions, stage by stage."""
+        return [NetworkStage(self, k) for k in range(self.exit_count)]
+
+    def set_operating_point(self, point: "OperatingPoint | str | None") -> None:
+        """Switch to another operating point; no retraining, no copy.
+
+        Args:
+            point: one of :attr:`operating_points`, its name, or None for all exits off.
+
+        Raises:
+            DynamizeError: an unknown name, or thresholds for another number of exits.
+        """
+        if isinstance(point, str):
+            if self.operating_points is None:
+                raise DynamizeError("the network has no operating points yet: run the `calibrate` step first")
+            point = self.operating_points[point]
+        thresholds = [None] * len(self.heads) if point is None else list(point.thresholds)
+        if len(thresholds) != len(self.heads):
+            raise DynamizeError(
+                f"the operating point has {len(thresholds)} thresholds, the network {len(self.heads)} early exits: "
+                "calibrate this network again"
+            )
+        self.thresholds, self.operating_point = cast(list[float | None], thresholds), point
+
+    def scores(self, logits: Tensor, exit_index: int) -> Tensor:
+        """Confidence of one early exit after its temperature: (N, classes) -> (N,), float32."""
+        return CONFIDENCES[self.confidence](logits.float() / self.temperatures[exit_index])
+
+
+class NetworkStage:
+    """Segment ``index`` of a network and the exit behind it: static, so a backend can compile it by itself."""
+
+    def __init__(self, network: DynamicNetwork, index: int) -> None:
+        self.network, self.index = network, index
+
+    def __call__(self, features: Tensor, context: Tensor | None, decide: bool) -> StageOutput:
+        network = self.network
+        features = network.segments[self.index](features)
+        if self.index == network.exit_count - 1:
+            logits = features if network.fusion is None else features + network.fusion(context)
+            return StageOutput(None, None, logits, None)
+        if not decide and not network.chained:
+            return StageOutput(features, None, None, None)
+        logits, pooled = network.heads[self.index](features, context)
+        context = extend_context(context, pooled) if network.chained else None
+        if not decide:
+            return StageOutput(features, context, None, None)
+        return StageOutput(features, context, logits, network.scores(logits, self.index))
+
+
+class _Rescale(torch.autograd.Function):
+    """Identity whose gradient is multiplied: gradient equilibrium (Li et al. 2019, IMTA, sec. 3.2)."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return features.view_as(features)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0] * ctx.factor, None
+

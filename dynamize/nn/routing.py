@@ -1,0 +1,129 @@
+"""Per-sample execution: run a stage, let the decided samples go, go on with the others only."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from dynamize.nn.network import DynamicNetwork
+
+
+class StageOutput(NamedTuple):
+    """What one stage hands on.
+
+    Attributes:
+        features: (N, C, H, W) for the next stage; None after the last one.
+        context: (N, D) that later exits build on, or None.
+        logits: (N, classes), or None where the exit was not asked for.
+        score: (N,) confidence, or None for the last exit and where it was not asked for.
+    """
+
+    features: Tensor | None
+    context: Tensor | None
+    logits: Tensor | None
+    score: Tensor | None
+
+
+class Stage(Protocol):
+    """A segment with the exit behind it, on any backend."""
+
+    def __call__(self, features: Tensor, context: Tensor | None, decide: bool) -> StageOutput: ...
+
+
+def run_stages(
+    stages: Sequence[Stage], thresholds: Sequence[float | None], images_NCHW: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Answer each image from the first exit whose score reaches its threshold.
+
+    Args:
+        stages: K stages; the last one answers whoever reaches it.
+        thresholds: one for each of the K - 1 early exits; None switches an exit off.
+        images_NCHW: the batch.
+
+    Returns:
+        logits (N, classes) and the index of the exit that each came from (N,), int64.
+    """
+    features, context = images_NCHW, None
+    exits_N = torch.zeros(len(images_NCHW), dtype=torch.int64)
+    logits_NK: Tensor | None = None
+    waiting = torch.arange(len(images_NCHW))  # row r of `features` belongs to image waiting[r]
+    for k, stage in enumerate(stages):
+        last = k == len(stages) - 1
+        threshold = None if last else thresholds[k]
+        output = stage(features, context, last or threshold is not None)
+        if output.logits is None:
+            assert output.features is not None
+            features, context = output.features, output.context
+            continue
+        if last:
+            leaves_N = torch.ones(len(waiting), dtype=torch.bool)
+        else:
+            assert output.score is not None
+            leaves_N = (output.score >= threshold).cpu()
+        leaving = leaves_N.nonzero().flatten()
+        if len(leaving) == len(images_NCHW):
+            return output.logits, exits_N.fill_(k)
+        if len(leaving):
+            if logits_NK is None:
+                logits_NK = output.logits.new_empty(len(images_NCHW), output.logits.shape[1])
+            logits_NK[waiting[leaving]] = output.logits[leaving]
+            exits_N[waiting[leaving]] = k
+        if len(leaving) == len(waiting):
+            break
+        assert output.features is not None
+        features, context, waiting = _compact(output.features, output.context, waiting, leaves_N)
+    assert logits_NK is not None
+    return logits_NK, exits_N
+
+
+def _compact(
+    features: Tensor, context: Tensor | None, waiting: Tensor, leaves: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Drop the rows that leave by moving rows from the end into their places.
+
+    At most min(leaving, staying) rows are copied, so compaction is cheaper than any stage it shortens, whatever the
+    share that leaves; the order of the images is kept in ``waiting``, not in the rows.
+    """
+    staying = len(waiting) - int(leaves.sum())
+    if staying == len(waiting):
+        return features, context, waiting
+    holes = leaves[:staying].nonzero().flatten()
+    fillers = (~leaves[staying:]).nonzero().flatten() + staying
+    if torch.is_grad_enabled() and features.requires_grad:
+        kept = torch.arange(staying).index_copy(0, holes, fillers)
+        return features[kept], None if context is None else context[kept], waiting[kept]
+    for rows in (features, context, waiting):
+        if rows is not None and len(holes):
+            rows[holes] = rows[fillers]
+    return features[:staying], None if context is None else context[:staying], waiting[:staying]
+
+
+@dataclass
+class Routing:
+    """Which exit each image left at, batch after batch."""
+
+    batches: list[Tensor] = field(default_factory=list)
+
+    @property
+    def exits(self) -> Tensor:
+        """Exit index of every image seen, in order, (N,), int64."""
+        return torch.cat(self.batches) if self.batches else torch.zeros(0, dtype=torch.int64)
+
+    def shares(self, count: int) -> list[float]:
+        """Share of the images that left at each of ``count`` exits."""
+        seen = torch.bincount(self.exits, minlength=count)
+        return (seen / max(1, int(seen.sum()))).tolist()
+
+
+@contextmanager
+def record_routing(network: "DynamicNetwork") -> Iterator[Routing]:
+    """Record which exit each image takes while ``network`` runs in eval mode inside the block."""
+    outer, network.routing = network.routing, Routing()
+    try:
+        yield network.routing
+    finally:
+        network.routing = outer

@@ -1,0 +1,21 @@
+"""What a run cost and saved: the ledger and its faces (terminal, Markdown, JSON, one HTML page).
+
+Each face is a module with one function, `render(report)`: `terminal`, `markdown`, `html`. None needs torch.
+"""
+
+from dynamize.report.data import Gallery, GalleryImage, Network, Point, ReportData
+from dynamize.report.ledger import Ledger, Row, Timing, headline, share_of_saving_shown, verdicts
+
+__all__ = [
+    "Gallery",
+    "GalleryImage",
+    "Ledger",
+    "Network",
+    "Point",
+    "ReportData",
+    "Row",
+    "Timing",
+    "headline",
+    "share_of_saving_shown",
+    "verdicts",
+]

@@ -1,0 +1,145 @@
+"""The text of every cell, written once: terminal, Markdown and HTML show the same columns and digits."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dynamize.report.data import Point
+from dynamize.report.ledger import Interval, Ledger, Row
+
+ABSENT = "-"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table. A line feed in the title is where a narrow face breaks it."""
+
+    title: str
+    cells: list[str]
+    right: bool = True
+
+    @property
+    def heading(self) -> str:
+        """The title on one line."""
+        return self.title.replace("\n", " ")
+
+
+def count(value: float) -> str:
+    """A count in three digits: 853k, 25.6M, 4.11G."""
+    for unit, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= unit * 0.9995:
+            return three_digits(value / unit) + name
+    return f"{value:.0f}"
+
+
+def three_digits(value: float) -> str:
+    """A positive number in three significant digits without an exponent, at most two of them decimals."""
+    decimals = 2 if value < 9.995 else 1 if value < 99.95 else 0
+    return f"{value:.{decimals}f}"
+
+
+def percent(share: float) -> str:
+    """A share as per cent with two decimals, without the sign."""
+    return f"{100 * share:.2f}"
+
+
+def drop(share: float) -> str:
+    """A loss of accuracy in points, signed: +0.12 is a loss, -0.12 a gain."""
+    text = f"{100 * share:+.2f}"
+    return "0.00" if text in ("+0.00", "-0.00") else text
+
+
+def half_width(value: float, interval: Interval) -> str:
+    """The longer arm of an interval around a share, in points."""
+    return percent(max(interval[1] - value, value - interval[0]))
+
+
+def shares(exits: Sequence[float]) -> str:
+    """Whole per cents of the images that leave at each exit, which add up to 100: 43/31/26."""
+    if len(exits) < 2:
+        return ABSENT
+    whole = [int(100 * share) for share in exits]
+    by_rest = sorted(range(len(exits)), key=lambda index: whole[index] - 100 * exits[index])
+    for index in by_rest[: max(0, 100 - sum(whole))]:
+        whole[index] += 1
+    return "/".join(map(str, whole))
+
+
+def _latency(row: Row, backend: str, batch: str) -> str:
+    timing = row.latency.get(backend, {}).get(batch)
+    return ABSENT if timing is None else three_digits(timing.median_ms)
+
+
+def _speedup(row: Row, backend: str, batch: str) -> str:
+    value = row.speedup.get(backend, {}).get(batch)
+    return ABSENT if value is None else f"{value:.2f}"
+
+
+def name_columns(ledger: Ledger) -> list[Column]:
+    """Step number and transform, which begin every table of rows."""
+    return [
+        Column("#", [str(row.step) for row in ledger.rows]),
+        Column("transform", [row.transform for row in ledger.rows], right=False),
+    ]
+
+
+def result_columns(ledger: Ledger) -> list[Column]:
+    """Size, MACs and accuracy of every row."""
+    rows = ledger.rows
+    return [
+        Column("params", [count(row.params) for row in rows]),
+        Column("MACs", [count(row.macs) for row in rows]),
+        Column("MACs\nratio", [f"{row.macs_ratio:.2f}" for row in rows]),
+        Column("acc\n%", [percent(row.accuracy) for row in rows]),
+        Column("±", [half_width(row.accuracy, row.accuracy_ci) for row in rows]),
+        Column("drop", [drop(row.accuracy_drop) for row in rows]),
+    ]
+
+
+def timing_columns(ledger: Ledger, backend: str, batches: Sequence[str]) -> list[Column]:
+    """Milliseconds per call and speed-up over the static network, for each batch size."""
+    columns = []
+    for batch in batches:
+        columns.append(Column(f"ms\nb{batch}", [_latency(row, backend, batch) for row in ledger.rows]))
+        columns.append(Column(f"x\nb{batch}", [_speedup(row, backend, batch) for row in ledger.rows]))
+    return columns
+
+
+def exit_column(ledger: Ledger) -> list[Column]:
+    """The exit shares of every row; no column if the network is static throughout."""
+    cells = [shares(row.exits) for row in ledger.rows]
+    return [Column("exits\n%", cells)] if any(cell != ABSENT for cell in cells) else []
+
+
+def point_columns(points: Sequence[Point]) -> list[Column]:
+    """The operating points: expected cost and accuracy, half of the 95 % interval, exit shares."""
+    columns = [
+        Column("point", [point.name for point in points], right=False),
+        Column("MACs", [count(point.macs) for point in points]),
+        Column("MACs\nratio", [f"{point.macs_ratio:.2f}" for point in points]),
+        Column("acc\n%", [percent(point.accuracy) for point in points]),
+        Column("±", [half_width(point.accuracy, point.accuracy_ci) for point in points]),
+        Column("drop", [drop(point.accuracy_drop) for point in points]),
+        Column("drop\n±", [half_width(point.accuracy_drop, point.accuracy_drop_ci) for point in points]),
+    ]
+    if any(point.latency_ms is not None for point in points):
+        times = [ABSENT if point.latency_ms is None else three_digits(point.latency_ms) for point in points]
+        columns.append(Column("ms", times))
+    return [*columns, Column("exits\n%", [shares(point.exits) for point in points])]
+
+
+def row_notes(ledger: Ledger) -> list[str]:
+    """The notes of all rows, each naming its step."""
+    return [f"Step {row.step}, {row.transform}: {note}" for row in ledger.rows for note in row.notes]
+
+
+def legend(ledger: Ledger) -> str:
+    """What the columns mean, in one sentence each."""
+    results = (
+        "MACs: mean executed per image. ±: 95 % interval on the test split. "
+        "drop: points lost against the static network."
+    )
+    timing = (
+        " ms: median per call on a batch (b1: batch 1); "
+        "x: speed-up over the static network, measured in turns."
+    )
+    return results + (timing if ledger.backends() else "")

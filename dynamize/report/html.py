@@ -1,0 +1,144 @@
+"""The report as one HTML page that holds everything it shows: no file beside it, no request to anywhere."""
+
+import math
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from dynamize.report import cells
+from dynamize.report.data import Network, Point, ReportData
+from dynamize.report.ledger import Row, headline, verdicts
+
+LEAST = -sys.float_info.max
+"""In place of minus infinity, which JSON does not have: a threshold that every score passes."""
+
+SHARED_FIELDS = {"accuracy", "accuracy_ci", "accuracy_drop", "macs", "macs_ratio", "exits"}
+
+
+def render(report: ReportData) -> str:
+    """The whole page as text; write it as UTF-8.
+
+    Raises `DynamizeError` if the ledger has no rows.
+    """
+    ledger = report.ledger
+    summary = headline(ledger)
+    columns = cells.name_columns(ledger) + cells.result_columns(ledger)
+    groups = [("", len(columns))]
+    for backend in ledger.backends():
+        timing = cells.timing_columns(ledger, backend, ledger.batches(backend))
+        groups.append((backend, len(timing)))
+        columns += timing
+    exits = cells.exit_column(ledger)
+    columns += exits
+    groups.append(("", len(exits)))
+    return (
+        _environment()
+        .get_template("template.html.j2")
+        .render(
+            report=report,
+            ledger=ledger,
+            headline=summary,
+            verdicts=verdicts(ledger),
+            columns=columns,
+            groups=[group for group in groups if group[1]],
+            legend=cells.legend(ledger),
+            notes=cells.row_notes(ledger) + report.notes,
+            view=_view(report),
+            colors=_colors(len(report.exit_names())),
+            exit_names=report.exit_names(),
+        )
+    )
+
+
+@cache
+def _environment() -> Environment:
+    return Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def _view(report: ReportData) -> dict[str, Any]:
+    """What the script in the page draws from. Without operating points the last row stands for one."""
+    points = sorted(report.operating_points, key=lambda point: point.macs)
+    static, label = report.static, report.latency_label
+    first, last = report.ledger.rows[0], report.ledger.rows[-1]
+    if not points:
+        ms, label = _row_latency(report)
+        static = _network("static network", first, ms.get(first.step))
+        shown = [_from_row(last, ms.get(last.step), _row_speedup(report, last))]
+    else:
+        static = static or _network("static network", first, None)
+        shown = [_from_point(point, static) for point in points]
+    return {
+        "points": shown,
+        "static": static.model_dump(mode="json"),
+        "rivals": [rival.model_dump(mode="json") for rival in report.rivals],
+        "anytime": [mark.model_dump(mode="json") for mark in report.anytime],
+        "exits": report.exit_names(),
+        "colors": _colors(len(report.exit_names())),
+        "latency": label,
+        "selected": _selected(report, points, last),
+    }
+
+
+def _selected(report: ReportData, points: list[Point], last: Row) -> int:
+    """The named point, or the one that costs what the last row was measured to cost."""
+    for index, point in enumerate(points):
+        if point.name == report.selected:
+            return index
+    return min(range(len(points)), key=lambda index: abs(points[index].macs - last.macs), default=0)
+
+
+def _from_point(point: Point, static: Network) -> dict[str, Any]:
+    speedup = static.latency_ms / point.latency_ms if static.latency_ms and point.latency_ms else None
+    thresholds = [None if t is None or t == math.inf else max(t, LEAST) for t in point.thresholds]
+    return point.model_dump(mode="json") | {"speedup": speedup, "thresholds": thresholds}
+
+
+def _from_row(row: Row, latency_ms: float | None, speedup: float | None) -> dict[str, Any]:
+    return {
+        **row.model_dump(mode="json", include=SHARED_FIELDS),
+        "name": f"step {row.step}, {row.transform}",
+        "thresholds": [],
+        "accuracy_drop_ci": None,
+        "macs_ci": None,
+        "latency_ms": latency_ms,
+        "latency_ci": None,
+        "speedup": speedup,
+    }
+
+
+def _network(name: str, row: Row, latency_ms: float | None) -> Network:
+    return Network(
+        name=name, macs=row.macs, accuracy=row.accuracy, accuracy_ci=row.accuracy_ci, latency_ms=latency_ms
+    )
+
+
+def _row_latency(report: ReportData) -> tuple[dict[int, float], str]:
+    """Milliseconds by step on the main backend at its smallest batch, and what they are."""
+    ledger = report.ledger
+    for backend in ledger.backends():
+        batch = ledger.batches(backend)[0]
+        timings = {row.step: row.latency.get(backend, {}).get(batch) for row in ledger.rows}
+        known = {step: timing.median_ms for step, timing in timings.items() if timing}
+        return known, f"ms per call, batch {batch}, {backend}"
+    return {}, report.latency_label
+
+
+def _row_speedup(report: ReportData, row: Row) -> float | None:
+    for backend in report.ledger.backends():
+        return row.speedup.get(backend, {}).get(report.ledger.batches(backend)[0])
+    return None
+
+
+def _colors(count: int) -> list[str]:
+    """One colour for each exit, from teal (early) to violet (last)."""
+    steps = max(count - 1, 1)
+    return [f"hsl({176 + 86 * index / steps:.0f} 48% 42%)" for index in range(count)]

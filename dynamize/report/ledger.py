@@ -1,0 +1,243 @@
+"""The ledger: one row for each step of a run, the first being the untouched static network.
+
+It is kept as `ledger.json`, a plain list of rows, replaced atomically: a killed run leaves a whole file.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Self
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from dynamize.errors import DynamizeError
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Interval = tuple[float, float]
+
+LEAST_SAVING = 0.02
+"""Share of MACs below which a step is not said to save any: a head or a gate may change that by chance."""
+
+LEAST_SHOWN = 0.5
+"""Share of a MACs saving that the clock must show for the report to keep quiet about it."""
+
+
+class Timing(BaseModel):
+    """Latency of one call on one batch, in milliseconds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    median_ms: Positive
+    p95_ms: Positive
+
+
+class Row(BaseModel):
+    """The network as it stands after one step, measured on the test split.
+
+    `macs` is the mean of executed multiply-accumulates per image and `macs_worst` the dearest path;
+    `macs_ratio`, `accuracy_drop` and `speedup` are against row 0. `latency` and `speedup` map backend, then
+    batch size, to the time of one call on the whole batch and to the ratio of interleaved medians. `exits` is
+    empty for a static network.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    step: Annotated[int, Field(ge=0)]
+    transform: Annotated[str, Field(min_length=1)]
+    params: Annotated[int, Field(ge=0)]
+    macs: Annotated[float, Field(ge=0)]
+    macs_worst: Annotated[float, Field(ge=0)]
+    macs_ratio: Annotated[float, Field(ge=0)]
+    accuracy: Share
+    accuracy_ci: Interval
+    accuracy_drop: float
+    agreement: Share
+    latency: dict[str, dict[str, Timing]] = {}
+    speedup: dict[str, dict[str, Positive]] = {}
+    exits: list[Share] = []
+    seconds: Annotated[float, Field(ge=0)]
+    notes: list[str] = []
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.exits and abs(sum(self.exits) - 1) > 1e-3:
+            raise ValueError(f"the shares in exits add up to {sum(self.exits):.4f}, not to 1")
+        if self.accuracy_ci[0] > self.accuracy_ci[1]:
+            raise ValueError(f"accuracy_ci {list(self.accuracy_ci)} is upside down: give [low, high]")
+        batches = {batch for timings in self.latency.values() for batch in timings}
+        batches |= {batch for ratios in self.speedup.values() for batch in ratios}
+        if wrong := sorted(batch for batch in batches if not batch.isdecimal()):
+            raise ValueError(f"batch {wrong[0]!r} is not a whole number: key times by batch size")
+        return self
+
+
+_ROWS = TypeAdapter(list[Row])
+
+
+class Ledger(BaseModel):
+    """All rows of a run, and what a reader must know to believe them.
+
+    `backend` is the one shown first (the first measured one if empty). The file holds the rows only.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    rows: list[Row] = []
+    title: str = "dynamize report"
+    model: str = ""
+    command: str = ""
+    backend: str = ""
+    machine: str = ""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        steps = [row.step for row in self.rows]
+        if steps and (steps[0] != 0 or steps != sorted(set(steps))):
+            raise ValueError(f"rows have the steps {steps}: they must start at 0 and rise")
+        return self
+
+    def backends(self) -> list[str]:
+        """The measured backends, the main one first."""
+        measured = dict.fromkeys(name for row in self.rows for name in row.latency)
+        return sorted(measured, key=lambda name: name != self.backend)
+
+    def batches(self, backend: str) -> list[str]:
+        """The batch sizes measured on a backend, smallest first."""
+        return sorted({batch for row in self.rows for batch in row.latency.get(backend, {})}, key=int)
+
+    def to_json(self) -> str:
+        """The rows as a JSON list, with a line feed at the end."""
+        return json.dumps(_ROWS.dump_python(self.rows, mode="json"), indent=1) + "\n"
+
+    def write(self, path: str | Path) -> None:
+        """Write `to_json()` under a temporary name beside `path` and move it there in one piece."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(self.to_json())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def read(cls, path: str | Path, **about: str) -> Self:
+        """The ledger in the file `path`; `about` gives title, model, command, backend, machine.
+
+        Raises `DynamizeError` if the file is missing, is not JSON or does not hold ledger rows.
+        """
+        try:
+            given = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise DynamizeError(
+                f"{path}: cannot be read ({error.strerror}). Name the ledger.json in the folder of a run."
+            ) from error
+        except ValueError as error:
+            raise DynamizeError(
+                f"{path}: not valid JSON ({error}). Restore the file, or write it anew with `dynamize run`."
+            ) from error
+        try:
+            return cls(rows=_ROWS.validate_python(given), **about)
+        except ValidationError as error:
+            raise DynamizeError(
+                f"{path}: not a ledger of this version ({_first_fault(error)}). "
+                "Correct that field, or write the file anew with `dynamize run`."
+            ) from error
+
+
+def _first_fault(error: ValidationError) -> str:
+    """Where and what, for the first thing that pydantic refused."""
+    fault = error.errors()[0]
+    where = list(fault["loc"])
+    named = [f"row {where.pop(0)}"] if where and isinstance(where[0], int) else []
+    named += [".".join(map(str, where))] if where else []
+    return ": ".join([*named, fault["msg"].removeprefix("Value error, ")])
+
+
+def share_of_saving_shown(macs_ratio: float, speedup: float) -> float | None:
+    """Part of the saved MACs that is saved time too: (1 - 1/speedup) / (1 - macs_ratio).
+
+    1 means that time fell as MACs did, 0 that the clock shows nothing, below 0 that it got slower.
+    None if no MACs were saved, for then there is nothing to show.
+    """
+    return None if macs_ratio >= 1 else (1 - 1 / speedup) / (1 - macs_ratio)
+
+
+def verdicts(ledger: Ledger) -> list[str]:
+    """A plain line for each step whose saving of MACs the clock does not show, and for the run as a whole.
+
+    A step is judged by what it changed since the row before it that was timed on the same backend and batch.
+    """
+    lines = []
+    for index, row in enumerate(ledger.rows[1:], start=1):
+        told = list(_step_verdicts(ledger, index))
+        lines += [f"Step {row.step}, {row.transform}: {line}." for line in told]
+    if len(ledger.rows) > 2:
+        last = ledger.rows[-1]
+        whole = _hidden_savings(last, [(ledger.rows[0], *key) for key in _timed(last)])
+        lines += [f"All steps together: {line}." for line in whole]
+    return lines
+
+
+def _step_verdicts(ledger: Ledger, index: int) -> Iterator[str]:
+    row, before = ledger.rows[index], ledger.rows[:index]
+    saved = 1 - row.macs / before[-1].macs if before[-1].macs else 0.0
+    if saved < LEAST_SAVING:
+        return
+    if not _timed(row):
+        yield f"saves {100 * saved:.0f} % of MACs, but its time was not measured"
+        return
+    bases = []
+    for backend, batch in _timed(row):
+        timed = [earlier for earlier in before if batch in earlier.speedup.get(backend, {})]
+        bases.append((timed[-1] if timed else before[0], backend, batch))
+    yield from _hidden_savings(row, bases)
+
+
+def _timed(row: Row) -> list[tuple[str, str]]:
+    return [(backend, batch) for backend, ratios in row.speedup.items() for batch in sorted(ratios, key=int)]
+
+
+def _hidden_savings(row: Row, bases: list[tuple[Row, str, str]]) -> Iterator[str]:
+    """One line for each backend on which a saving against the base row is mostly not seen."""
+    hidden: dict[tuple[str, str], list[str]] = {}
+    for base, backend, batch in bases:
+        ratio = row.macs / base.macs if base.macs else 1.0
+        gain = row.speedup[backend][batch] / base.speedup.get(backend, {}).get(batch, 1.0)
+        shown = share_of_saving_shown(ratio, gain)
+        if 1 - ratio >= LEAST_SAVING and shown is not None and shown < LEAST_SHOWN:
+            saving = f"{100 * (1 - ratio):.0f} %"
+            hidden.setdefault((backend, saving), []).append(f"{_time_change(gain)} at batch {batch}")
+    for (backend, saving), parts in hidden.items():
+        yield f"saves {saving} of MACs but {' and '.join(parts)} in {backend}"
+
+
+def _time_change(speedup: float) -> str:
+    percent = 100 * (1 - 1 / speedup)
+    if percent <= -0.5:
+        return f"is {-percent:.0f} % slower"
+    return "none of the time" if percent < 0.5 else f"{percent:.0f} % of the time"
+
+
+def headline(ledger: Ledger) -> str:
+    """The last row against the first in one sentence: MACs, time on the main backend, accuracy."""
+    if not ledger.rows:
+        raise DynamizeError(
+            "The ledger has no rows, so there is nothing to report. Use `dynamize run` first."
+        )
+    first, last = ledger.rows[0], ledger.rows[-1]
+    if last is first:
+        return f"The static network: accuracy {100 * first.accuracy:.2f} %; no step has been taken."
+    saved = 100 * (1 - last.macs_ratio)
+    parts = [f"{abs(saved):.0f} % {'fewer' if saved >= 0 else 'more'} MACs"]
+    for backend in ledger.backends()[:1]:
+        speedups = last.speedup.get(backend, {})
+        times = [f"{speedups[batch]:.2f}x at batch {batch}" for batch in sorted(speedups, key=int)]
+        parts += [f"speed {' and '.join(times)} in {backend}"] if times else []
+    parts.append(f"accuracy {100 * first.accuracy:.2f} % to {100 * last.accuracy:.2f} %")
+    return "; ".join(parts) + "."

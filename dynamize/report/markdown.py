@@ -1,0 +1,61 @@
+"""The report as Markdown tables, for a pull request or a README."""
+
+from collections.abc import Sequence
+
+from dynamize.report import cells
+from dynamize.report.cells import Column
+from dynamize.report.data import ReportData
+from dynamize.report.ledger import headline, verdicts
+
+
+def render(report: ReportData) -> str:
+    """The same facts as in the terminal, with every backend and batch size in one table.
+
+    Raises `DynamizeError` if the ledger has no rows.
+    """
+    ledger = report.ledger
+    blocks = [f"# {_plain(ledger.title)}", _plain(headline(ledger)), _about(report)]
+    columns = cells.name_columns(ledger) + cells.result_columns(ledger)
+    backends = ledger.backends()
+    for backend in backends:
+        timing = cells.timing_columns(ledger, backend, ledger.batches(backend))
+        suffix = f" {backend}" if len(backends) > 1 else ""
+        columns += [Column(column.heading + suffix, column.cells) for column in timing]
+    blocks += [_table(columns + cells.exit_column(ledger)), _plain(cells.legend(ledger))]
+    if len(backends) == 1:
+        blocks[-1] += f" Backend: {_plain(backends[0])}."
+    if told := verdicts(ledger):
+        blocks.append("\n".join(f"> **Note.** {_plain(line)}  " for line in told))
+    if report.operating_points:
+        label = "" if report.latency_label == "ms" else f" Time: {_plain(report.latency_label)}."
+        blocks += [
+            "## Operating points",
+            _table(cells.point_columns(report.operating_points)),
+            f"Expected values; ±: the longer arm of the 95 % interval.{label}",
+        ]
+    if notes := cells.row_notes(ledger) + report.notes:
+        blocks += ["## Notes", "\n".join(f"- {_plain(note)}" for note in notes)]
+    return "\n\n".join(filter(None, blocks)) + "\n"
+
+
+def _about(report: ReportData) -> str:
+    ledger = report.ledger
+    facts = {"model": ledger.model, "command": ledger.command, "machine": ledger.machine}
+    return "\n".join(f"- {name}: `{value.replace('`', chr(39))}`" for name, value in facts.items() if value)
+
+
+def _table(columns: Sequence[Column]) -> str:
+    """A padded pipe table, readable as plain text too."""
+    grid = [[_plain(column.heading), *map(_plain, column.cells)] for column in columns]
+    widths = [max(3, *map(len, texts)) for texts in grid]
+    rules = ["-" * (width - c.right) + ":" * c.right for c, width in zip(columns, widths, strict=True)]
+    lines = []
+    for row in zip(*grid, strict=True):
+        padded = zip(row, widths, columns, strict=True)
+        lines.append([cell.rjust(width) if c.right else cell.ljust(width) for cell, width, c in padded])
+    return "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], rules, *lines[1:]])
+
+
+def _plain(text: str) -> str:
+    """Text that cannot break out of its cell or line."""
+    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())

@@ -1,0 +1,66 @@
+"""A network on a backend: each segment compiled by itself, the decisions between them in Python."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dynamize.errors import DynamizeError, closest
+from dynamize.nn.network import DynamicNetwork
+from dynamize.nn.routing import Stage, run_stages
+from dynamize.runtime.eager import eager_stages
+from dynamize.runtime.onnx import onnx_stages
+
+Compiler = Callable[[DynamicNetwork, torch.device], Sequence[Stage]]
+BACKENDS: dict[str, Compiler] = {"eager": eager_stages, "onnxruntime": onnx_stages}
+
+
+class CompiledNetwork:
+    """A frozen copy of a network's weights on a backend; thresholds are read from the network at each call.
+
+    ``compiled(images)`` takes (N, C, H, W) and returns (N, classes) as the network in eval mode does.
+    """
+
+    def __init__(self, network: DynamicNetwork, backend: str, stages: Sequence[Stage], device: torch.device) -> None:
+        self.network, self.backend, self.stages, self.device = network, backend, stages, device
+
+    def __call__(self, images_NCHW: Tensor) -> Tensor:
+        return self.run(images_NCHW)[0]
+
+    def run(self, images_NCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (N, classes) and the exit that each image left at (N,)."""
+        with torch.inference_mode():
+            return run_stages(self.stages, self.network.thresholds, images_NCHW)
+
+
+def compile_network(network: DynamicNetwork, backend: str, device: torch.device | str = "cpu") -> CompiledNetwork:
+    """Compile every segment of ``network`` for ``backend``.
+
+    Args:
+        network: a converted network, or a static one from :func:`dynamize.convert.wrap`.
+        backend: ``eager`` (batch norms folded, channels last) or ``onnxruntime``.
+
+    Raises:
+        DynamizeError: unknown backend, or a segment that the backend cannot take.
+    """
+    if backend not in BACKENDS:
+        raise DynamizeError(
+            f"'{backend}' is no backend. {closest(backend, list(BACKENDS))}Known: {', '.join(BACKENDS)}."
+        )
+    device = torch.device(device)
+    training = network.training
+    try:
+        stages = BACKENDS[backend](network.eval(), device)
+    finally:
+        network.train(training)
+    return CompiledNetwork(network, backend, stages, device)
+
+
+def default_backend(device: torch.device) -> str:
+    """The fastest backend here that was measured to be: ONNX Runtime on a CPU, eager elsewhere."""
+    return "onnxruntime" if device.type == "cpu" else "eager"
+
+
+def parameters_of(network: nn.Module) -> int:
+    """How many parameters a network has."""
+    return sum(parameter.numel() for parameter in network.parameters())

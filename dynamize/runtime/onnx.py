@@ -1,0 +1,142 @@
+"""The ONNX Runtime backend: one session a segment, all on one thread pool."""
+
+import io
+import logging
+import os
+import warnings
+from functools import cache
+from typing import Any, cast
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from torch import Tensor, nn
+
+from dynamize.errors import DynamizeError
+from dynamize.nn.network import DynamicNetwork, NetworkStage
+from dynamize.nn.routing import StageOutput
+
+_OPSET = 18
+
+
+def onnx_stages(network: DynamicNetwork, device: torch.device) -> list["OnnxStage"]:
+    """Every stage of ``network`` as an ONNX Runtime session on the CPU."""
+    if device.type != "cpu":
+        raise DynamizeError(f"backend onnxruntime runs on the CPU here, not on {device}: use --backend eager")
+    network.cpu()
+    inputs = [torch.zeros(2, *network.input_shape)]
+    stages: list[OnnxStage] = []
+    for stage in network.stages():
+        stages.append(OnnxStage(stage, inputs))
+        with torch.no_grad():
+            output = stage(inputs[0], inputs[1] if len(inputs) > 1 else None, True)
+        inputs = [one for one in (output.features, output.context) if one is not None]
+    return stages
+
+
+class OnnxStage:
+    """One stage as a session; a second session without the head is made when an exit is switched off."""
+
+    def __init__(self, stage: NetworkStage, inputs: list[Tensor]) -> None:
+        network = stage.network
+        self._stage, self._inputs = stage, inputs
+        self._last = stage.index == network.exit_count - 1
+        self._chained = network.chained
+        self._deciding = _session(_Deciding(stage), inputs)
+        self._passing: ort.InferenceSession | None = None
+
+    def __call__(self, features: Tensor, context: Tensor | None, decide: bool) -> StageOutput:
+        if not decide and not self._chained:
+            if self._passing is None:
+                self._passing = _session(self._stage.network.segments[self._stage.index], self._inputs)
+            return StageOutput(_run(self._passing, [features])[0], None, None, None)
+        found = _run(self._deciding, [features] if context is None else [features, context])
+        if self._last:
+            return StageOutput(None, None, found[0], None)
+        return StageOutput(found[0], found[3] if self._chained else None, found[1], found[2])
+
+
+class _Deciding(nn.Module):
+    """A stage as a plain module: features, logits, score and, if chained, context; logits only for the last."""
+
+    def __init__(self, stage: NetworkStage) -> None:
+        super().__init__()
+        self.network, self.index = stage.network, stage.index
+
+    def forward(self, features: Tensor, context: Tensor | None = None) -> Any:
+        output = NetworkStage(self.network, self.index)(features, context, True)
+        if output.features is None:
+            return output.logits
+        found = (output.features, output.logits, output.score)
+        return found if output.context is None else (*found, output.context)
+
+
+def _run(session: ort.InferenceSession, inputs: list[Tensor]) -> list[Tensor]:
+    names = [one.name for one in session.get_inputs()]
+    feed = {name: np.ascontiguousarray(value.numpy()) for name, value in zip(names, inputs, strict=True)}
+    return [torch.from_numpy(value) for value in session.run(None, feed)]
+
+
+def _session(module: nn.Module, inputs: list[Tensor]) -> ort.InferenceSession:
+    _share_one_pool()
+    options = ort.SessionOptions()
+    options.use_per_session_threads = False
+    options.log_severity_level = 3
+    try:
+        return ort.InferenceSession(export_onnx(module, inputs), options, providers=["CPUExecutionProvider"])
+    except ort.capi.onnxruntime_pybind11_state.Fail as error:
+        raise DynamizeError(f"ONNX Runtime refuses a segment: {error}. Use --backend eager.") from error
+
+
+@cache
+def _share_one_pool() -> None:
+    """Several sessions that each own a spinning pool run two to three times slower than one."""
+    threads = torch.get_num_threads()
+    ort.set_global_thread_pool_sizes(threads, 1)
+
+
+def export_onnx(module: nn.Module, inputs: list[Tensor]) -> bytes:
+    """A module in eval mode as ONNX, with the batch dimension free.
+
+    Uses the tracing exporter: what is exported is a straight line already, and it is twenty times faster.
+    """
+    buffer = io.BytesIO()
+    names = ["features", "context"][: len(inputs)]
+    with torch.no_grad():
+        count = len(module(*inputs)) if isinstance(module(*inputs), tuple) else 1
+    outputs = [f"output_{i}" for i in range(count)]
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        try:
+            torch.onnx.export(
+                _Plain(module).eval(),
+                tuple(inputs),
+                buffer,
+                input_names=names,
+                output_names=outputs,
+                dynamic_axes={name: {0: "batch"} for name in [*names, *outputs]},
+                opset_version=_OPSET,
+                dynamo=False,
+            )
+        except Exception as error:
+            raise DynamizeError(
+                f"a segment cannot be exported to ONNX: {str(error).splitlines()[0]}. Use --backend eager."
+            ) from error
+    return buffer.getvalue()
+
+
+class _Plain(nn.Module):
+    """Hides a GraphModule, whose ``graph`` the exporter takes for its own."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.module(*inputs)
+
+
+def threads() -> int:
+    """Threads that both backends compute with."""
+    return cast(int, min(torch.get_num_threads(), os.cpu_count() or 1))

@@ -1,0 +1,213 @@
+"""The training loop: on accelerate, so the same code runs on one process, several, or several machines.
+
+Everything random is a function of (seed, epoch, step, process), so a run that was killed and goes on from its
+checkpoint does exactly what it would have done.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, broadcast
+from torch import Tensor, nn
+
+from dynamize.data import Splits, set_epoch
+from dynamize.errors import DynamizeError
+from dynamize.files import write_json_lines
+from dynamize.measure.accuracy import exit_accuracies
+from dynamize.nn.network import DynamicNetwork
+from dynamize.training.state import CheckpointClock, Position, load_checkpoint, save_checkpoint
+from dynamize.transform import Progress, quiet
+
+Loss = Callable[[Any, Tensor, Tensor], Tensor]
+_STEPS_BETWEEN_CHECKS = 20  # reading a loss waits for the device
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to train. ``batch_size`` is over all processes; ``lr`` is the peak of a one-cycle schedule
+    (Smith & Topin 2018); SGD with Nesterov momentum 0.9. ``heads_only`` freezes the network's own layers and
+    their batch-norm statistics. ``work`` keeps checkpoints and metrics; None keeps nothing."""
+
+    epochs: int
+    batch_size: int
+    lr: float
+    weight_decay: float
+    heads_only: bool
+    bf16: bool
+    seed: int
+    work: Path | None = None
+    resume: bool = False
+    trackers: tuple[str, ...] = ()
+    device: torch.device = torch.device("cpu")
+    label: str = "train"
+
+
+def train(
+    network: DynamicNetwork, data: Splits, loss: Loss, plan: Plan, progress: Progress = quiet
+) -> list[dict[str, Any]]:
+    """Train ``network`` in place and return one row of metrics for each epoch.
+
+    A row holds the epoch, the mean training loss, the accuracy of each exit on the calibration split and seconds.
+
+    Raises:
+        DynamizeError: the loss is not finite; the message names the step and the last good checkpoint.
+    """
+    accelerator = _accelerator(plan)
+    network.to(plan.device, memory_format=torch.channels_last).train()
+    with _trainable(network, plan.heads_only) as parameters:
+        run = _Run(accelerator, network, data, loss, plan, parameters)
+        rows = run.all_epochs(progress)
+    for buffer in network.buffers():  # batch-norm statistics differ between processes: all take the first one's
+        broadcast(buffer)
+    network.eval()
+    accelerator.end_training()
+    return rows
+
+
+class _Run:
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        network: DynamicNetwork,
+        data: Splits,
+        loss: Loss,
+        plan: Plan,
+        parameters: list[nn.Parameter],
+    ) -> None:
+        self.accelerator, self.network, self.data, self.loss, self.plan = accelerator, network, data, loss, plan
+        optimizer = torch.optim.SGD(
+            parameters, lr=plan.lr, momentum=0.9, nesterov=True, weight_decay=plan.weight_decay
+        )
+        loader = data.train.training_loader(plan.batch_size, plan.seed)
+        self.wrapped, self.optimizer, self.loader = accelerator.prepare(network, optimizer, loader)
+        self.steps = len(self.loader)
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, plan.lr, total_steps=max(2, plan.epochs * self.steps)
+        )
+        self.position = Position()
+        self.clock = CheckpointClock()
+        if plan.resume and plan.work is not None:
+            found = load_checkpoint(plan.work, network, optimizer, self.schedule)
+            self.position = found or self.position
+
+    def all_epochs(self, progress: Progress) -> list[dict[str, Any]]:
+        plan, position = self.plan, self.position
+        for epoch in range(position.epoch, plan.epochs):
+            started = time.monotonic()
+            set_epoch(self.loader, epoch)
+            first = position.step
+            batches = self.accelerator.skip_first_batches(self.loader, first) if first else self.loader
+            label = f"{plan.label}: epoch {epoch + 1}/{plan.epochs}"
+            self._epoch(epoch, first, progress(batches, label, self.steps - first))
+            main = self.accelerator.is_main_process
+            accuracies = exit_accuracies(self.network, self.data.calibration, plan.device) if main else []
+            position.rows.append(
+                {
+                    "step": plan.label,
+                    "epoch": epoch + 1,
+                    "loss": position.loss / max(1, self.steps),
+                    "calibration_accuracy": accuracies,
+                    "seconds": round(position.seconds + time.monotonic() - started, 1),
+                }
+            )
+            self.accelerator.log(_flat(position.rows[-1]), step=epoch + 1)
+            position.epoch, position.step, position.loss, position.seconds = epoch + 1, 0, 0.0, 0.0
+            self._save()
+        return position.rows
+
+    def _epoch(self, epoch: int, first: int, batches: Any) -> None:
+        self.network.train()
+        if self.plan.heads_only:
+            self.network.segments.eval()
+        started, waiting = time.monotonic(), list[Tensor]()
+        for step, (images, labels) in enumerate(batches, start=first):
+            waiting.append(self._step(epoch, step, images, labels))
+            if len(waiting) >= _STEPS_BETWEEN_CHECKS or step == self.steps - 1:
+                self._check(waiting, epoch, step)
+                self.position.step = step + 1
+                waiting.clear()
+                if self.clock.due() and step < self.steps - 1:
+                    self.position.seconds += time.monotonic() - started
+                    started = time.monotonic()
+                    self._save()
+
+    def _step(self, epoch: int, step: int, images: Tensor, labels: Tensor) -> Tensor:
+        plan = self.plan
+        seed = hash((plan.seed, epoch, step, self.accelerator.process_index)) % 2**62
+        torch.manual_seed(seed)  # dropout and stochastic depth
+        generator = torch.Generator().manual_seed(seed)
+        images, labels = images.to(plan.device, non_blocking=True), labels.to(plan.device, non_blocking=True)
+        images = self.data.train.prepare(images, generator).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(plan.device.type, torch.bfloat16, enabled=plan.bf16):
+            loss = self.loss(self.wrapped(images), images, labels)
+        self.optimizer.zero_grad()
+        self.accelerator.backward(loss)
+        self.optimizer.step()
+        self.schedule.step()
+        return loss.detach()
+
+    def _check(self, losses: list[Tensor], epoch: int, step: int) -> None:
+        values = torch.stack(losses).tolist()
+        for i, value in enumerate(values):
+            if value != value or abs(value) == float("inf"):
+                at = step - len(values) + 1 + i
+                kept = self.plan.work and (self.plan.work / "checkpoint.pt").exists()
+                raise DynamizeError(
+                    f"{self.plan.label}: the loss became {value} at epoch {epoch + 1}, step {at + 1} of {self.steps}. "
+                    + (f"The last good state is in {self.plan.work / 'checkpoint.pt'}. " if kept and self.plan.work else "")
+                    + f"Try a smaller learning rate than {self.plan.lr:g}, e.g. lr: {self.plan.lr / 5:g}."
+                )
+        self.position.loss += sum(values)
+
+    def _save(self) -> None:
+        plan = self.plan
+        if plan.work is None or not self.accelerator.is_main_process:
+            return
+        write_json_lines(plan.work / "metrics.jsonl", self.position.rows)
+        save_checkpoint(plan.work, self.position, self.network, self.optimizer, self.schedule)
+        self.clock.reset()
+
+
+def _accelerator(plan: Plan) -> Accelerator:
+    accelerator = Accelerator(
+        cpu=plan.device.type == "cpu",
+        dataloader_config=DataLoaderConfiguration(split_batches=True),
+        log_with=list(plan.trackers) or None,
+        project_dir=str(plan.work) if plan.work else None,
+        step_scheduler_with_optimizer=False,
+    )
+    if plan.trackers:
+        accelerator.init_trackers("dynamize")
+    return accelerator
+
+
+@contextmanager
+def _trainable(network: DynamicNetwork, heads_only: bool) -> Iterator[list[nn.Parameter]]:
+    """The parameters to train; the others are frozen inside the block and as they were after it."""
+    before = {p: p.requires_grad for p in network.parameters()}
+    if heads_only:
+        network.segments.requires_grad_(False)
+    try:
+        yield [p for p in network.parameters() if p.requires_grad]
+    finally:
+        for parameter, wanted in before.items():
+            parameter.requires_grad_(wanted)
+
+
+def _flat(row: dict[str, Any]) -> dict[str, float]:
+    flat = {"loss": row["loss"]}
+    flat |= {f"calibration_accuracy/exit_{k + 1}": a for k, a in enumerate(row["calibration_accuracy"])}
+    return flat
+
+
+def bf16_helps(device: torch.device) -> bool:
+    """Whether this device computes bfloat16 natively."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()

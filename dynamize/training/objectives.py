@@ -1,0 +1,63 @@
+"""What the exits are trained towards: labels, the teacher, and the last exit."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, kl_div
+
+
+class MultiExitLoss:
+    """Weighted sum over exits of cross entropy and distillation, for ``loss(logits, images, labels)`` in any loop.
+
+    Of each exit's loss, ``alpha`` is T^2 KL(teacher || exit) at temperature T (Hinton et al. 2015, eq. 4), the rest
+    cross entropy. ``from_last`` adds the same distance to the last exit, detached (Phuong & Lampert 2019, sec. 3).
+
+    Args:
+        teacher: a frozen classifier, or None for labels only.
+        alpha: share of distillation, 0 to 1.
+        temperature: T.
+        from_last: weight of the distance of each early exit to the last exit.
+        weights: one for each exit; None weighs all alike. They are normalised to a sum of K.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module | None = None,
+        *,
+        alpha: float = 0.5,
+        temperature: float = 2.0,
+        from_last: float = 0.0,
+        weights: Sequence[float] | None = None,
+    ) -> None:
+        self.teacher = None if teacher is None else teacher.eval()
+        self.alpha = alpha if teacher is not None else 0.0
+        self.temperature, self.from_last = temperature, from_last
+        self.weights = None if weights is None else [w * len(weights) / sum(weights) for w in weights]
+
+    def __call__(self, logits: Tensor | Sequence[Tensor], images: Tensor, labels: Tensor) -> Tensor:
+        """Logits of all exits, each (N, classes); images (N, C, H, W) for the teacher; labels (N,). A scalar."""
+        exits = [logits.float()] if isinstance(logits, Tensor) else [one.float() for one in logits]
+        taught = self._teach(images)
+        weights = self.weights or [1.0] * len(exits)
+        losses = []
+        for k, one in enumerate(exits):
+            loss = (1 - self.alpha) * cross_entropy(one, labels)
+            if taught is not None:
+                loss = loss + self.alpha * self.distance(one, taught)
+            if self.from_last and k < len(exits) - 1:
+                loss = loss + self.from_last * self.distance(one, exits[-1].detach())
+            losses.append(weights[k] * loss)
+        return torch.stack(losses).sum()
+
+    def distance(self, logits: Tensor, target: Tensor) -> Tensor:
+        """T^2 KL(softmax(target / T) || softmax(logits / T)), mean over the batch."""
+        t = self.temperature
+        log_p, log_q = (target / t).log_softmax(1), (logits / t).log_softmax(1)
+        return t * t * kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+
+    def _teach(self, images: Tensor) -> Tensor | None:
+        if self.teacher is None or self.alpha == 0:
+            return None
+        with torch.no_grad():
+            return self.teacher(images).float()

@@ -1,0 +1,210 @@
+"""The ledger: what it accepts, how it is kept, and what it says about MACs that the clock does not show."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from dynamize.errors import DynamizeError
+from dynamize.report import Ledger, Row, cells, headline, share_of_saving_shown, verdicts
+
+
+def with_row(ledger: Ledger, **changes: object) -> Ledger:
+    """The static row and one row that differs from the calibrated one by `changes`."""
+    changed = ledger.rows[4].model_dump() | {"step": 1, "transform": "gates"} | changes
+    return Ledger(rows=[ledger.rows[0], Row.model_validate(changed)])
+
+
+def test_file_is_a_list_of_rows_and_comes_back(ledger: Ledger, tmp_path: Path) -> None:
+    path = tmp_path / "out" / "ledger.json"
+    ledger.write(path)
+    rows = json.loads(path.read_text())
+    assert [row["transform"] for row in rows] == ["static", "exits", "distill", "skip_gates", "calibrate"]
+    assert set(rows[0]) == set(Row.model_fields)
+    assert rows[4]["latency"]["onnxruntime"]["64"]["median_ms"] == pytest.approx(38.4 / 1.63)
+    about = ledger.model_dump(include={"title", "model", "command", "backend", "machine"})
+    assert Ledger.read(path, **about) == ledger
+    assert os.listdir(path.parent) == ["ledger.json"]
+
+
+def test_failed_write_keeps_the_old_file(
+    ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "ledger.json"
+    path.write_text("[]")
+
+    def fail(source: Path, target: Path) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        ledger.write(path)
+    assert path.read_text() == "[]"
+    assert os.listdir(tmp_path) == ["ledger.json"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[{", "not valid JSON"),
+        ("{}", "Input should be a valid list"),
+        ('[{"step": 0}]', "row 0: transform: Field required"),
+    ],
+)
+def test_bad_file_is_explained(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "ledger.json"
+    path.write_text(text)
+    with pytest.raises(DynamizeError, match=said) as caught:
+        Ledger.read(path)
+    assert str(path) in str(caught.value)
+    assert "dynamize run" in str(caught.value)
+
+
+def test_missing_file_is_explained(tmp_path: Path) -> None:
+    with pytest.raises(DynamizeError, match=r"No such file.*Name the ledger\.json"):
+        Ledger.read(tmp_path / "ledger.json")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"exits": [0.5, 0.4]}, "add up to 0.9000"),
+        ({"accuracy_ci": (0.9, 0.8)}, "upside down"),
+        ({"accuracy": 93.0}, "less than or equal to 1"),
+        ({"macs": float("nan")}, "finite"),
+        ({"latency": {"onnxruntime": {"all": {"median_ms": 1, "p95_ms": 2}}}}, "not a whole number"),
+        ({"flops": 3}, "Extra inputs"),
+    ],
+)
+def test_impossible_row_is_refused(ledger: Ledger, changes: dict[str, object], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        with_row(ledger, **changes)
+
+
+def test_rows_start_with_the_static_network_and_rise(ledger: Ledger) -> None:
+    with pytest.raises(ValidationError, match="must start at 0 and rise"):
+        Ledger(rows=ledger.rows[1:])
+    with pytest.raises(ValidationError, match="must start at 0 and rise"):
+        Ledger(rows=[*ledger.rows, ledger.rows[2]])
+
+
+def test_main_backend_comes_first(ledger: Ledger) -> None:
+    timing = ledger.rows[4].latency["onnxruntime"]["1"]
+    both = {"eager": {"128": timing, "16": timing}, "onnxruntime": {"1": timing}}
+    rows = with_row(ledger, latency=both).rows
+    rows[0] = rows[0].model_copy(update={"latency": {}})
+    assert Ledger(rows=rows).backends() == ["eager", "onnxruntime"]
+    assert Ledger(rows=rows, backend="onnxruntime").backends() == ["onnxruntime", "eager"]
+    assert Ledger(rows=rows).batches("eager") == ["16", "128"]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "speedup", "share"), [(0.5, 2.0, 1.0), (0.6, 1.0, 0.0), (0.5, 0.8, -0.5), (0.6, 1.25, 0.5)]
+)
+def test_share_of_saving_shown(ratio: float, speedup: float, share: float) -> None:
+    assert share_of_saving_shown(ratio, speedup) == pytest.approx(share)
+
+
+def test_no_share_where_nothing_was_saved() -> None:
+    assert share_of_saving_shown(1.0, 1.3) is None
+
+
+@pytest.mark.parametrize(
+    ("speedup", "said"),
+    [
+        ({"1": 1 / 0.97}, ["3 % of the time at batch 1"]),
+        ({"1": 1.0}, ["none of the time at batch 1"]),
+        ({"1": 0.8}, ["is 25 % slower at batch 1"]),
+        ({"64": 1 / 0.9, "1": 0.8}, ["is 25 % slower at batch 1 and 10 % of the time at batch 64"]),
+        ({"1": 1.5, "64": 1.1}, ["9 % of the time at batch 64"]),
+        ({"1": 1.5, "64": 1.6}, []),
+    ],
+)
+def test_verdict_on_one_step(ledger: Ledger, speedup: dict[str, float], said: list[str]) -> None:
+    changed = with_row(ledger, macs=0.6 * ledger.rows[0].macs, speedup={"onnxruntime": speedup})
+    expected = [f"Step 1, gates: saves 40 % of MACs but {part} in onnxruntime." for part in said]
+    assert verdicts(changed) == expected
+
+
+def test_untimed_saving_is_said_to_be_untimed(ledger: Ledger) -> None:
+    untimed = with_row(ledger, macs=0.6 * ledger.rows[0].macs, speedup={}, latency={})
+    assert verdicts(untimed) == ["Step 1, gates: saves 40 % of MACs, but its time was not measured."]
+
+
+def test_step_that_saves_no_macs_gets_no_verdict(ledger: Ledger) -> None:
+    slow = with_row(ledger, macs=0.99 * ledger.rows[0].macs, speedup={"onnxruntime": {"1": 0.5}})
+    assert verdicts(slow) == []
+
+
+def test_step_is_judged_by_its_own_change_and_the_run_as_a_whole(ledger: Ledger) -> None:
+    assert [line.split(":")[0] for line in verdicts(ledger)] == ["Step 3, skip_gates"]
+    slow = {"onnxruntime": {"1": 0.6, "64": 0.6}}
+    rows = [row.model_copy(update={"speedup": slow}) if row.step in (1, 2, 3) else row for row in ledger.rows]
+    rows[4] = rows[4].model_copy(update={"speedup": {"onnxruntime": {"1": 1.1, "64": 1.1}}})
+    assert verdicts(Ledger(rows=rows))[-1] == (
+        "All steps together: saves 43 % of MACs but 9 % of the time at batch 1 "
+        "and 9 % of the time at batch 64 in onnxruntime."
+    )
+
+
+def test_headline(ledger: Ledger) -> None:
+    assert headline(ledger) == (
+        "43 % fewer MACs; speed 1.49x at batch 1 and 1.63x at batch 64 in onnxruntime; "
+        "accuracy 93.57 % to 93.27 %."
+    )
+    alone = Ledger(rows=ledger.rows[:1])
+    assert headline(alone) == "The static network: accuracy 93.57 %; no step has been taken."
+    with pytest.raises(DynamizeError, match="no rows"):
+        headline(Ledger())
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0"),
+        (999, "999"),
+        (999.6, "1.00k"),
+        (853_018, "853k"),
+        (999_700, "1.00M"),
+        (9_996, "10.0k"),
+        (25_557_032, "25.6M"),
+        (4.11e9, "4.11G"),
+    ],
+)
+def test_counts_have_three_digits(value: float, text: str) -> None:
+    assert cells.count(value) == text
+
+
+@given(st.floats(min_value=1, max_value=9.9e11))
+def test_counts_are_short_and_right(value: float) -> None:
+    text = cells.count(value)
+    unit = {"G": 1e9, "M": 1e6, "k": 1e3}.get(text[-1], 1)
+    assert len(text) <= 5
+    assert float(text.rstrip("GMk")) * unit == pytest.approx(value, rel=0.006, abs=0.5)
+
+
+@given(st.lists(st.integers(0, 1000), min_size=2, max_size=9).filter(any))
+def test_shares_add_up(weights: list[int]) -> None:
+    exits = [weight / sum(weights) for weight in weights]
+    whole = [int(part) for part in cells.shares(exits).split("/")]
+    assert sum(whole) == 100
+    assert all(abs(part - 100 * share) < 1 + 1e-9 for part, share in zip(whole, exits, strict=True))
+
+
+def test_drop_has_a_sign_unless_it_is_nothing() -> None:
+    assert [cells.drop(value) for value in (0.0012, -0.0012, -0.00001)] == ["+0.12", "-0.12", "0.00"]
+
+
+def test_report_does_not_import_torch() -> None:
+    code = (
+        "import sys\nfrom dynamize.report import html, markdown, terminal\n"
+        "assert not {'torch', 'numpy'} & set(sys.modules), 'heavy import'"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,6 @@
+"""The transforms, one a file; importing this package registers them."""
+
+from dynamize.transforms.distill import Distill
+from dynamize.transforms.exits import Exits
+
+__all__ = ["Distill", "Exits"]

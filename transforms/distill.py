@@ -1,0 +1,90 @@
+"""`distill`: train the exits, or the whole network with them, from the labels and from the original network."""
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from dynamize.errors import DynamizeError
+from dynamize.nn.network import DynamicNetwork
+from dynamize.training.loop import Plan, bf16_helps, train
+from dynamize.training.objectives import MultiExitLoss
+from dynamize.transform import Applied, Context, Transform
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Distill(Transform):
+    """Train with cross entropy and knowledge distillation (Hinton et al. 2015).
+
+    On a network without exits this is plain fine-tuning towards the teacher; with ``alpha: 0``, towards labels.
+    """
+
+    pass_name: Literal["distill"] = Field("distill", alias="pass")
+    epochs: PositiveInt = Field(3, description="passes over the train split")
+    train: Literal["all", "heads"] = Field(
+        "all", description="heads: the network's own layers and batch-norm statistics stay as they are"
+    )
+    batch_size: PositiveInt = Field(128, description="over all processes")
+    lr: PositiveFloat = Field(0.05, description="peak of the one-cycle schedule")
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    alpha: Share = Field(0.5, description="share of each exit's loss that is distillation from the teacher")
+    temperature: PositiveFloat = Field(2.0, description="of the distillation")
+    from_last: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="weight of the distillation of early exits from the last exit"
+    )
+    exit_weights: list[PositiveFloat] | None = Field(None, description="one for each exit; null weighs all alike")
+    gradient_equilibrium: bool = Field(
+        False, description="rescale gradients so that each exit counts alike in the shared layers (IMTA, sec. 3.2)"
+    )
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto: bfloat16 autocast where the device computes it natively"
+    )
+    trackers: list[str] = Field([], description="accelerate's trackers by name, e.g. tensorboard")
+
+    structural: ClassVar[bool] = False
+    exact: ClassVar[bool] = False
+    before: ClassVar[tuple[str, ...]] = ("calibrate",)
+
+    def apply(self, network: DynamicNetwork, context: Context) -> Applied:
+        data = context.needs_data(self)
+        self._check(network)
+        bf16 = bf16_helps(context.device) if self.precision == "auto" else self.precision == "bfloat16"
+        teacher = None
+        if context.teacher is not None and self.alpha > 0:
+            teacher = context.teacher.to(context.device).eval()
+        plan = Plan(
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+            heads_only=self.train == "heads",
+            bf16=bf16,
+            seed=context.seed,
+            work=context.work,
+            resume=context.resume,
+            trackers=tuple(self.trackers),
+            device=context.device,
+            label="distill",
+        )
+        loss = MultiExitLoss(
+            teacher,
+            alpha=self.alpha,
+            temperature=self.temperature,
+            from_last=self.from_last,
+            weights=self.exit_weights,
+        )
+        network.gradient_equilibrium = self.gradient_equilibrium
+        rows = train(network, data, loss, plan, context.progress)
+        network.gradient_equilibrium = False
+        exits = ", ".join(f"{accuracy:.1%}" for accuracy in rows[-1]["calibration_accuracy"])
+        resolved = self.model_copy(update={"precision": "bfloat16" if bf16 else "float32"})
+        return Applied(network, resolved, [f"accuracy of each exit on the calibration images: {exits}"])
+
+    def _check(self, network: DynamicNetwork) -> None:
+        if self.exit_weights is not None and len(self.exit_weights) != network.exit_count:
+            raise DynamizeError(
+                f"distill: exit_weights has {len(self.exit_weights)} entries, the network {network.exit_count} exits "
+                "(its own classifier is the last)"
+            )
+        if self.train == "heads" and network.exit_count == 1:
+            raise DynamizeError("distill: train: heads, but the network has no exit heads: put an `exits` step before")

@@ -1,0 +1,227 @@
+"""`exits`: intermediate classifiers at cut points, so that easy images leave early."""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from typing import Annotated, ClassVar, Literal, cast
+
+import torch
+from pydantic import Field, PositiveInt
+from torch import fx, nn
+
+from dynamize.errors import DynamizeError
+from dynamize.graph.cuts import CutPoint, cut_points, find_cut
+from dynamize.graph.extract import extract
+from dynamize.graph.tails import tail
+from dynamize.graph.trace import annotate
+from dynamize.measure.macs import count_macs
+from dynamize.nn.confidence import ConfidenceName
+from dynamize.nn.heads import ExitHead, conv_body, linear_classifier, zero_fusion
+from dynamize.nn.network import DynamicNetwork
+from dynamize.training.probe import probe
+from dynamize.transform import Applied, Context, Transform
+
+_WIDTH_STEP = 16  # convolution widths that are no multiple of 16 lose on CPUs
+_WIDEST = 1024
+
+
+class Exits(Transform):
+    """Insert intermediate classifiers (Huang et al. 2018, MSDNet, sec. 3; Teerapittayanon et al. 2016, BranchyNet).
+
+    ``at: auto`` weighs the MACs up to each cut point against what a closed-form probe on calibration features says
+    a head there could answer; without data it spreads the exits evenly over the MACs.
+    """
+
+    pass_name: Literal["exits"] = Field("exits", alias="pass")
+    at: Literal["auto"] | list[str] = Field("auto", description="cut points: node names or module paths, or auto")
+    count: PositiveInt = Field(2, description="number of early exits for `at: auto`; the network's own comes on top")
+    head: Literal["linear", "conv", "tail"] = Field(
+        "conv",
+        description="linear: pooling and a linear layer; conv: stride-2 convolutions before it (MSDNet); tail: a copy "
+        "of the network's own later layers without the blocks that keep the shape",
+    )
+    share: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.15, description="most that all heads together may cost, as a share of the network's MACs"
+    )
+    size: Literal["auto"] | list[int] = Field(
+        "auto",
+        description="per exit; conv: width in channels, tail: same-shape blocks kept per resolution. auto: the "
+        "largest that `share` allows",
+    )
+    chain: bool = Field(False, description="let each exit build on what the heads before it saw")
+    confidence: ConfidenceName = Field("top_probability", description="what the thresholds are compared with")
+
+    once: ClassVar[bool] = True
+    before: ClassVar[tuple[str, ...]] = ("distill", "calibrate")
+
+    def apply(self, network: DynamicNetwork, context: Context) -> Applied:
+        if network.exit_count != 1:
+            raise DynamizeError("the network has exits already: give all of them in one `exits` step")
+        traced = cast(fx.GraphModule, network.segments[0])
+        annotate(traced, network.input_shape)
+        cuts = cut_points(traced)
+        if len(cuts) < 2:
+            raise DynamizeError(
+                "the network has no cut point before its last layers, so an exit has no place: some value from its "
+                "beginning is used until its end"
+            )
+        chosen = self._place(traced, cuts, context)
+        heads, sizes = self._build_heads(traced, chosen, network)
+        exits = DynamicNetwork(
+            self._segments(traced, chosen),
+            heads,
+            input_shape=network.input_shape,
+            fusion=zero_fusion(_context_width(heads, chosen), _classes(traced)) if self.chain else None,
+            confidence=self.confidence,
+        )
+        note = self._cost_note(exits, chosen, traced)
+        exits.train(network.training)
+        resolved = self.model_copy(update={"at": [c.name for c in chosen], "size": sizes, "count": len(chosen)})
+        return Applied(exits, resolved, [note])
+
+    def _segments(self, traced: fx.GraphModule, chosen: Sequence[CutPoint]) -> list[nn.Module]:
+        borders = [None, *(cut.name for cut in chosen), None]
+        return [extract(traced, first, last) for first, last in zip(borders, borders[1:], strict=False)]
+
+    def _place(self, traced: fx.GraphModule, cuts: list[CutPoint], context: Context) -> list[CutPoint]:
+        if self.at != "auto":
+            chosen = {find_cut(cuts, name) for name in self.at}
+            if len(chosen) < len(self.at):
+                raise DynamizeError(f"exits at {self.at}: two of these are the same cut point; name each once")
+            return sorted(chosen, key=lambda cut: cut.macs)
+        total = _macs(traced)
+        candidates = [cut for cut in cuts if cut.macs < (0.95 - self.share) * total] or cuts[:1]
+        if len(candidates) < self.count:
+            raise DynamizeError(
+                f"exits: count {self.count}, but only {len(candidates)} cut points lie early enough to save work: "
+                f"use count: {len(candidates)}"
+            )
+        costs = torch.tensor([cut.macs / total for cut in candidates])
+        even = [(k + 1) / (self.count + 1) for k in range(self.count)]
+        picked = _nearest(costs, even)
+        if context.data is not None:
+            traced.to(context.device)
+            batches = context.data.calibration.batches(256)
+            right = probe(traced, [cut.name for cut in candidates], batches, context.device)
+            picked = _cheapest(right, costs, picked, self.share)
+        return [candidates[i] for i in picked]
+
+    def _build_heads(
+        self, traced: fx.GraphModule, chosen: list[CutPoint], network: DynamicNetwork
+    ) -> tuple[list[ExitHead], list[int]]:
+        allowed = self.share * _macs(traced)
+        if self.head == "linear":
+            sizes = [0] * len(chosen)
+        elif self.size != "auto":
+            sizes = list(self.size)
+            if len(sizes) != len(chosen):
+                raise DynamizeError(f"exits: size has {len(sizes)} entries for {len(chosen)} exits; give one for each")
+        else:
+            sizes = self._largest_sizes(traced, chosen, allowed)
+        heads: list[ExitHead] = []
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            for cut, size in zip(chosen, sizes, strict=True):
+                heads.append(self._head(traced, cut, size, _context_width(heads, chosen)))
+        spent = sum(_head_macs(h, cut) for h, cut in zip(heads, chosen, strict=True))
+        if spent > allowed * 1.0001:
+            raise DynamizeError(
+                f"exits: the {self.head} heads cost {spent / _macs(traced):.1%} of the network, more than share: "
+                f"{self.share}. Raise share, use fewer or later exits, or head: "
+                + ("linear" if self.head == "conv" else "conv")
+            )
+        return heads, sizes
+
+    def _head(self, traced: fx.GraphModule, cut: CutPoint, size: int, context_width: int) -> ExitHead:
+        classes = _classes(traced)
+        fusion = zero_fusion(context_width, classes) if self.chain and context_width else None
+        body: nn.Module
+        classifier: nn.Module
+        if self.head == "tail":
+            body, classifier = tail(traced, cut.name, size)
+        elif self.head == "conv":
+            body, classifier = conv_body(cut.shape[0], size, min(cut.shape[1:])), linear_classifier(size, classes)
+        else:
+            body, classifier = nn.Identity(), linear_classifier(cut.shape[0], classes)
+        return ExitHead(body, classifier, fusion).to(next(traced.parameters()).device).eval()
+
+    def _largest_sizes(self, traced: fx.GraphModule, chosen: list[CutPoint], allowed: float) -> list[int]:
+        """The largest sizes that fit: an equal share for each convolutional head, one depth for all tails."""
+        if self.head == "conv":
+            return [self._largest_width(traced, cut, allowed / len(chosen)) for cut in chosen]
+        depth, fitting = 0, 0
+        blocks = len(cut_points(traced))
+        while depth < blocks:
+            heads = [self._head(traced, cut, depth, 0) for cut in chosen]
+            if sum(_head_macs(h, cut) for h, cut in zip(heads, chosen, strict=True)) > allowed:
+                break
+            fitting, depth = depth, depth + 1
+        return [fitting] * len(chosen)
+
+    def _largest_width(self, traced: fx.GraphModule, cut: CutPoint, allowed: float) -> int:
+        widths = range(_WIDTH_STEP, _WIDEST + 1, _WIDTH_STEP)
+        fitting = bisect_right(widths, allowed, key=lambda width: _head_macs(self._head(traced, cut, width, 0), cut))
+        return widths[max(0, fitting - 1)]
+
+    def _cost_note(self, exits: DynamicNetwork, chosen: list[CutPoint], traced: fx.GraphModule) -> str:
+        total = _macs(traced)
+        heads = sum(_head_macs(cast(ExitHead, h), c) for h, c in zip(exits.heads, chosen, strict=True))
+        places = ", ".join(f"{cut.module or cut.name} ({cut.macs / total:.0%} of MACs)" for cut in chosen)
+        return f"exits after {places}; all heads together cost {heads / total:.1%} of the network"
+
+
+def _nearest(costs: torch.Tensor, wanted: Sequence[float]) -> list[int]:
+    """Indexes of distinct candidates nearest to the wanted costs, ascending."""
+    picked: list[int] = []
+    for goal in wanted:
+        free = [i for i in range(len(costs)) if i not in picked]
+        picked.append(min(free, key=lambda i: abs(float(costs[i]) - goal)))
+    return sorted(picked)
+
+
+def _cheapest(right: torch.Tensor, costs: torch.Tensor, start: list[int], share: float) -> list[int]:
+    """Exits that minimise the mean cost if each image leaves at the first one whose probe is right.
+
+    Coordinate descent from ``start``: each exit in turn moves to its best place until none moves.
+    """
+
+    def mean_cost(picked: list[int]) -> float:
+        order = sorted(picked)
+        cost = torch.full((right.shape[1],), 1 + share)
+        for rank, i in reversed(list(enumerate(order))):
+            cost = torch.where(right[i], costs[i] + share * (rank + 1) / len(order), cost)
+        return float(cost.mean())
+
+    picked, moved = list(start), True
+    while moved:
+        moved = False
+        for k in range(len(picked)):
+            others = picked[:k] + picked[k + 1 :]
+            best = min((i for i in range(len(costs)) if i not in others), key=lambda i: mean_cost([*others, i]))
+            if mean_cost([*others, best]) < mean_cost(picked) - 1e-9:
+                picked, moved = [*picked[:k], best, *picked[k + 1 :]], True
+    return sorted(picked)
+
+
+def _macs(traced: fx.GraphModule) -> float:
+    return sum(node.meta["macs"] for node in traced.graph.nodes)
+
+
+def _classes(traced: fx.GraphModule) -> int:
+    output = next(node for node in traced.graph.nodes if node.op == "output")
+    return int(cast(fx.Node, output.args[0]).meta["shape"][1])
+
+
+def _head_macs(head: ExitHead, cut: CutPoint) -> float:
+    device = next(head.parameters()).device
+    context = None if head.fusion is None else torch.zeros(1, head.fusion.in_features, device=device)
+    return count_macs(head, torch.zeros(1, *cut.shape, device=device), context)
+
+
+def _context_width(heads: Sequence[ExitHead], chosen: Sequence[CutPoint]) -> int:
+    """Channels of everything that these heads hand on."""
+    width = 0
+    for head, cut in zip(heads, chosen, strict=False):
+        device = next(head.parameters()).device
+        with torch.no_grad():
+            width += head.body(torch.zeros(1, *cut.shape, device=device)).shape[1]
+    return width
