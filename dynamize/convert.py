@@ -9,6 +9,7 @@ from torch import nn
 
 from dynamize.graph.trace import trace
 from dynamize.nn.network import DynamicNetwork
+from dynamize.sources import origin
 from dynamize.transform import Context, Transform, check_order, parse_step
 
 
@@ -22,6 +23,7 @@ def wrap(network: nn.Module, input_shape: Sequence[int]) -> DynamicNetwork:
     if isinstance(network, DynamicNetwork):
         return copy.deepcopy(network)
     wrapped = DynamicNetwork([trace(network, input_shape)], input_shape=input_shape)
+    wrapped.source = origin(network)
     return wrapped.train(network.training)
 
 
@@ -54,15 +56,16 @@ def convert(
 
 def apply(network: DynamicNetwork, transform: Transform, context: Context) -> tuple[DynamicNetwork, list[str]]:
     """Apply one transform and write its resolved form into the history. Returns the network and notes."""
-    history, training = network.history, network.training
-    applied = transform.apply(network, context)
+    history, source, training = network.history, network.source, network.training
+    applied = transform.apply(network.eval(), context)
     applied.network.history = [*history, applied.resolved.describe()]
+    applied.network.source = source
     return applied.network.train(training), applied.notes
 
 
 def replay(network: nn.Module, history: Sequence[dict[str, Any]], input_shape: Sequence[int]) -> DynamicNetwork:
     """Rebuild the structure that a history describes on a fresh source network, without data or training."""
-    rebuilt = wrap(network, input_shape)
+    rebuilt = wrap(network, input_shape).eval()
     for step in history:
         transform = parse_step(step)
         if transform.structural:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, Self
+from weakref import WeakKeyDictionary
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import nn
@@ -32,6 +33,7 @@ FORMS = "torchvision:NAME, timm:NAME, dynamize:NAME, file.py:factory or package.
 _WITH_ARGUMENTS = re.compile(r"(.+?)((?:,[A-Za-z_]\w*=[^,]*)*)", re.DOTALL)
 _AUXILIARY = ("googlenet", "inception_v3")
 _PRETRAINED_KEYS = ("weights", "pretrained")
+_ORIGINS: WeakKeyDictionary[nn.Module, "SourceSpec"] = WeakKeyDictionary()
 _REMOTE_TIMM = ("hf-hub:", "hf_hub:", "local-dir:")
 
 
@@ -170,7 +172,13 @@ def load_source(spec: SourceSpec, trust_code: bool) -> nn.Module:
         rescales = spec.library == "torchvision" and spec.target[1] in _AUXILIARY
         if rescales and "transform_input" not in spec.kwargs:
             log.warning("%s: torchvision's own weights need transform_input=True; is this one?", spec.source)
+    _ORIGINS[model] = spec
     return model.eval()
+
+
+def origin(network: nn.Module) -> SourceSpec | None:
+    """Where a network that ``load_source`` made came from; None for any other module."""
+    return _ORIGINS.get(network)
 
 
 def source(

@@ -59,6 +59,12 @@ class Context:
             )
         return self.data
 
+    def needs_teacher(self, transform: "Transform") -> nn.Module:
+        """The teacher, or a DynamizeError that names the step."""
+        if self.teacher is None:
+            raise DynamizeError(f"`{transform.pass_name}` needs the original network: pass Context(teacher=...)")
+        return self.teacher
+
 
 @dataclass(frozen=True)
 class Applied:

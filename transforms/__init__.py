@@ -1,6 +1,7 @@
 """The transforms, one a file; importing this package registers them."""
 
+from dynamize.transforms.calibrate import Calibrate
 from dynamize.transforms.distill import Distill
 from dynamize.transforms.exits import Exits
 
-__all__ = ["Distill", "Exits"]
+__all__ = ["Calibrate", "Distill", "Exits"]

@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal, cast
 
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import fx, nn
 
 from dynamize.errors import DynamizeError
 from dynamize.graph.cuts import CutPoint, cut_points, find_cut
 from dynamize.graph.extract import extract
 from dynamize.graph.tails import tail
-from dynamize.graph.trace import annotate
+from dynamize.graph.trace import annotate, blank
 from dynamize.measure.macs import count_macs
 from dynamize.nn.confidence import ConfidenceName
 from dynamize.nn.heads import ExitHead, conv_body, linear_classifier, zero_fusion
@@ -23,6 +23,8 @@ from dynamize.transform import Applied, Context, Transform
 _WIDTH_STEP = 16  # convolution widths that are no multiple of 16 lose on CPUs
 _WIDEST = 1024
 
+Names = Annotated[list[str], Field(min_length=1)]
+
 
 class Exits(Transform):
     """Insert intermediate classifiers (Huang et al. 2018, MSDNet, sec. 3; Teerapittayanon et al. 2016, BranchyNet).
@@ -32,7 +34,7 @@ class Exits(Transform):
     """
 
     pass_name: Literal["exits"] = Field("exits", alias="pass")
-    at: Literal["auto"] | list[str] = Field("auto", description="cut points: node names or module paths, or auto")
+    at: Literal["auto"] | Names = Field("auto", description="cut points: node names or module paths, or auto")
     count: PositiveInt = Field(2, description="number of early exits for `at: auto`; the network's own comes on top")
     head: Literal["linear", "conv", "tail"] = Field(
         "conv",
@@ -42,7 +44,7 @@ class Exits(Transform):
     share: Annotated[float, Field(gt=0, le=1)] = Field(
         0.15, description="most that all heads together may cost, as a share of the network's MACs"
     )
-    size: Literal["auto"] | list[int] = Field(
+    size: Literal["auto"] | list[NonNegativeInt] = Field(
         "auto",
         description="per exit; conv: width in channels, tail: same-shape blocks kept per resolution. auto: the "
         "largest that `share` allows",
@@ -87,7 +89,13 @@ class Exits(Transform):
             chosen = {find_cut(cuts, name) for name in self.at}
             if len(chosen) < len(self.at):
                 raise DynamizeError(f"exits at {self.at}: two of these are the same cut point; name each once")
-            return sorted(chosen, key=lambda cut: cut.macs)
+            ordered = sorted(chosen, key=lambda cut: cut.macs)
+            if self.size != "auto" and ordered != [find_cut(cuts, name) for name in self.at]:
+                raise DynamizeError(
+                    f"exits at {self.at}: sizes are given one for each exit in the order of execution, which is "
+                    f"{[cut.name for cut in ordered]}: write `at` and `size` in that order"
+                )
+            return ordered
         total = _macs(traced)
         candidates = [cut for cut in cuts if cut.macs < (0.95 - self.share) * total] or cuts[:1]
         if len(candidates) < self.count:
@@ -115,6 +123,8 @@ class Exits(Transform):
             sizes = list(self.size)
             if len(sizes) != len(chosen):
                 raise DynamizeError(f"exits: size has {len(sizes)} entries for {len(chosen)} exits; give one for each")
+            if self.head == "conv" and 0 in sizes:
+                raise DynamizeError("exits: a conv head needs a size of at least 1 channel; without any: head: linear")
         else:
             sizes = self._largest_sizes(traced, chosen, allowed)
         heads: list[ExitHead] = []
@@ -142,7 +152,7 @@ class Exits(Transform):
             body, classifier = conv_body(cut.shape[0], size, min(cut.shape[1:])), linear_classifier(size, classes)
         else:
             body, classifier = nn.Identity(), linear_classifier(cut.shape[0], classes)
-        return ExitHead(body, classifier, fusion).to(next(traced.parameters()).device).eval()
+        return ExitHead(body, classifier, fusion).to(blank(traced)).eval()
 
     def _largest_sizes(self, traced: fx.GraphModule, chosen: list[CutPoint], allowed: float) -> list[int]:
         """The largest sizes that fit: an equal share for each convolutional head, one depth for all tails."""
@@ -212,16 +222,14 @@ def _classes(traced: fx.GraphModule) -> int:
 
 
 def _head_macs(head: ExitHead, cut: CutPoint) -> float:
-    device = next(head.parameters()).device
-    context = None if head.fusion is None else torch.zeros(1, head.fusion.in_features, device=device)
-    return count_macs(head, torch.zeros(1, *cut.shape, device=device), context)
+    context = None if head.fusion is None else blank(head, 1, head.fusion.in_features)
+    return count_macs(head, blank(head, 1, *cut.shape), context)
 
 
 def _context_width(heads: Sequence[ExitHead], chosen: Sequence[CutPoint]) -> int:
     """Channels of everything that these heads hand on."""
     width = 0
     for head, cut in zip(heads, chosen, strict=False):
-        device = next(head.parameters()).device
         with torch.no_grad():
-            width += head.body(torch.zeros(1, *cut.shape, device=device)).shape[1]
+            width += head.body(blank(head, 1, *cut.shape)).shape[1]
     return width

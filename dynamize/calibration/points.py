@@ -181,8 +181,7 @@ def point_for_drop(
     label = name or f"drop-{max_drop:g}"
     off: Thresholds = [None] * (table.exits - 1)
     tried = [(off, apply_folds(table, off, [off] * FOLDS, FOLDS, seed))]
-    budgets = frontier_budgets(table, measure, 2 if table.exits == 1 else 3)
-    low, high = budgets[0], budgets[-1]
+    low, high = frontier_budgets(table, measure, 3)
     tried += [_fit(table, low, measure, seed), _fit(table, high, measure, seed)]
     if tried[1][1].drop.mean() > max_drop >= tried[2][1].drop.mean():
         for _ in range(DROP_STEPS):
@@ -216,7 +215,7 @@ def _budget_solver(budget: float, measure: str) -> Solve:
 
 
 def _point(table: ConfidenceTable, name: str, thresholds: Thresholds, fit: CrossFit) -> OperatingPoint:
-    table.cost("macs")
+    table.cost("macs")  # refuses a table without MACs
     accuracy, drop, macs = fit.accuracy(), fit.accuracy_drop(), fit.cost("macs")
     latency = fit.cost("ms") if "ms" in table.costs else None
     return OperatingPoint(

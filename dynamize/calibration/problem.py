@@ -177,7 +177,7 @@ class Problem:
             elif moves is ones and twos:
                 moves = twos
             else:
-                break
+                return best
         while (after := self._single_moves(best, goal)) is not best:
             best = after
         return best

@@ -30,8 +30,8 @@ def solve_budget(table: ConfidenceTable, budget: float, measure: str = "macs") -
     if found is None:
         static = table.static_cost[measure]
         raise DynamizeError(
-            f"a mean of {budget:g} {measure} per image cannot be reached: every image leaving at the cheapest "
-            f"exit already costs {cheapest:g} ({cheapest / static:.3f} of the static network). "
+            f"a mean of {budget:g} {measure} per image cannot be reached: every image leaving at the "
+            f"cheapest exit costs {cheapest:g} ({cheapest / static:.3f} of the static network). "
             f"Ask for budget={_rounded_up(cheapest)} or more, or insert an earlier exit."
         )
     return search.thresholds(found.positions)

@@ -153,7 +153,7 @@ class ConfidenceTable:
     def _check(self, thresholds: Sequence[float | None]) -> None:
         if len(thresholds) != self.exits - 1:
             raise DynamizeError(
-                f"{len(thresholds)} thresholds for a network of {self.exits} exits: give {self.exits - 1}, one "
+                f"{len(thresholds)} thresholds for one of {self.exits} exits: give {self.exits - 1}, one "
                 "for each exit but the last, and None for an exit that is off."
             )
         if any(threshold is not None and math.isnan(threshold) for threshold in thresholds):

@@ -29,8 +29,8 @@ def cut_points(traced: fx.GraphModule) -> list[CutPoint]:
     """All cut points of an annotated graph in execution order.
 
     A node is one if no other value that depends on the image is used after it. Of neighbours with no
-    multiply-accumulates between them (convolution, batch norm, activation) only the last is listed. The input and
-    what is pooled to 1 x 1 are not.
+    multiply-accumulates between them (convolution, batch norm, activation) only the last is listed. The input, what
+    is made of it without multiply-accumulates (it may share the input's memory) and what is pooled to 1 x 1 are not.
     """
     return [
         CutPoint(node.name, module_path(node), tuple(node.meta["shape"][1:]), macs)
@@ -49,7 +49,7 @@ def _separating_nodes(traced: fx.GraphModule) -> list[tuple[fx.Node, float]]:
         macs += node.meta["macs"]
         if node.op == "placeholder" or any(source in depends for source in node.all_input_nodes):
             depends.add(node)
-        if open_until <= i and node in depends and _is_feature_map(node):
+        if macs and open_until <= i and node in depends and _is_feature_map(node):
             if found and found[-1][1] == macs:
                 found.pop()
             found.append((node, macs))

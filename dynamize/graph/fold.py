@@ -13,7 +13,8 @@ _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def folded(module: nn.Module) -> fx.GraphModule:
     """A traced copy of ``module`` in eval mode whose batch norms after convolutions are folded away.
 
-    Exact up to rounding. A batch norm stays where its input has other users or it does more than normalise.
+    Exact up to rounding. A batch norm stays where its input has other users, it does more than normalise or it keeps
+    no running statistics.
     """
     module = copy.deepcopy(module).eval()
     result = fx.GraphModule(module, NetworkTracer().trace(module))
@@ -21,6 +22,8 @@ def folded(module: nn.Module) -> fx.GraphModule:
         norm, before = _module(result, node), node.all_input_nodes[0] if node.all_input_nodes else None
         conv = _module(result, before) if before is not None else None
         if type(norm) is not nn.BatchNorm2d or type(conv) not in _CONVS or len(before.users) > 1:
+            continue
+        if norm.running_mean is None:
             continue
         if _uses(result, node.target) > 1 or _uses(result, before.target) > 1:
             continue  # a layer that is called twice serves two places

@@ -28,9 +28,9 @@ def tail(traced: fx.GraphModule, after: str, depth: int) -> tuple[nn.Sequential,
         if before.shape == cut.shape:
             waiting.append((before.name, cut.name))
             continue
-        kept += waiting[len(waiting) - depth :] if changed and depth else []
+        kept += waiting[-depth:] if changed and depth else []
         kept.append((before.name, cut.name))
         waiting, changed = [], True
-    kept += waiting[len(waiting) - depth :] if changed and depth else []
+    kept += waiting[-depth:] if changed and depth else []
     blocks = [copy.deepcopy(extract(traced, first, last)) for first, last in kept]
     return nn.Sequential(*blocks), copy.deepcopy(extract(traced, cuts[-1].name, None))

@@ -37,6 +37,14 @@ class NetworkTracer(fx.Tracer):
             return True
         return super().is_leaf_module(m, module_qualified_name)
 
+    def create_proxy(self, kind: str, target: object, args: tuple, kwargs: dict, *rest: object, **more: object) -> object:
+        optional = kind == "placeholder" and any(node.op == "placeholder" for node in self.graph.nodes)
+        if optional and str(target).startswith("*"):
+            return {} if str(target).startswith("**") else ()
+        if optional and args:
+            return args[0]  # forward(images, mask=None): a classifier is called with the images only
+        return super().create_proxy(kind, target, args, kwargs, *rest, **more)  # type: ignore[arg-type]
+
     def call_module(self, m: nn.Module, forward: object, args: tuple, kwargs: dict) -> object:
         outer, self.visiting = self.visiting, self.path_of_module(m)
         result = super().call_module(m, forward, args, kwargs)  # type: ignore[arg-type]
@@ -72,20 +80,23 @@ def trace(network: nn.Module, input_shape: Sequence[int]) -> fx.GraphModule:
     except Exception as error:
         raise DynamizeError(_why_untraceable(network, tracer, error)) from error
     traced = fx.GraphModule(network, graph, type(network).__name__)
+    annotate(traced, input_shape)
     traced.graph.eliminate_dead_code()
     traced.recompile()
-    annotate(traced, input_shape)
     return traced
 
 
 def annotate(traced: fx.GraphModule, input_shape: Sequence[int]) -> None:
-    """Run one blank image of ``(C, H, W)`` and write ``shape`` and ``macs`` into the meta of each node."""
-    tensors = [*traced.parameters(), *traced.buffers()]
-    device = tensors[0].device if tensors else torch.device("cpu")
-    image_NCHW = torch.zeros(1, *input_shape, device=device)
+    """Run one blank image of ``(C, H, W)`` and write ``shape`` and ``macs`` into the meta of each node.
+
+    What a node overwrites in place is from there on read from that node, so that the order of execution can be seen
+    in the graph.
+    """
+    image_NCHW = blank(traced, 1, *input_shape)
+    annotator = _Annotator(traced)
     try:
-        with torch.no_grad():
-            output = _Annotator(traced).run(image_NCHW)
+        with torch.inference_mode(False), torch.no_grad():
+            output = annotator.run(image_NCHW)
     except DynamizeError:
         raise
     except Exception as error:
@@ -99,16 +110,56 @@ def annotate(traced: fx.GraphModule, input_shape: Sequence[int]) -> None:
             f"the network returns {given}, but a classifier returns one tensor (N, classes). "
             "Wrap it in a module whose forward returns the class scores only."
         )
+    annotator.order_overwriting()
+
+
+def blank(module: nn.Module, *shape: int) -> torch.Tensor:
+    """Zeros on the device and of the floating type that ``module`` computes with."""
+    tensors = [*module.parameters(), *module.buffers()]
+    floating = next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
+    return torch.zeros(shape, device=tensors[0].device if tensors else "cpu", dtype=floating)
 
 
 class _Annotator(fx.Interpreter):
+    def __init__(self, traced: fx.GraphModule) -> None:
+        super().__init__(traced)
+        self.position = {node: i for i, node in enumerate(traced.graph.nodes)}
+        self.overwritten: list[tuple[fx.Node, fx.Node]] = []  # (a value, the node that changes it before a later use)
+
     def run_node(self, n: fx.Node) -> object:
+        live = {
+            node: (held, held._version)
+            for node, held in self.env.items()
+            if isinstance(held, torch.Tensor) and any(self.position[user] > self.position[n] for user in node.users)
+        }
         with counting_macs() as counted:
             value = super().run_node(n)
+        for node, (held, version) in live.items():
+            if held._version != version:
+                self._overwrites(n, value, node, held)
         n.meta["macs"] = counted()
         n.meta["shape"] = tuple(value.shape) if isinstance(value, torch.Tensor) else None
         n.meta["floating"] = isinstance(value, torch.Tensor) and value.is_floating_point()
         return value
+
+    def _overwrites(self, n: fx.Node, value: object, node: fx.Node, held: torch.Tensor) -> None:
+        same = isinstance(value, torch.Tensor) and value.data_ptr() == held.data_ptr()
+        if not same or value.shape != held.shape or value.stride() != held.stride():  # type: ignore[attr-defined]
+            raise DynamizeError(
+                f"the network cannot be taken apart: `{n.name}` writes in place into a part of `{node.name}`, which is "
+                "used again later. Make that operator out of place. Nothing was changed."
+            )
+        self.overwritten.append((node, n))
+
+    def order_overwriting(self) -> None:
+        """Make every use of a value after it was overwritten a use of the node that overwrote it."""
+        newest: dict[fx.Node, fx.Node] = {}
+        for node, writer in self.overwritten:
+            held = newest.get(node, node)
+            for user in list(held.users):
+                if self.position[user] > self.position[writer]:
+                    user.replace_input_with(held, writer)
+            newest[node] = writer
 
 
 def _why_untraceable(network: nn.Module, tracer: NetworkTracer, error: Exception) -> str:

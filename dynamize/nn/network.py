@@ -13,6 +13,7 @@ from dynamize.nn.routing import Routing, StageOutput, run_stages
 
 if TYPE_CHECKING:
     from dynamize.calibration.points import OperatingPoint, OperatingPoints
+    from dynamize.sources import SourceSpec
 
 
 class DynamicNetwork(nn.Module):
@@ -33,6 +34,7 @@ class DynamicNetwork(nn.Module):
         thresholds: one score for each early exit, None where it is off; set by :meth:`set_operating_point`.
         operating_points: what calibration found, or None before.
         history: the resolved transforms that made this network, as plain data.
+        source: where the original network came from; None for a module made in Python.
     """
 
     temperatures: Tensor
@@ -60,6 +62,7 @@ class DynamicNetwork(nn.Module):
         self.operating_point: OperatingPoint | None = None
         self.gradient_equilibrium = False
         self.history: list[dict[str, Any]] = []
+        self.source: SourceSpec | None = None
         self.routing: Routing | None = None
 
     @property

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dynamize.errors import DynamizeError, closest
 from dynamize.nn.network import DynamicNetwork
@@ -59,8 +59,3 @@ def compile_network(network: DynamicNetwork, backend: str, device: torch.device 
 def default_backend(device: torch.device) -> str:
     """The fastest backend here that was measured to be: ONNX Runtime on a CPU, eager elsewhere."""
     return "onnxruntime" if device.type == "cpu" else "eager"
-
-
-def parameters_of(network: nn.Module) -> int:
-    """How many parameters a network has."""
-    return sum(parameter.numel() for parameter in network.parameters())

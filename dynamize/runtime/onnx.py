@@ -2,10 +2,9 @@
 
 import io
 import logging
-import os
 import warnings
 from functools import cache
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -135,8 +134,3 @@ class _Plain(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Any:
         return self.module(*inputs)
-
-
-def threads() -> int:
-    """Threads that both backends compute with."""
-    return cast(int, min(torch.get_num_threads(), os.cpu_count() or 1))

@@ -65,7 +65,7 @@ def train(
         rows = run.all_epochs(progress)
     for buffer in network.buffers():  # batch-norm statistics differ between processes: all take the first one's
         broadcast(buffer)
-    network.eval()
+    network.eval().to(memory_format=torch.contiguous_format)
     accelerator.end_training()
     return rows
 
@@ -92,6 +92,7 @@ class _Run:
         )
         self.position = Position()
         self.clock = CheckpointClock()
+        self.started = time.monotonic()
         if plan.resume and plan.work is not None:
             found = load_checkpoint(plan.work, network, optimizer, self.schedule)
             self.position = found or self.position
@@ -99,7 +100,7 @@ class _Run:
     def all_epochs(self, progress: Progress) -> list[dict[str, Any]]:
         plan, position = self.plan, self.position
         for epoch in range(position.epoch, plan.epochs):
-            started = time.monotonic()
+            self.started = time.monotonic() - position.seconds
             set_epoch(self.loader, epoch)
             first = position.step
             batches = self.accelerator.skip_first_batches(self.loader, first) if first else self.loader
@@ -113,7 +114,7 @@ class _Run:
                     "epoch": epoch + 1,
                     "loss": position.loss / max(1, self.steps),
                     "calibration_accuracy": accuracies,
-                    "seconds": round(position.seconds + time.monotonic() - started, 1),
+                    "seconds": round(time.monotonic() - self.started, 1),
                 }
             )
             self.accelerator.log(_flat(position.rows[-1]), step=epoch + 1)
@@ -125,7 +126,7 @@ class _Run:
         self.network.train()
         if self.plan.heads_only:
             self.network.segments.eval()
-        started, waiting = time.monotonic(), list[Tensor]()
+        waiting: list[Tensor] = []
         for step, (images, labels) in enumerate(batches, start=first):
             waiting.append(self._step(epoch, step, images, labels))
             if len(waiting) >= _STEPS_BETWEEN_CHECKS or step == self.steps - 1:
@@ -133,8 +134,7 @@ class _Run:
                 self.position.step = step + 1
                 waiting.clear()
                 if self.clock.due() and step < self.steps - 1:
-                    self.position.seconds += time.monotonic() - started
-                    started = time.monotonic()
+                    self.position.seconds = time.monotonic() - self.started
                     self._save()
 
     def _step(self, epoch: int, step: int, images: Tensor, labels: Tensor) -> Tensor:

@@ -1,0 +1,21 @@
+"""Temperature scaling of an exit's logits (Guo et al. 2017, sec. 4.2)."""
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax
+
+_WIDEST = 20.0
+
+
+def fit_temperature(logits_NC: NDArray[np.floating], labels_N: NDArray[np.integer]) -> float:
+    """The T in 1/20 .. 20 that minimises the cross entropy of softmax(logits / T) on calibration images."""
+    logits = logits_NC.astype(np.float64)
+    rows = np.arange(len(labels_N))
+
+    def cross_entropy(log_temperature: float) -> float:
+        return float(-log_softmax(logits / np.exp(log_temperature), axis=1)[rows, labels_N].mean())
+
+    bound = float(np.log(_WIDEST))
+    found = minimize_scalar(cross_entropy, bounds=(-bound, bound), method="bounded")
+    return float(np.exp(found.x))

@@ -1,0 +1,171 @@
+"""One network against the untouched static one: accuracy, executed MACs and time, as a row of the ledger."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from dynamize.calibration.intervals import wilson
+from dynamize.data import Images
+from dynamize.measure.accuracy import answers, routed_answers
+from dynamize.measure.costs import exit_costs
+from dynamize.measure.latency import Times, interleave
+from dynamize.nn.network import DynamicNetwork
+from dynamize.report.ledger import Row, Timing
+from dynamize.runtime.compiled import CompiledNetwork, compile_network
+
+_INPUTS = 96  # images timed in each round, at least one batch
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a network does on a split: answers, labels and exit indexes, (n,) each."""
+
+    answers: Tensor
+    labels: Tensor
+    exits: Tensor
+
+    @property
+    def accuracy(self) -> float:
+        """Top-1."""
+        return float((self.answers == self.labels).double().mean())
+
+    def shares(self, count: int) -> list[float]:
+        """Share of the images that left at each of ``count`` exits."""
+        return (torch.bincount(self.exits, minlength=count).double() / len(self.exits)).tolist()
+
+
+class Evaluator:
+    """Judges networks on one split against one static network.
+
+    Args:
+        static: the untouched network, wrapped (:func:`dynamize.convert.wrap`).
+        images: the split, in practice test.
+        device: where accuracy is measured and, if the backends allow, time.
+        backends: what latency is measured on, the main one first.
+        batches: batch sizes timed.
+        seconds: how long each comparison of times takes.
+    """
+
+    def __init__(
+        self,
+        static: DynamicNetwork,
+        images: Images,
+        device: torch.device,
+        backends: Sequence[str],
+        batches: Sequence[int] = (1, 64),
+        seconds: float = 5.0,
+    ) -> None:
+        self.static, self.images, self.device = static, images, device
+        self.backends, self.batches, self.seconds = tuple(backends), tuple(batches), seconds
+        self._compiled: dict[str, CompiledNetwork] = {}
+
+    @cached_property
+    def reference(self) -> Judgement:
+        """The static network on the split."""
+        found, labels = answers(self.static, self.images, self.device)
+        return Judgement(found, labels, torch.zeros_like(labels))
+
+    @cached_property
+    def static_macs(self) -> float:
+        """MACs per image of the static network."""
+        return float(exit_costs(self.static).cumulative()[-1])
+
+    def judge(self, network: DynamicNetwork) -> Judgement:
+        """Answers and routing of ``network`` at its operating point."""
+        return Judgement(*routed_answers(network, self.images, self.device))
+
+    def row(self, step: int, transform: str, network: DynamicNetwork, seconds: float, notes: Sequence[str]) -> Row:
+        """A row of the ledger for the network as it stands."""
+        judged = self.judge(network) if step else self.reference
+        costs = exit_costs(network).cumulative(network.thresholds)
+        shares = judged.shares(network.exit_count)
+        macs = float(sum(share * cost for share, cost in zip(shares, costs, strict=True)))
+        right = int((judged.answers == judged.labels).sum())
+        times = self.times(network, judged) if step else self.times(network, judged, alone=True)
+        warnings = {text: None for one in times.values() for text in one.warnings()}
+        return Row(
+            step=step,
+            transform=transform,
+            params=sum(parameter.numel() for parameter in network.parameters()),
+            macs=macs,
+            macs_worst=float(max(costs)),
+            macs_ratio=macs / self.static_macs,
+            accuracy=judged.accuracy,
+            accuracy_ci=wilson(right, len(judged.labels)),
+            accuracy_drop=self.reference.accuracy - judged.accuracy,
+            agreement=float((judged.answers == self.reference.answers).double().mean()),
+            latency=latency_table(times),
+            speedup=speedup_table(times) if step else {},
+            exits=shares if network.exit_count > 1 else [],
+            seconds=round(seconds, 1),
+            notes=[*notes, *warnings],
+        )
+
+    def times(
+        self, network: DynamicNetwork, judged: Judgement, alone: bool = False
+    ) -> dict[tuple[str, int], Times]:
+        """Interleaved times of the static network and ``network``, by backend and batch size.
+
+        The images timed leave at each exit in the same shares as the whole split does.
+        """
+        found: dict[tuple[str, int], Times] = {}
+        chosen = representative(judged.exits, max(_INPUTS, *self.batches))
+        images = gather(self.images, chosen, self.device)
+        for backend in self.backends:
+            if backend not in self._compiled:
+                self._compiled[backend] = compile_network(self.static, backend, self.device)
+            contenders = {"static": self._compiled[backend]}
+            if not alone:
+                contenders["dynamic"] = compile_network(network, backend, self.device)
+            for batch in self.batches:
+                inputs = [images[i : i + batch] for i in range(0, len(images) - batch + 1, batch)]
+                found[backend, batch] = interleave(contenders, inputs, self.device, self.seconds)
+        return found
+
+
+def latency_table(times: Mapping[tuple[str, int], Times]) -> dict[str, dict[str, Timing]]:
+    """The ledger's ``latency`` of the last contender."""
+    table: dict[str, dict[str, Timing]] = {}
+    for (backend, batch), one in times.items():
+        name = list(one.seconds)[-1]
+        timing = Timing(median_ms=one.median_ms(name), p95_ms=one.p95_ms(name))
+        table.setdefault(backend, {})[str(batch)] = timing
+    return table
+
+
+def speedup_table(times: Mapping[tuple[str, int], Times]) -> dict[str, dict[str, float]]:
+    """The ledger's ``speedup`` of "dynamic" over "static"."""
+    table: dict[str, dict[str, float]] = {}
+    for (backend, batch), one in times.items():
+        table.setdefault(backend, {})[str(batch)] = one.speedup("static", "dynamic")
+    return table
+
+
+def representative(exits_N: Tensor, count: int) -> Tensor:
+    """Indexes of about ``count`` images whose exits have the shares of all images, evenly mixed.
+
+    Sorted by exit and taken at even steps, then dealt out so that every batch sees all exits.
+    """
+    by_exit = torch.argsort(exits_N, stable=True)
+    count = min(count, len(by_exit))
+    picked = by_exit[(torch.arange(count, dtype=torch.float64) * len(by_exit) / count).long()]
+    return picked[torch.randperm(count, generator=torch.Generator().manual_seed(0))]
+
+
+def gather(images: Images, index_N: Tensor, device: torch.device) -> Tensor:
+    """The images at these places of a split, under the test-time transform, (N, C, H, W)."""
+    wanted = {int(index): place for place, index in enumerate(index_N)}
+    found: list[Tensor | None] = [None] * len(index_N)
+    start, missing = 0, len(index_N)
+    for batch, _ in images.batches(256, device):
+        for offset in range(len(batch)):
+            place = wanted.get(start + offset)
+            if place is not None:
+                found[place], missing = batch[offset], missing - 1
+        start += len(batch)
+        if not missing:
+            break
+    return torch.stack([one for one in found if one is not None])

@@ -1,0 +1,261 @@
+"""Running a recipe: steps in order, a ledger row after each, an artifact and a report in the end.
+
+After each step its outcome is kept in ``OUT/steps/N``, so that a run that was killed goes on from there.
+"""
+
+import copy
+import hashlib
+import json
+import logging
+import platform
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from dynamize import artifact
+from dynamize.calibration.points import OperatingPoint, OperatingPoints
+from dynamize.checkpoints import load_into, read_state_dict, save_safetensors_atomically
+from dynamize.convert import apply, replay, wrap
+from dynamize.data import Splits, load_data
+from dynamize.devices import choose_device
+from dynamize.errors import DynamizeError
+from dynamize.evaluation import Evaluator
+from dynamize.files import write_json_lines, write_text
+from dynamize.nn.network import DynamicNetwork
+from dynamize.pictures import report_data
+from dynamize.recipe import Bound, Recipe
+from dynamize.report import Ledger, ReportData, Row, html, markdown
+from dynamize.runtime.compiled import default_backend
+from dynamize.sources import load_source
+from dynamize.transform import Context, Progress, Transform, quiet
+
+log = logging.getLogger("dynamize")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run leaves: the network, what a report shows, and which expectations failed."""
+
+    network: DynamicNetwork
+    report: ReportData
+    failures: list[str]
+
+
+class StepState(BaseModel):
+    """``OUT/steps/N/state.json``: enough, with the weights beside it, to go on after this step."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    fingerprint: str
+    history: list[dict[str, Any]]
+    operating_points: OperatingPoints | None
+    operating_point: OperatingPoint | None
+    row: Row
+    metrics: list[dict[str, Any]]
+
+
+class Runner:
+    """One run of a recipe into a folder.
+
+    Args:
+        recipe: checked.
+        out: folder of the artifact.
+        device: auto, cpu, cuda or mps.
+        resume: go on from the steps that are finished in ``out``.
+        trust_code: whether a source that names code may be imported.
+        progress: wraps long loops.
+        command: what the user typed, for the report.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        out: Path,
+        *,
+        device: str = "auto",
+        resume: bool = False,
+        trust_code: bool = False,
+        progress: Progress = quiet,
+        command: str = "",
+    ) -> None:
+        self.recipe, self.out, self.resume, self.command = recipe, out, resume, command
+        self.device = choose_device(device)
+        self.state = PartialState(cpu=self.device.type == "cpu")
+        self.backends = list(recipe.backends) or [default_backend(self.device)]
+        self.fingerprint = hashlib.sha256(recipe.model_dump_json(exclude={"expect", "description"}).encode()).hexdigest()
+        self.progress = progress if self.state.is_main_process else quiet
+        if not resume and (out / "steps").exists() and self.state.is_main_process:
+            shutil.rmtree(out / "steps")
+        self.teacher = load_source(recipe.model.spec(), trust_code).to(self.device).requires_grad_(False)
+        self.static = wrap(self.teacher, recipe.model.input)
+        self.data = self._load_data()
+        self.evaluator = Evaluator(
+            self.static, self.data.test, self.device, self.backends, recipe.batches
+        )
+
+    def run(self) -> Outcome | None:
+        """All steps; None in every process but the main one."""
+        torch.manual_seed(self.recipe.seed)
+        steps = self.recipe.transforms()
+        finished = self._finished()
+        network = self._restore(finished[-1]) if finished else wrap(self.teacher, self.recipe.model.input)
+        rows = [state.row for state in finished]
+        metrics = finished[-1].metrics if finished else []
+        for index in range(len(finished), len(steps) + 1):
+            transform = steps[index - 1] if index else None
+            network, notes, seconds = self._apply(index, transform, network)
+            metrics = metrics + self._step_metrics(index)
+            if self.state.is_main_process:
+                rows.append(self._measure(index, transform, network, notes, seconds))
+                self._keep(index, network, rows[-1], metrics)
+                log.info("%s", describe(rows[-1]))
+            self.state.wait_for_everyone()
+        if not self.state.is_main_process:
+            return None
+        return self._finish(network, rows, metrics)
+
+    def _load_data(self) -> Splits:
+        recipe = self.recipe
+        with torch.no_grad():
+            classes = self.teacher(torch.zeros(1, *recipe.model.input, device=self.device)).shape[1]
+        return load_data(recipe.data.model_copy(update={"seed": recipe.data.seed or recipe.seed}), recipe.model.input, classes)
+
+    def _apply(
+        self, index: int, transform: Transform | None, network: DynamicNetwork
+    ) -> tuple[DynamicNetwork, list[str], float]:
+        if transform is None or (not self.state.is_main_process and transform.pass_name == "calibrate"):
+            return network, [], 0.0
+        context = Context(
+            data=self.data,
+            teacher=self.teacher,
+            device=self.device,
+            seed=self.recipe.seed,
+            backend=self.backends[0],
+            work=self.out / "steps" / str(index),
+            resume=self.resume,
+            progress=self.progress,
+        )
+        started = time.monotonic()
+        network, notes = apply(network, transform, context)
+        return network, notes, time.monotonic() - started
+
+    def _measure(
+        self, index: int, transform: Transform | None, network: DynamicNetwork, notes: Sequence[str], seconds: float
+    ) -> Row:
+        name = transform.pass_name if transform else "static"
+        return self.evaluator.row(index, name, network, seconds, notes)
+
+    def _keep(self, index: int, network: DynamicNetwork, row: Row, metrics: list[dict[str, Any]]) -> None:
+        folder = self.out / "steps" / str(index)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = StepState(
+            fingerprint=self.fingerprint,
+            history=network.history,
+            operating_points=network.operating_points,
+            operating_point=network.operating_point,
+            row=row,
+            metrics=metrics,
+        )
+        save_safetensors_atomically(network.state_dict(), folder / artifact.WEIGHTS)
+        write_text(folder / "state.json", state.model_dump_json())
+        (folder / "checkpoint.pt").unlink(missing_ok=True)
+
+    def _finished(self) -> list[StepState]:
+        states: list[StepState] = []
+        while self.resume:
+            file = self.out / "steps" / str(len(states)) / "state.json"
+            if not file.exists():
+                break
+            try:
+                states.append(StepState.model_validate_json(file.read_text(encoding="utf-8")))
+            except (ValidationError, UnicodeDecodeError) as error:
+                raise DynamizeError(f"{file} is damaged: delete {self.out / 'steps'} or run without --resume") from error
+            if states[-1].fingerprint != self.fingerprint:
+                raise DynamizeError(
+                    f"{self.out} holds a run of another recipe, or of this one with other settings: give another "
+                    "--out, or run without --resume to start anew"
+                )
+        return states
+
+    def _restore(self, state: StepState) -> DynamicNetwork:
+        weights = self.out / "steps" / str(state.row.step) / artifact.WEIGHTS
+        network = replay(self.teacher, state.history, self.recipe.model.input)
+        load_into(network, read_state_dict(weights), "the network of this run", weights)
+        network.requires_grad_(True)
+        network.operating_points = state.operating_points
+        network.set_operating_point(state.operating_point)
+        return network
+
+    def _step_metrics(self, index: int) -> list[dict[str, Any]]:
+        file = self.out / "steps" / str(index) / "metrics.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    def _finish(self, network: DynamicNetwork, rows: list[Row], metrics: list[dict[str, Any]]) -> Outcome:
+        recipe, out = self.recipe, self.out
+        ledger = Ledger(
+            rows=rows,
+            title=recipe.description or f"{recipe.model.source}, converted",
+            model=recipe.model.source,
+            command=self.command,
+            backend=self.backends[0],
+            machine=f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        )
+        report = report_data(ledger, network, self.evaluator, self.data)
+        about = {"recipe": recipe.model_dump(mode="json", by_alias=True), "seed": recipe.seed}
+        about |= {"ledger": ledger.model_dump(exclude={"rows"})}
+        artifact.save(
+            copy.deepcopy(network).cpu(),
+            out,
+            source=recipe.model.spec(),
+            data=self.data.spec,
+            classes=list(self.data.classes),
+            about=about,
+        )
+        ledger.write(out / "ledger.json")
+        write_json_lines(out / "metrics.jsonl", metrics)
+        write_text(out / "report.html", html.render(report))
+        write_text(out / "report.md", markdown.render(report))
+        return Outcome(network, report, failures(recipe, rows[-1], self.backends[0]))
+
+
+def run_recipe(recipe: Recipe, out: Path, **options: Any) -> Outcome | None:
+    """Run a recipe; see :class:`Runner` for the options."""
+    return Runner(recipe, out, **options).run()
+
+
+def failures(recipe: Recipe, row: Row, backend: str) -> list[str]:
+    """Which expectations the last row does not meet, in words."""
+    speedups = row.speedup.get(backend, {})
+    found = {
+        "accuracy": 100 * row.accuracy,
+        "accuracy_drop": 100 * row.accuracy_drop,
+        "macs_ratio": row.macs_ratio,
+        "speedup": min(speedups.values()) if speedups else 1.0,
+        "agreement": 100 * row.agreement,
+    }
+    failed = []
+    for name, value in found.items():
+        bound: Bound | None = getattr(recipe.expect, name)
+        if bound is None:
+            continue
+        if bound.max is not None and value > bound.max:
+            failed.append(f"{name} is {value:.3f}, expected at most {bound.max:g}")
+        if bound.min is not None and value < bound.min:
+            failed.append(f"{name} is {value:.3f}, expected at least {bound.min:g}")
+    return failed
+
+
+def describe(row: Row) -> str:
+    """A row as one plain line."""
+    exits = f", exits {' '.join(f'{share:.0%}' for share in row.exits)}" if row.exits else ""
+    return (
+        f"step {row.step} {row.transform}: accuracy {row.accuracy:.2%}, {row.macs / 1e6:.1f} MMACs "
+        f"({row.macs_ratio:.3f}){exits}, {row.seconds:.0f} s"
+    )

@@ -1,0 +1,145 @@
+"""Operating points span the curve, keep their budgets in expectation, and are picked by cost or loss."""
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from calibration.tables import synthetic
+from dynamize.calibration import (
+    ConfidenceTable,
+    OperatingPoints,
+    operating_points,
+    point_for,
+    point_for_budget,
+    point_for_drop,
+)
+from dynamize.errors import DynamizeError
+
+
+@pytest.fixture(scope="module")
+def table():
+    return synthetic(1200, 3, seed=0)
+
+
+@pytest.fixture(scope="module")
+def points(table):
+    return operating_points(table, count=8)
+
+
+def test_points_span_the_curve(table, points):
+    assert points[0].name == "cheapest"
+    assert points[0].macs == table.costs["macs"][0]
+    assert points[-1].name == "full"
+    assert points[-1].thresholds == [None, None]
+    assert len(points) == 8
+    assert len({point.name for point in points}) == 8
+    assert (np.diff([point.macs for point in points]) > 0).all()
+
+
+def test_points_keep_the_budget_in_their_name(points):
+    for point in list(points)[1:-1]:
+        ratio = float(point.name.removeprefix("macs-"))
+        assert ratio - 0.02 < point.macs_ratio <= ratio * (1 + 1e-9)
+
+
+def test_points_state_intervals_around_their_values(points):
+    for point in points:
+        for name in ("accuracy", "accuracy_drop", "macs"):
+            low, high = getattr(point, f"{name}_ci")
+            assert low <= getattr(point, name) <= high
+        assert point.latency_ci[0] <= point.latency_ms <= point.latency_ci[1]
+        assert sum(point.exits) == pytest.approx(1)
+        assert point.accuracy_ci[0] < point.accuracy_ci[1]
+    assert points[0].macs_ci[0] == points[0].macs_ci[1]
+
+
+def test_picking(points):
+    assert points.at(macs_ratio=5.0).accuracy == max(point.accuracy for point in points)
+    middle = points[3]
+    assert points.at(macs=middle.macs) == middle
+    assert points.at(macs_ratio=middle.macs_ratio).macs <= middle.macs
+    assert points.at(latency_ms=middle.latency_ms).latency_ms <= middle.latency_ms
+    cheap = points.at(accuracy_drop=middle.accuracy_drop)
+    assert cheap.accuracy_drop <= middle.accuracy_drop
+    assert cheap.macs <= middle.macs
+    assert points[middle.name] is middle
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ({}, "exactly one"),
+        ({"macs": 1e8, "macs_ratio": 1.0}, "exactly one"),
+        ({"macs_ratio": 0.01}, "nearest is 'cheapest'"),
+        ({"accuracy_drop": -0.5}, "no operating point is expected"),
+        ({"macs": float("nan")}, "positive number"),
+    ],
+)
+def test_picking_refuses(points, asked, says):
+    with pytest.raises(DynamizeError, match=says):
+        points.at(**asked)
+
+
+def test_unknown_name_lists_the_known(points):
+    with pytest.raises(DynamizeError, match="choose one of cheapest"):
+        points["macs-9"]
+
+
+def test_points_survive_json_and_are_frozen(points):
+    assert OperatingPoints.model_validate_json(points.model_dump_json()) == points
+    with pytest.raises(ValidationError, match="frozen"):
+        points[0].name = "other"
+
+
+def test_no_latency_without_measurement(table):
+    macs_only = ConfidenceTable(
+        table.scores,
+        table.answers,
+        table.labels,
+        table.reference,
+        {"macs": table.costs["macs"]},
+        {"macs": 1e8},
+    )
+    few = operating_points(macs_only, count=3)
+    assert few[0].latency_ms is None
+    with pytest.raises(DynamizeError, match="no operating point states latency_ms"):
+        few.at(latency_ms=1.0)
+
+
+@pytest.mark.parametrize("measure", ["macs", "ms"])
+def test_explicit_budget_is_kept_in_expectation(table, measure):
+    budget = float(table.costs[measure].mean())
+    point = point_for_budget(table, budget, measure)
+    reached = point.macs if measure == "macs" else point.latency_ms
+    assert 0.97 * budget < reached <= budget * (1 + 1e-9)
+    assert point.name == f"{measure}-{budget / table.static_cost[measure]:.2f}"
+    with pytest.raises(DynamizeError, match="cannot be reached"):
+        point_for_budget(table, 0.5 * float(table.costs[measure].min()), measure)
+
+
+def test_explicit_drop_is_kept_in_expectation(table):
+    loose, tight = point_for_drop(table, 0.06), point_for_drop(table, 0.04)
+    assert loose.accuracy_drop <= 0.06
+    assert tight.accuracy_drop <= 0.04
+    assert loose.macs < tight.macs < table.costs["macs"][-1]
+    hopeless = ConfidenceTable(
+        table.scores, table.answers, table.labels, table.labels, table.costs, table.static_cost
+    )
+    with pytest.raises(DynamizeError, match="least expected drop") as refused:
+        point_for_drop(hopeless, 0.0)
+    nearest = float(str(refused.value).split("max_drop=")[1].split()[0])
+    assert point_for_drop(hopeless, nearest).accuracy_drop <= nearest
+    with pytest.raises(DynamizeError, match="fraction"):
+        point_for_drop(table, -0.1)
+
+
+def test_a_solver_of_ones_own(table):
+    point = point_for(table, "mine", lambda part: [float(np.median(part.scores[0])), None])
+    assert point.exits[0] == pytest.approx(0.5, abs=0.02)
+    assert point.exits[1] == 0
+
+
+def test_network_without_exits_has_one_point():
+    only = operating_points(synthetic(100, 1, seed=0))
+    assert [point.name for point in only] == ["full"]
+    assert only[0].thresholds == []

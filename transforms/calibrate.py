@@ -1,0 +1,114 @@
+"""`calibrate`: choose the thresholds of all exits for a budget, from one pass over the calibration images."""
+
+from typing import Annotated, ClassVar, Literal, Self
+
+import numpy as np
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from dynamize.calibration import (
+    ConfidenceTable,
+    OperatingPoint,
+    OperatingPoints,
+    operating_points,
+    point_for_budget,
+    point_for_drop,
+)
+from dynamize.calibration.temperature import fit_temperature
+from dynamize.convert import wrap
+from dynamize.data import Images
+from dynamize.errors import DynamizeError
+from dynamize.measure.accuracy import answers, exit_logits
+from dynamize.measure.costs import exit_costs
+from dynamize.nn.network import DynamicNetwork
+from dynamize.runtime.profile import exit_latency
+from dynamize.transform import Applied, Context, Transform
+
+_DEFAULT_DROP = 0.2
+
+
+class Calibrate(Transform):
+    """Fit a temperature to each head, solve the thresholds for a budget, and list points along the whole curve.
+
+    At most one of ``max_drop``, ``macs_ratio``, ``macs`` and ``latency_ms``; none means ``max_drop: 0.2``. The
+    others stay reachable without retraining through ``set_operating_point`` and ``predict --budget``.
+    """
+
+    pass_name: Literal["calibrate"] = Field("calibrate", alias="pass")
+    max_drop: Annotated[float, Field(ge=0, le=100)] | None = Field(
+        None, description="largest expected accuracy drop against the original network, in points"
+    )
+    macs_ratio: PositiveFloat | None = Field(None, description="mean MACs as a share of the original network's")
+    macs: PositiveFloat | None = Field(None, description="mean MACs per image")
+    latency_ms: PositiveFloat | None = Field(
+        None, description="mean milliseconds per image on the run's backend at `latency_batch`"
+    )
+    latency_batch: PositiveInt = Field(1, description="batch size at which the exits are timed")
+    points: PositiveInt = Field(20, description="operating points along the curve")
+
+    structural: ClassVar[bool] = False
+    exact: ClassVar[bool] = False
+    after: ClassVar[tuple[str, ...]] = ("exits",)
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Self:
+        given = [name for name in ("max_drop", "macs_ratio", "macs", "latency_ms") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are budgets both; give one of them")
+        return self
+
+    def apply(self, network: DynamicNetwork, context: Context) -> Applied:
+        if not network.heads:
+            raise DynamizeError("calibrate: the network has no early exits: put an `exits` step before")
+        data = context.needs_data(self)
+        teacher = context.needs_teacher(self)
+        table = confidence_table(network, teacher, data.calibration, context, self.latency_batch)
+        resolved = self if self._given() else self.model_copy(update={"max_drop": _DEFAULT_DROP})
+        chosen = resolved._solve(table, context.seed)
+        curve = operating_points(table, self.points, seed=context.seed)
+        points = OperatingPoints(tuple(sorted([*curve, chosen], key=lambda point: point.macs)))
+        network.operating_points = points
+        network.set_operating_point(chosen)
+        return Applied(network, resolved, [*data.warnings, _promise(chosen)])
+
+    def _given(self) -> bool:
+        return any(v is not None for v in (self.max_drop, self.macs_ratio, self.macs, self.latency_ms))
+
+    def _solve(self, table: ConfidenceTable, seed: int) -> OperatingPoint:
+        if self.max_drop is not None:
+            return point_for_drop(table, self.max_drop / 100, name="chosen", seed=seed)
+        if self.latency_ms is not None:
+            return point_for_budget(table, self.latency_ms, "ms", name="chosen", seed=seed)
+        macs = self.macs if self.macs_ratio is None else self.macs_ratio * table.static_cost["macs"]
+        assert macs is not None
+        return point_for_budget(table, macs, name="chosen", seed=seed)
+
+
+def confidence_table(
+    network: DynamicNetwork, teacher: torch.nn.Module, images: Images, context: Context, latency_batch: int = 1
+) -> ConfidenceTable:
+    """Run all exits over ``images`` once, fit the temperatures of ``network`` and time each exit."""
+    logits, labels_N = exit_logits(network, images, context.device)
+    labels = labels_N.numpy()
+    for k in range(len(network.heads)):
+        network.temperatures[k] = fit_temperature(logits[k].numpy(), labels)
+    reference = answers(teacher, images, context.device)[0].numpy()
+    scores = [network.scores(one.to(context.device), k).cpu() for k, one in enumerate(logits[:-1])]
+    static = wrap(teacher, network.input_shape)
+    milliseconds, static_ms = exit_latency(network, static, context.backend, context.device, latency_batch)
+    return ConfidenceTable(
+        scores=torch.stack([*scores, torch.zeros(len(labels))]).double().numpy(),
+        answers=np.stack([one.argmax(1).numpy() for one in logits]),
+        labels=labels,
+        reference=reference,
+        costs={"macs": exit_costs(network).cumulative(), "ms": milliseconds},
+        static_cost={"macs": float(exit_costs(static).cumulative()[-1]), "ms": static_ms},
+    )
+
+
+def _promise(point: OperatingPoint) -> str:
+    low, high = (100 * end for end in point.accuracy_drop_ci)
+    return (
+        f"expected at this operating point: {point.macs_ratio:.3f} of the MACs at an accuracy drop of "
+        f"{100 * point.accuracy_drop:.2f} points (95 %: {low:.2f} to {high:.2f})"
+    )
