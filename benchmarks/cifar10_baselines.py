@@ -13,7 +13,7 @@ import typer
 
 import dynamize as dz
 from dynamize.checkpoints import save_safetensors_atomically
-from dynamize.convert import apply, wrap
+from dynamize.conversion import apply, wrap
 from dynamize.data import DataSpec, load_data
 from dynamize.measure.accuracy import exit_accuracies
 from dynamize.transform import Context

@@ -7,25 +7,33 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dynamize.convert import convert as convert
+    from dynamize.artifact import load as load
+    from dynamize.artifact import save as save
+    from dynamize.calibration.collect import calibrate as calibrate
+    from dynamize.conversion import convert as convert
     from dynamize.errors import DynamizeError as DynamizeError
     from dynamize.nn.network import DynamicNetwork as DynamicNetwork
     from dynamize.nn.routing import record_routing as record_routing
     from dynamize.runtime.compiled import compile_network as compile_network
     from dynamize.sources import source as source
     from dynamize.training.objectives import MultiExitLoss as MultiExitLoss
+    from dynamize.transforms import Calibrate as Calibrate
     from dynamize.transforms import Distill as Distill
     from dynamize.transforms import Exits as Exits
 
 _HOMES = {
+    "Calibrate": "transforms",
     "Distill": "transforms",
     "DynamicNetwork": "nn.network",
     "DynamizeError": "errors",
     "Exits": "transforms",
     "MultiExitLoss": "training.objectives",
+    "calibrate": "calibration.collect",
     "compile_network": "runtime.compiled",
-    "convert": "convert",
+    "convert": "conversion",
+    "load": "artifact",
     "record_routing": "nn.routing",
+    "save": "artifact",
     "source": "sources",
 }
 

@@ -13,20 +13,21 @@ from torch import nn
 
 from dynamize.calibration.points import OperatingPoint, OperatingPoints
 from dynamize.checkpoints import load_into, read_state_dict, save_safetensors_atomically
-from dynamize.convert import replay
+from dynamize.conversion import replay
 from dynamize.data.spec import DataSpec
 from dynamize.errors import DynamizeError
 from dynamize.files import write_text
+from dynamize.folders import MANIFEST, WEIGHTS
 from dynamize.nn.network import DynamicNetwork
 from dynamize.sources import SourceSpec, build
-
-MANIFEST, WEIGHTS = "manifest.json", "weights.safetensors"
 
 
 class Manifest(BaseModel):
     """What ``manifest.json`` holds: how to rebuild the structure, and at which operating points it can stand.
 
-    ``source`` is None for a network that came from Python; it is then given again when loading.
+    ``source`` is None for a network that came from Python; it is then given again when loading. ``temperatures``
+    stand here, and win over the buffer of the same name in the weights, because the thresholds hold for them only:
+    calibrating again replaces this one file.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -35,6 +36,7 @@ class Manifest(BaseModel):
     source: SourceSpec | None
     input: tuple[int, ...]
     history: list[dict[str, Any]]
+    temperatures: list[float] | None = None
     operating_points: OperatingPoints | None = None
     operating_point: OperatingPoint | None = None
     data: DataSpec | None = None
@@ -68,6 +70,7 @@ def save(
         source=None if source is None else source.structure(),
         input=network.input_shape,
         history=network.history,
+        temperatures=network.temperatures.tolist(),
         operating_points=network.operating_points,
         operating_point=network.operating_point,
         data=data,
@@ -76,7 +79,7 @@ def save(
         versions=versions(),
     )
     save_safetensors_atomically(network.state_dict(), folder / WEIGHTS)
-    write_text(folder / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
+    write_manifest(folder, manifest)
 
 
 def load(
@@ -100,8 +103,16 @@ def load(
                 "load it with dz.load(path, network=YourNetwork())"
             )
         network = build(manifest.source, trust_code=trust_code)
-    rebuilt = replay(network, manifest.history, manifest.input)
+    try:
+        rebuilt = replay(network, manifest.history, manifest.input)
+    except ValidationError as error:
+        raise DynamizeError(
+            f"{Path(path) / MANIFEST} has a step in its history that this version does not know: {_first_line(error)}. "
+            "Use the version of dynamize that wrote it, or run the recipe again."
+        ) from error
     load_into(rebuilt, read_state_dict(Path(path) / WEIGHTS), f"the network in {path}", Path(path) / WEIGHTS)
+    if manifest.temperatures is not None:
+        _set_temperatures(rebuilt, manifest.temperatures, Path(path) / MANIFEST)
     rebuilt.source = manifest.source
     rebuilt.operating_points = manifest.operating_points
     rebuilt.set_operating_point(manifest.operating_point)
@@ -119,11 +130,49 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
         ) from error
     except (ValidationError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise DynamizeError(
-            f"{file} is damaged or of another version: {str(error).splitlines()[0]}. Run the recipe again."
+            f"{file} is damaged or of another version: {_first_line(error)}. Run the recipe again."
         ) from error
+
+
+def write_manifest(path: str | os.PathLike[str], manifest: Manifest) -> None:
+    """Replace ``manifest.json`` in one piece."""
+    write_text(Path(path) / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
+
+
+def image_spec(manifest: Manifest, path: str | os.PathLike[str], source: str | None = None) -> DataSpec:
+    """The artifact's images, or those of another ``source``; nothing is decoded into memory in advance.
+
+    Raises:
+        DynamizeError: the artifact names no images and ``source`` is not given, or ``source`` is none.
+    """
+    if manifest.data is None and source is None:
+        raise DynamizeError(f"{path} does not say which images it was made with: name them with --data")
+    kept = {} if manifest.data is None else manifest.data.model_dump()
+    given = {} if source is None else {"source": source}
+    try:
+        return DataSpec.model_validate({**kept, **given, "memory_gb": 0.0})
+    except ValidationError as error:
+        raise DynamizeError(f"--data {source}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from error
+
+
+def _set_temperatures(network: DynamicNetwork, temperatures: list[float], file: Path) -> None:
+    if len(temperatures) != len(network.heads):
+        raise DynamizeError(
+            f"{file} is damaged: it has {len(temperatures)} temperatures for {len(network.heads)} early exits. "
+            "Run the recipe again."
+        )
+    network.temperatures.copy_(torch.tensor(temperatures))
 
 
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
     found = {name: importlib.metadata.version(name) for name in ("dynamize", "torch", "torchvision", "onnxruntime")}
     return found | {"python": platform.python_version(), "threads": str(torch.get_num_threads())}
+
+
+def _first_line(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        fault = error.errors()[0]
+        where = ".".join(map(str, fault["loc"]))
+        return f"{where}: {fault['msg']}" if where else fault["msg"]
+    return str(error).splitlines()[0]

@@ -15,6 +15,7 @@ from dynamize.measure.latency import Times, interleave
 from dynamize.nn.network import DynamicNetwork
 from dynamize.report.ledger import Row, Timing
 from dynamize.runtime.compiled import CompiledNetwork, compile_network
+from dynamize.transform import Progress, quiet
 
 _INPUTS = 96  # images timed in each round, at least one batch
 
@@ -41,12 +42,13 @@ class Evaluator:
     """Judges networks on one split against one static network.
 
     Args:
-        static: the untouched network, wrapped (:func:`dynamize.convert.wrap`).
+        static: the untouched network, wrapped (:func:`dynamize.conversion.wrap`).
         images: the split, in practice test.
         device: where accuracy is measured and, if the backends allow, time.
         backends: what latency is measured on, the main one first.
         batches: batch sizes timed.
         seconds: how long each comparison of times takes.
+        progress: wraps the loop over batch sizes.
     """
 
     def __init__(
@@ -57,9 +59,11 @@ class Evaluator:
         backends: Sequence[str],
         batches: Sequence[int] = (1, 64),
         seconds: float = 5.0,
+        progress: Progress = quiet,
     ) -> None:
         self.static, self.images, self.device = static, images, device
         self.backends, self.batches, self.seconds = tuple(backends), tuple(batches), seconds
+        self.progress = progress
         self._compiled: dict[str, CompiledNetwork] = {}
 
     @cached_property
@@ -85,7 +89,6 @@ class Evaluator:
         macs = float(sum(share * cost for share, cost in zip(shares, costs, strict=True)))
         right = int((judged.answers == judged.labels).sum())
         times = self.times(network, judged) if step else self.times(network, judged, alone=True)
-        warnings = {text: None for one in times.values() for text in one.warnings()}
         return Row(
             step=step,
             transform=transform,
@@ -101,7 +104,7 @@ class Evaluator:
             speedup=speedup_table(times) if step else {},
             exits=shares if network.exit_count > 1 else [],
             seconds=round(seconds, 1),
-            notes=[*notes, *warnings],
+            notes=[*notes, *busy(times)],
         )
 
     def times(
@@ -114,16 +117,22 @@ class Evaluator:
         found: dict[tuple[str, int], Times] = {}
         chosen = representative(judged.exits, max(_INPUTS, *self.batches))
         images = gather(self.images, chosen, self.device)
+        images = images[torch.arange(max(len(images), *self.batches)) % len(images)]
         for backend in self.backends:
             if backend not in self._compiled:
                 self._compiled[backend] = compile_network(self.static, backend, self.device)
             contenders = {"static": self._compiled[backend]}
             if not alone:
                 contenders["dynamic"] = compile_network(network, backend, self.device)
-            for batch in self.batches:
+            for batch in self.progress(self.batches, f"timing on {backend}, batch by batch", len(self.batches)):
                 inputs = [images[i : i + batch] for i in range(0, len(images) - batch + 1, batch)]
                 found[backend, batch] = interleave(contenders, inputs, self.device, self.seconds)
         return found
+
+
+def busy(times: Mapping[tuple[str, int], Times]) -> list[str]:
+    """The gravest warning that the times come with, if there is one."""
+    return max(times.values(), key=lambda one: one.busy_elsewhere).warnings() if times else []
 
 
 def latency_table(times: Mapping[tuple[str, int], Times]) -> dict[str, dict[str, Timing]]:

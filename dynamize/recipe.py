@@ -2,14 +2,14 @@
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 
 from dynamize.data.spec import DataSpec
 from dynamize.errors import DynamizeError, closest
+from dynamize.recipes import read_recipe
 from dynamize.sources import SourceSpec
 from dynamize.transform import Transform, check_order, registered
 
@@ -59,6 +59,7 @@ class Recipe(BaseModel):
     seed: Annotated[int, Field(ge=0)] = 0
     backends: list[Literal["eager", "onnxruntime"]] = []
     batches: list[PositiveInt] = [1, 64]
+    timing_seconds: PositiveFloat = Field(5.0, description="how long each comparison of times takes")
     steps: list[Step]
     expect: Expect = Expect()
 
@@ -78,16 +79,10 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     Raises:
         DynamizeError: no such file, not YAML, or fields that the schema refuses; all of them are named.
     """
-    file = find_recipe(path)
-    try:
-        plain = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DynamizeError(f"{file} is not YAML: {str(error).replace(os.linesep, ' ')}") from error
-    if not isinstance(plain, dict):
-        raise DynamizeError(f"{file} holds no recipe: expected keys such as version, model, data and steps")
+    plain = read_recipe(path)
     for override in overrides:
         _override(plain, override)
-    return parse_recipe(plain, str(file))
+    return parse_recipe(plain, str(path))
 
 
 def parse_recipe(plain: dict[str, Any], name: str) -> Recipe:
@@ -115,28 +110,6 @@ def explain(error: ValidationError) -> str:
             text += f" (given: {one['input']!r})"
         lines.append(text)
     return "\n".join(lines)
-
-
-def builtin_recipes() -> dict[str, Path]:
-    """The recipes that come with dynamize, by name."""
-    import dynamize.recipes
-
-    folder = Path(next(iter(dynamize.recipes.__path__)))
-    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
-
-
-def find_recipe(path: str | os.PathLike[str]) -> Path:
-    """The file of a recipe given by path or built-in name."""
-    file = Path(path)
-    if file.is_file():
-        return file
-    found = builtin_recipes()
-    if str(path) in found:
-        return found[str(path)]
-    raise DynamizeError(
-        f"there is no recipe '{path}': neither a file nor a built-in one. {closest(str(path), list(found))}"
-        f"Built in: {', '.join(found)}."
-    )
 
 
 def schema() -> dict[str, Any]:

@@ -8,7 +8,6 @@ import hashlib
 import json
 import logging
 import platform
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,16 +21,29 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from dynamize import artifact
 from dynamize.calibration.points import OperatingPoint, OperatingPoints
 from dynamize.checkpoints import load_into, read_state_dict, save_safetensors_atomically
-from dynamize.convert import apply, replay, wrap
+from dynamize.conversion import apply, replay, wrap
 from dynamize.data import Splits, load_data
 from dynamize.devices import choose_device
 from dynamize.errors import DynamizeError
 from dynamize.evaluation import Evaluator
 from dynamize.files import write_json_lines, write_text
+from dynamize.folders import (
+    LEDGER,
+    METRICS,
+    REPORT_DATA,
+    REPORT_PAGE,
+    REPORT_TEXT,
+    STATE,
+    STEPS,
+    WEIGHTS,
+    check_folder,
+    clear,
+)
 from dynamize.nn.network import DynamicNetwork
 from dynamize.pictures import report_data
 from dynamize.recipe import Bound, Recipe
 from dynamize.report import Ledger, ReportData, Row, html, markdown
+from dynamize.report.folder import OF_OTHER_FILES
 from dynamize.runtime.compiled import default_backend
 from dynamize.sources import load_source
 from dynamize.transform import Context, Progress, Transform, quiet
@@ -40,12 +52,22 @@ log = logging.getLogger("dynamize")
 
 
 @dataclass(frozen=True)
+class Failure:
+    """A figure of the last row, in the unit of the recipe, that is not between ``least`` and ``most``."""
+
+    figure: str
+    value: float
+    least: float | None
+    most: float | None
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What a run leaves: the network, what a report shows, and which expectations failed."""
 
     network: DynamicNetwork
     report: ReportData
-    failures: list[str]
+    failures: list[Failure]
 
 
 class StepState(BaseModel):
@@ -69,6 +91,7 @@ class Runner:
         out: folder of the artifact.
         device: auto, cpu, cuda or mps.
         resume: go on from the steps that are finished in ``out``.
+        overwrite: replace a run that ``out`` holds already; refused otherwise.
         trust_code: whether a source that names code may be imported.
         progress: wraps long loops.
         command: what the user typed, for the report.
@@ -81,6 +104,7 @@ class Runner:
         *,
         device: str = "auto",
         resume: bool = False,
+        overwrite: bool = False,
         trust_code: bool = False,
         progress: Progress = quiet,
         command: str = "",
@@ -91,17 +115,26 @@ class Runner:
         self.backends = list(recipe.backends) or [default_backend(self.device)]
         self.fingerprint = hashlib.sha256(recipe.model_dump_json(exclude={"expect", "description"}).encode()).hexdigest()
         self.progress = progress if self.state.is_main_process else quiet
-        if not resume and (out / "steps").exists() and self.state.is_main_process:
-            shutil.rmtree(out / "steps")
+        if self.state.is_main_process:
+            check_folder(out, resume=resume, overwrite=overwrite)
+        torch.manual_seed(recipe.seed)  # a source without a checkpoint is the same network again after --resume
         self.teacher = load_source(recipe.model.spec(), trust_code).to(self.device).requires_grad_(False)
         self.static = wrap(self.teacher, recipe.model.input)
         self.data = self._load_data()
         self.evaluator = Evaluator(
-            self.static, self.data.test, self.device, self.backends, recipe.batches
+            self.static,
+            self.data.test,
+            self.device,
+            self.backends,
+            recipe.batches,
+            recipe.timing_seconds,
+            self.progress,
         )
 
     def run(self) -> Outcome | None:
         """All steps; None in every process but the main one."""
+        if not self.resume and self.state.is_main_process:
+            clear(self.out)
         torch.manual_seed(self.recipe.seed)
         steps = self.recipe.transforms()
         finished = self._finished()
@@ -138,7 +171,7 @@ class Runner:
             device=self.device,
             seed=self.recipe.seed,
             backend=self.backends[0],
-            work=self.out / "steps" / str(index),
+            work=self.out / STEPS / str(index),
             resume=self.resume,
             progress=self.progress,
         )
@@ -153,7 +186,7 @@ class Runner:
         return self.evaluator.row(index, name, network, seconds, notes)
 
     def _keep(self, index: int, network: DynamicNetwork, row: Row, metrics: list[dict[str, Any]]) -> None:
-        folder = self.out / "steps" / str(index)
+        folder = self.out / STEPS / str(index)
         folder.mkdir(parents=True, exist_ok=True)
         state = StepState(
             fingerprint=self.fingerprint,
@@ -163,20 +196,20 @@ class Runner:
             row=row,
             metrics=metrics,
         )
-        save_safetensors_atomically(network.state_dict(), folder / artifact.WEIGHTS)
-        write_text(folder / "state.json", state.model_dump_json())
+        save_safetensors_atomically(network.state_dict(), folder / WEIGHTS)
+        write_text(folder / STATE, state.model_dump_json())
         (folder / "checkpoint.pt").unlink(missing_ok=True)
 
     def _finished(self) -> list[StepState]:
         states: list[StepState] = []
         while self.resume:
-            file = self.out / "steps" / str(len(states)) / "state.json"
+            file = self.out / STEPS / str(len(states)) / STATE
             if not file.exists():
                 break
             try:
                 states.append(StepState.model_validate_json(file.read_text(encoding="utf-8")))
             except (ValidationError, UnicodeDecodeError) as error:
-                raise DynamizeError(f"{file} is damaged: delete {self.out / 'steps'} or run without --resume") from error
+                raise DynamizeError(f"{file} is damaged: delete {self.out / STEPS} or run without --resume") from error
             if states[-1].fingerprint != self.fingerprint:
                 raise DynamizeError(
                     f"{self.out} holds a run of another recipe, or of this one with other settings: give another "
@@ -185,7 +218,7 @@ class Runner:
         return states
 
     def _restore(self, state: StepState) -> DynamicNetwork:
-        weights = self.out / "steps" / str(state.row.step) / artifact.WEIGHTS
+        weights = self.out / STEPS / str(state.row.step) / WEIGHTS
         network = replay(self.teacher, state.history, self.recipe.model.input)
         load_into(network, read_state_dict(weights), "the network of this run", weights)
         network.requires_grad_(True)
@@ -194,7 +227,7 @@ class Runner:
         return network
 
     def _step_metrics(self, index: int) -> list[dict[str, Any]]:
-        file = self.out / "steps" / str(index) / "metrics.jsonl"
+        file = self.out / STEPS / str(index) / METRICS
         return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
     def _finish(self, network: DynamicNetwork, rows: list[Row], metrics: list[dict[str, Any]]) -> Outcome:
@@ -218,10 +251,11 @@ class Runner:
             classes=list(self.data.classes),
             about=about,
         )
-        ledger.write(out / "ledger.json")
-        write_json_lines(out / "metrics.jsonl", metrics)
-        write_text(out / "report.html", html.render(report))
-        write_text(out / "report.md", markdown.render(report))
+        ledger.write(out / LEDGER)
+        write_json_lines(out / METRICS, metrics)
+        write_text(out / REPORT_DATA, report.model_dump_json(exclude=OF_OTHER_FILES))
+        write_text(out / REPORT_PAGE, html.render(report))
+        write_text(out / REPORT_TEXT, markdown.render(report))
         return Outcome(network, report, failures(recipe, rows[-1], self.backends[0]))
 
 
@@ -230,8 +264,8 @@ def run_recipe(recipe: Recipe, out: Path, **options: Any) -> Outcome | None:
     return Runner(recipe, out, **options).run()
 
 
-def failures(recipe: Recipe, row: Row, backend: str) -> list[str]:
-    """Which expectations the last row does not meet, in words."""
+def failures(recipe: Recipe, row: Row, backend: str) -> list[Failure]:
+    """Which expectations the last row does not meet."""
     speedups = row.speedup.get(backend, {})
     found = {
         "accuracy": 100 * row.accuracy,
@@ -242,13 +276,11 @@ def failures(recipe: Recipe, row: Row, backend: str) -> list[str]:
     }
     failed = []
     for name, value in found.items():
-        bound: Bound | None = getattr(recipe.expect, name)
-        if bound is None:
-            continue
-        if bound.max is not None and value > bound.max:
-            failed.append(f"{name} is {value:.3f}, expected at most {bound.max:g}")
-        if bound.min is not None and value < bound.min:
-            failed.append(f"{name} is {value:.3f}, expected at least {bound.min:g}")
+        bound: Bound = getattr(recipe.expect, name) or Bound()
+        too_small = bound.min is not None and value < bound.min
+        too_large = bound.max is not None and value > bound.max
+        if too_small or too_large:
+            failed.append(Failure(name, value, bound.min, bound.max))
     return failed
 
 

@@ -114,13 +114,17 @@ def parse_step(step: dict[str, Any]) -> Transform:
     Raises:
         DynamizeError: no or an unknown ``pass``. Wrong fields raise pydantic's ValidationError.
     """
+    return find_transform(str(step.get("pass"))).model_validate(step)
+
+
+def find_transform(name: str) -> type[Transform]:
+    """The transform with this ``pass`` name; a DynamizeError lists those there are."""
     known = registered()
-    name = step.get("pass")
     if name not in known:
         raise DynamizeError(
-            f"'{name}' is no transform. {closest(str(name), list(known))}Known: {', '.join(sorted(known))}."
+            f"'{name}' is no transform. {closest(name, list(known))}Known: {', '.join(sorted(known))}."
         )
-    return known[name].model_validate(step)
+    return known[name]
 
 
 def check_order(steps: list[Transform]) -> None:

@@ -1,1 +1,56 @@
-""
+"""The recipes that come with dynamize, as YAML files beside this one; finding them imports no torch."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dynamize.errors import DynamizeError, closest
+
+
+def builtin_recipes() -> dict[str, Path]:
+    """The recipes that come with dynamize, by name."""
+    return {file.stem: file for file in sorted(Path(__file__).parent.glob("*.yaml"))}
+
+
+def find_recipe(path: str | os.PathLike[str]) -> Path:
+    """The file of a recipe given by path or built-in name.
+
+    Raises:
+        DynamizeError: it is neither.
+    """
+    file = Path(path)
+    if file.is_file():
+        return file
+    found = builtin_recipes()
+    if str(path) in found:
+        return found[str(path)]
+    raise DynamizeError(
+        f"there is no recipe '{path}': neither a file nor a built-in one. {closest(str(path), list(found))}"
+        f"Built in: {', '.join(found)}."
+    )
+
+
+def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A recipe as plain data, not yet checked.
+
+    Raises:
+        DynamizeError: no such recipe, it cannot be read, or it is not YAML with keys.
+    """
+    file = find_recipe(path)
+    try:
+        plain = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:
+        place = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise DynamizeError(f"{file}{place}: not YAML: {error.problem}. Correct that line.") from error
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise DynamizeError(f"{file} cannot be read as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(plain, dict):
+        raise DynamizeError(f"{file} holds no recipe: expected keys such as version, model, data and steps")
+    return plain
+
+
+def describe(file: Path) -> str:
+    """The recipe's own description."""
+    return str(read_recipe(file).get("description", ""))

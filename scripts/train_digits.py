@@ -1,9 +1,9 @@
-"""Train the digits network that comes with the package, from scratch, on the train split of scikit-learn's digits.
+"""Train the digits network that comes with the package, from scratch, on scikit-learn's digits (train split).
 
     python scripts/train_digits.py --out dynamize/models/digits_resnet.safetensors
 
-Two runs on one machine give the same weights, bit by bit. A recipe that starts from this checkpoint must normalise
-its images as NORMALIZE says. Nothing is fitted to calibration or test images; the last epoch is kept.
+Two runs on one machine give the same weights, bit by bit. A recipe that uses this checkpoint normalises its
+images as NORMALIZE says. Nothing is fitted to calibration or test images; the last epoch is kept.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ import typer
 
 import dynamize as dz
 from dynamize.checkpoints import save_safetensors_atomically
-from dynamize.convert import apply, wrap
+from dynamize.conversion import apply, wrap
 from dynamize.data import DataSpec, load_data
 from dynamize.measure.accuracy import answers
 from dynamize.models import create

@@ -2,8 +2,6 @@
 
 from typing import Annotated, ClassVar, Literal, Self
 
-import numpy as np
-import torch
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from dynamize.calibration import (
@@ -14,14 +12,9 @@ from dynamize.calibration import (
     point_for_budget,
     point_for_drop,
 )
-from dynamize.calibration.temperature import fit_temperature
-from dynamize.convert import wrap
-from dynamize.data import Images
+from dynamize.calibration.collect import confidence_table
 from dynamize.errors import DynamizeError
-from dynamize.measure.accuracy import answers, exit_logits
-from dynamize.measure.costs import exit_costs
 from dynamize.nn.network import DynamicNetwork
-from dynamize.runtime.profile import exit_latency
 from dynamize.transform import Applied, Context, Transform
 
 _DEFAULT_DROP = 0.2
@@ -61,8 +54,14 @@ class Calibrate(Transform):
         if not network.heads:
             raise DynamizeError("calibrate: the network has no early exits: put an `exits` step before")
         data = context.needs_data(self)
-        teacher = context.needs_teacher(self)
-        table = confidence_table(network, teacher, data.calibration, context, self.latency_batch)
+        table = confidence_table(
+            network,
+            data.calibration,
+            teacher=context.needs_teacher(self),
+            device=context.device,
+            backend=context.backend,
+            latency_batch=self.latency_batch,
+        )
         resolved = self if self._given() else self.model_copy(update={"max_drop": _DEFAULT_DROP})
         chosen = resolved._solve(table, context.seed)
         curve = operating_points(table, self.points, seed=context.seed)
@@ -82,28 +81,6 @@ class Calibrate(Transform):
         macs = self.macs if self.macs_ratio is None else self.macs_ratio * table.static_cost["macs"]
         assert macs is not None
         return point_for_budget(table, macs, name="chosen", seed=seed)
-
-
-def confidence_table(
-    network: DynamicNetwork, teacher: torch.nn.Module, images: Images, context: Context, latency_batch: int = 1
-) -> ConfidenceTable:
-    """Run all exits over ``images`` once, fit the temperatures of ``network`` and time each exit."""
-    logits, labels_N = exit_logits(network, images, context.device)
-    labels = labels_N.numpy()
-    for k in range(len(network.heads)):
-        network.temperatures[k] = fit_temperature(logits[k].numpy(), labels)
-    reference = answers(teacher, images, context.device)[0].numpy()
-    scores = [network.scores(one.to(context.device), k).cpu() for k, one in enumerate(logits[:-1])]
-    static = wrap(teacher, network.input_shape)
-    milliseconds, static_ms = exit_latency(network, static, context.backend, context.device, latency_batch)
-    return ConfidenceTable(
-        scores=torch.stack([*scores, torch.zeros(len(labels))]).double().numpy(),
-        answers=np.stack([one.argmax(1).numpy() for one in logits]),
-        labels=labels,
-        reference=reference,
-        costs={"macs": exit_costs(network).cumulative(), "ms": milliseconds},
-        static_cost={"macs": float(exit_costs(static).cumulative()[-1]), "ms": static_ms},
-    )
 
 
 def _promise(point: OperatingPoint) -> str:

@@ -67,12 +67,14 @@ class Exits(Transform):
                 "beginning is used until its end"
             )
         chosen = self._place(traced, cuts, context)
-        heads, sizes = self._build_heads(traced, chosen, network)
+        with torch.random.fork_rng():  # initialising layers draws from the global generator
+            heads, sizes = self._build_heads(traced, chosen)
+            fusion = zero_fusion(_context_width(heads, chosen), _classes(traced)) if self.chain else None
         exits = DynamicNetwork(
             self._segments(traced, chosen),
             heads,
             input_shape=network.input_shape,
-            fusion=zero_fusion(_context_width(heads, chosen), _classes(traced)) if self.chain else None,
+            fusion=None if fusion is None else fusion.to(blank(traced)),
             confidence=self.confidence,
         )
         note = self._cost_note(exits, chosen, traced)
@@ -113,9 +115,7 @@ class Exits(Transform):
             picked = _cheapest(right, costs, picked, self.share)
         return [candidates[i] for i in picked]
 
-    def _build_heads(
-        self, traced: fx.GraphModule, chosen: list[CutPoint], network: DynamicNetwork
-    ) -> tuple[list[ExitHead], list[int]]:
+    def _build_heads(self, traced: fx.GraphModule, chosen: list[CutPoint]) -> tuple[list[ExitHead], list[int]]:
         allowed = self.share * _macs(traced)
         if self.head == "linear":
             sizes = [0] * len(chosen)
@@ -128,10 +128,9 @@ class Exits(Transform):
         else:
             sizes = self._largest_sizes(traced, chosen, allowed)
         heads: list[ExitHead] = []
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            for cut, size in zip(chosen, sizes, strict=True):
-                heads.append(self._head(traced, cut, size, _context_width(heads, chosen)))
+        torch.manual_seed(0)
+        for cut, size in zip(chosen, sizes, strict=True):
+            heads.append(self._head(traced, cut, size, _context_width(heads, chosen)))
         spent = sum(_head_macs(h, cut) for h, cut in zip(heads, chosen, strict=True))
         if spent > allowed * 1.0001:
             raise DynamizeError(

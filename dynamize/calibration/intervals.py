@@ -90,16 +90,18 @@ def apply_folds(
 ) -> CrossFit:
     """The cross-fit of thresholds fitted on the whole table and on all folds but one."""
     exits = np.empty(table.images, np.int64)
-    wholly = _means(table, table.route(thresholds))
+    costs = {measure: np.empty(table.images) for measure in table.costs}
+    wholly = _means(table, thresholds, table.route(thresholds))
     moved = dict.fromkeys(wholly, 0.0)
     for fold, setting in zip(folds_of(table, folds, seed), settings, strict=True):
         taken = table.route(setting)
         exits[fold.held_out] = taken[fold.held_out]
-        for name, mean in _means(table, taken).items():
+        for measure, cost in costs.items():
+            cost[fold.held_out] = table.cost_at(measure, setting)[taken[fold.held_out]]
+        for name, mean in _means(table, setting, taken).items():
             moved[name] += (mean - wholly[name]) ** 2 / folds
     correct = table.correct[exits, np.arange(table.images)]
     drop = (table.reference == table.labels).astype(np.float64) - correct
-    costs = {measure: cost[exits] for measure, cost in table.costs.items()}
     shares = np.bincount(exits, minlength=table.exits) / table.images
     return CrossFit(correct, exits, costs, drop, moved, shares)
 
@@ -143,7 +145,7 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     return low, high
 
 
-def _means(table: ConfidenceTable, exits: NDArray[np.int64]) -> dict[str, float]:
+def _means(table: ConfidenceTable, thresholds: Thresholds, exits: NDArray[np.int64]) -> dict[str, float]:
     accuracy = float(table.correct[exits, np.arange(table.images)].mean())
-    costs = {measure: float(cost[exits].mean()) for measure, cost in table.costs.items()}
+    costs = {measure: float(table.cost_at(measure, thresholds)[exits].mean()) for measure in table.costs}
     return {**costs, "accuracy": accuracy, "drop": table.reference_accuracy - accuracy}

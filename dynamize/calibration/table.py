@@ -38,8 +38,9 @@ class ConfidenceTable:
     refused; the last row decides nothing. answers (K, n), labels (n,), reference (n,): class indices,
     reference being the static teacher's answers. costs: for each measure ("macs", "ms", ...) the cumulative
     cost (K,) of leaving at exit k, all heads passed on the way included; positive, not necessarily
-    increasing. static_cost: the static network's cost under the same measures. Raises DynamizeError where
-    the parts do not fit together.
+    increasing. static_cost: the static network's cost under the same measures. head_costs: under some
+    measures, what each early exit's head (K-1,) costs and, if its exit is off, does not; the solver takes it as
+    spent, the stated costs do not. Raises DynamizeError where the parts do not fit together.
     """
 
     scores: NDArray[np.float64]
@@ -48,6 +49,7 @@ class ConfidenceTable:
     reference: NDArray[np.int64]
     costs: Mapping[str, NDArray[np.float64]]
     static_cost: Mapping[str, float]
+    head_costs: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
     cache: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -121,6 +123,15 @@ class ConfidenceTable:
             )
         return self.costs[measure]
 
+    def cost_at(self, measure: str, thresholds: Sequence[float | None]) -> NDArray[np.float64]:
+        """Cumulative cost (K,) without the heads of exits that are off."""
+        cost = self.cost(measure)
+        if measure not in self.head_costs:
+            return cost
+        saved = np.where([threshold is None for threshold in thresholds], self.head_costs[measure], 0.0)
+        without: NDArray[np.float64] = cost - np.concatenate([[0.0], np.cumsum(saved)])
+        return without
+
     def subset(self, index: ArrayLike) -> "ConfidenceTable":
         """The table of some images: an index array or a boolean mask over the n images."""
         chosen = np.asarray(index)
@@ -131,6 +142,7 @@ class ConfidenceTable:
             self.reference[chosen],
             self.costs,
             self.static_cost,
+            self.head_costs,
         )
 
     def route(self, thresholds: Sequence[float | None]) -> NDArray[np.int64]:
@@ -145,8 +157,8 @@ class ConfidenceTable:
 
     def evaluate(self, thresholds: Sequence[float | None], measure: str = "macs") -> Evaluation:
         """Accuracy, mean cost and exit shares of this setting on the images of the table."""
-        cost, taken = self.cost(measure), self.route(thresholds)
-        left = np.bincount(taken, minlength=self.exits)
+        taken = self.route(thresholds)
+        cost, left = self.cost_at(measure, thresholds), np.bincount(taken, minlength=self.exits)
         accuracy = self.correct[taken, np.arange(self.images)].mean()
         return Evaluation(float(accuracy), float(left @ cost / self.images), left / self.images)
 

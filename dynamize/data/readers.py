@@ -117,7 +117,7 @@ def _folder_pool(folder: Path, classes: tuple[str, ...]) -> Pool:
     keys: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        found = sorted(_images_below(os.path.join(folder, name)))
+        found = sorted(images_below(os.path.join(folder, name)))
         if not found:
             raise DynamizeError(
                 f"class folder {(folder / name).absolute()} holds no image ({' '.join(IMAGE_ENDINGS)}); "
@@ -129,7 +129,7 @@ def _folder_pool(folder: Path, classes: tuple[str, ...]) -> Pool:
     return Pool(str(folder.absolute()), FileStorage(paths), np.array(labels, dtype=np.int64), keys)
 
 
-def _images_below(folder: str) -> list[tuple[str, str]]:
+def images_below(folder: str) -> list[tuple[str, str]]:
     """(path, path with links resolved) of every image in a folder and those below it."""
     found: list[tuple[str, str]] = []
     real = os.path.realpath(folder)
@@ -137,7 +137,7 @@ def _images_below(folder: str) -> list[tuple[str, str]]:
         if entry.name.startswith("."):
             continue
         if entry.is_dir():
-            found += _images_below(entry.path)
+            found += images_below(entry.path)
         elif entry.name.lower().endswith(IMAGE_ENDINGS):
             key = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(real, entry.name)
             found.append((entry.path, key))

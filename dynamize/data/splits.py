@@ -66,7 +66,7 @@ def load_data(
     dealt, spec = _deal(source, spec)
     warnings = _warnings(source, spec, input_shape)
     sets = {
-        name: _image_set(name, pool, index, source.classes, spec, input_shape)
+        name: image_set(name, pool, index, source.classes, spec, input_shape)
         for name, (pool, index) in dealt.items()
     }
     _check_disjoint({name: set(images.keys) for name, images in sets.items()})
@@ -248,7 +248,7 @@ def _stratified(labels: np.ndarray, index: np.ndarray, count: int, seed: int) ->
     return np.sort(np.concatenate(drawn))
 
 
-def _image_set(
+def image_set(
     name: str,
     pool: Pool,
     index: np.ndarray,

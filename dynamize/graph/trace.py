@@ -38,10 +38,7 @@ class NetworkTracer(fx.Tracer):
         return super().is_leaf_module(m, module_qualified_name)
 
     def create_proxy(self, kind: str, target: object, args: tuple, kwargs: dict, *rest: object, **more: object) -> object:
-        optional = kind == "placeholder" and any(node.op == "placeholder" for node in self.graph.nodes)
-        if optional and str(target).startswith("*"):
-            return {} if str(target).startswith("**") else ()
-        if optional and args:
+        if kind == "placeholder" and args and any(node.op == "placeholder" for node in self.graph.nodes):
             return args[0]  # forward(images, mask=None): a classifier is called with the images only
         return super().create_proxy(kind, target, args, kwargs, *rest, **more)  # type: ignore[arg-type]
 
@@ -83,6 +80,7 @@ def trace(network: nn.Module, input_shape: Sequence[int]) -> fx.GraphModule:
     annotate(traced, input_shape)
     traced.graph.eliminate_dead_code()
     traced.recompile()
+    _check_answers(network, traced, input_shape)
     return traced
 
 
@@ -124,7 +122,7 @@ class _Annotator(fx.Interpreter):
     def __init__(self, traced: fx.GraphModule) -> None:
         super().__init__(traced)
         self.position = {node: i for i, node in enumerate(traced.graph.nodes)}
-        self.overwritten: list[tuple[fx.Node, fx.Node]] = []  # (a value, the node that changes it before a later use)
+        self.overwritten: list[tuple[fx.Node, fx.Node, bool]] = []  # a value used later, who changes it, all of it?
 
     def run_node(self, n: fx.Node) -> object:
         live = {
@@ -136,30 +134,55 @@ class _Annotator(fx.Interpreter):
             value = super().run_node(n)
         for node, (held, version) in live.items():
             if held._version != version:
-                self._overwrites(n, value, node, held)
+                self.overwritten.append((node, n, _same_memory(value, held)))
         n.meta["macs"] = counted()
         n.meta["shape"] = tuple(value.shape) if isinstance(value, torch.Tensor) else None
         n.meta["floating"] = isinstance(value, torch.Tensor) and value.is_floating_point()
         return value
 
-    def _overwrites(self, n: fx.Node, value: object, node: fx.Node, held: torch.Tensor) -> None:
-        same = isinstance(value, torch.Tensor) and value.data_ptr() == held.data_ptr()
-        if not same or value.shape != held.shape or value.stride() != held.stride():  # type: ignore[attr-defined]
-            raise DynamizeError(
-                f"the network cannot be taken apart: `{n.name}` writes in place into a part of `{node.name}`, which is "
-                "used again later. Make that operator out of place. Nothing was changed."
-            )
-        self.overwritten.append((node, n))
-
     def order_overwriting(self) -> None:
         """Make every use of a value after it was overwritten a use of the node that overwrote it."""
         newest: dict[fx.Node, fx.Node] = {}
-        for node, writer in self.overwritten:
+        for node, writer, whole in self.overwritten:
+            if not whole:
+                raise DynamizeError(
+                    f"the network cannot be taken apart: `{writer.name}` writes in place into a part of "
+                    f"`{node.name}`, which is used again later. Make that operator out of place. Nothing was changed."
+                )
             held = newest.get(node, node)
             for user in list(held.users):
                 if self.position[user] > self.position[writer]:
                     user.replace_input_with(held, writer)
             newest[node] = writer
+
+
+def _same_memory(value: object, held: torch.Tensor) -> bool:
+    if not isinstance(value, torch.Tensor) or value.data_ptr() != held.data_ptr():
+        return False
+    return value.shape == held.shape and value.stride() == held.stride()
+
+
+def _check_answers(network: nn.Module, traced: fx.GraphModule, input_shape: Sequence[int]) -> None:
+    """Refuse a network that the tracer misread: it follows one branch and takes ``x += y`` for ``x = x + y``."""
+    like = blank(network, 2, *input_shape)
+    images_NCHW = torch.randn(like.shape, generator=torch.Generator().manual_seed(0)).to(like)
+    answers = []
+    for module in (network, traced):
+        with torch.no_grad(), torch.random.fork_rng():
+            torch.manual_seed(0)
+            try:
+                answers.append(module(images_NCHW.clone()))
+            except Exception as error:
+                raise DynamizeError(
+                    f"the network runs on one image but not on two: {_first_line(error)}. A converted network works "
+                    "on batches of any size: take the batch size from the tensors"
+                ) from error
+    if not torch.allclose(*answers, rtol=1e-3, atol=1e-3 * float(answers[0].abs().max()), equal_nan=True):
+        raise DynamizeError(
+            f"{type(network).__name__} answers differently once it is traced: something in its forward depends on the "
+            "values, or `x += y` changes a tensor that another name still holds. Write `x = x + y` there, or wrap the "
+            "function with torch.fx.wrap so that tracing keeps it whole. Nothing was changed."
+        )
 
 
 def _why_untraceable(network: nn.Module, tracer: NetworkTracer, error: Exception) -> str:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dynamize.graph.trace import blank
 from dynamize.measure.macs import count_macs
 from dynamize.nn.heads import ExitHead, extend_context
 from dynamize.nn.network import DynamicNetwork
@@ -36,8 +37,7 @@ def exit_costs(network: DynamicNetwork) -> ExitCosts:
     """Count one blank image through every segment and head."""
     training = network.training
     network.eval()
-    device = next(network.parameters()).device
-    features, context = torch.zeros(1, *network.input_shape, device=device), None
+    features, context = blank(network, 1, *network.input_shape), None
     segments, heads = [], []
     with torch.no_grad():
         for k, segment in enumerate(network.segments):

@@ -93,7 +93,7 @@ def _compact(
         return features, context, waiting
     holes = leaves[:staying].nonzero().flatten()
     fillers = (~leaves[staying:]).nonzero().flatten() + staying
-    if torch.is_grad_enabled() and features.requires_grad:
+    if torch.is_grad_enabled():  # even of frozen features a head keeps the rows for its own gradient
         kept = torch.arange(staying).index_copy(0, holes, fillers)
         return features[kept], None if context is None else context[kept], waiting[kept]
     for rows in (features, context, waiting):

@@ -37,7 +37,7 @@ def compile_network(network: DynamicNetwork, backend: str, device: torch.device 
     """Compile every segment of ``network`` for ``backend``.
 
     Args:
-        network: a converted network, or a static one from :func:`dynamize.convert.wrap`.
+        network: a converted network, or a static one from :func:`dynamize.conversion.wrap`.
         backend: ``eager`` (batch norms folded, channels last) or ``onnxruntime``.
 
     Raises:

@@ -1,17 +1,21 @@
 """The ONNX Runtime backend: one session a segment, all on one thread pool."""
 
+import copy
 import io
 import logging
 import warnings
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 import torch
+from onnxruntime.capi import onnxruntime_pybind11_state as _ort
 from torch import Tensor, nn
 
 from dynamize.errors import DynamizeError
+from dynamize.graph.trace import blank
 from dynamize.nn.network import DynamicNetwork, NetworkStage
 from dynamize.nn.routing import StageOutput
 
@@ -22,15 +26,28 @@ def onnx_stages(network: DynamicNetwork, device: torch.device) -> list["OnnxStag
     """Every stage of ``network`` as an ONNX Runtime session on the CPU."""
     if device.type != "cpu":
         raise DynamizeError(f"backend onnxruntime runs on the CPU here, not on {device}: use --backend eager")
-    network.cpu()
-    inputs = [torch.zeros(2, *network.input_shape)]
-    stages: list[OnnxStage] = []
+    network = copy.deepcopy(network).cpu().eval()
+    return [OnnxStage(stage, inputs) for stage, inputs in stages_with_inputs(network)]
+
+
+def stages_with_inputs(network: DynamicNetwork) -> Iterator[tuple[NetworkStage, list[Tensor]]]:
+    """Every stage of a network on the CPU, with an example of what it takes: features and, if chained, context."""
+    inputs = [blank(network, 2, *network.input_shape)]
     for stage in network.stages():
-        stages.append(OnnxStage(stage, inputs))
+        yield stage, inputs
         with torch.no_grad():
             output = stage(inputs[0], inputs[1] if len(inputs) > 1 else None, True)
         inputs = [one for one in (output.features, output.context) if one is not None]
-    return stages
+
+
+def export_stage(stage: NetworkStage, inputs: list[Tensor]) -> tuple[bytes, list[str]]:
+    """A stage with its exit as ONNX, and the names of its outputs."""
+    network = stage.network
+    if stage.index == network.exit_count - 1:
+        outputs = ["logits"]
+    else:
+        outputs = ["next_features", "logits", "score", *(["next_context"] if network.chained else [])]
+    return export_onnx(_Deciding(stage), inputs, outputs), outputs
 
 
 class OnnxStage:
@@ -41,18 +58,20 @@ class OnnxStage:
         self._stage, self._inputs = stage, inputs
         self._last = stage.index == network.exit_count - 1
         self._chained = network.chained
-        self._deciding = _session(_Deciding(stage), inputs)
+        self._deciding = _session(export_stage(stage, inputs)[0])
         self._passing: ort.InferenceSession | None = None
 
     def __call__(self, features: Tensor, context: Tensor | None, decide: bool) -> StageOutput:
         if not decide and not self._chained:
             if self._passing is None:
-                self._passing = _session(self._stage.network.segments[self._stage.index], self._inputs)
+                segment = self._stage.network.segments[self._stage.index]
+                self._passing = _session(export_onnx(segment, self._inputs[:1], ["next_features"]))
             return StageOutput(_run(self._passing, [features])[0], None, None, None)
         found = _run(self._deciding, [features] if context is None else [features, context])
         if self._last:
             return StageOutput(None, None, found[0], None)
-        return StageOutput(found[0], found[3] if self._chained else None, found[1], found[2])
+        context = found[3] if self._chained else None
+        return StageOutput(found[0], context, found[1], found[2]) if decide else StageOutput(found[0], context, None, None)
 
 
 class _Deciding(nn.Module):
@@ -76,14 +95,14 @@ def _run(session: ort.InferenceSession, inputs: list[Tensor]) -> list[Tensor]:
     return [torch.from_numpy(value) for value in session.run(None, feed)]
 
 
-def _session(module: nn.Module, inputs: list[Tensor]) -> ort.InferenceSession:
+def _session(model: bytes) -> ort.InferenceSession:
     _share_one_pool()
     options = ort.SessionOptions()
     options.use_per_session_threads = False
     options.log_severity_level = 3
     try:
-        return ort.InferenceSession(export_onnx(module, inputs), options, providers=["CPUExecutionProvider"])
-    except ort.capi.onnxruntime_pybind11_state.Fail as error:
+        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except (_ort.Fail, _ort.NotImplemented, _ort.InvalidGraph) as error:
         raise DynamizeError(f"ONNX Runtime refuses a segment: {error}. Use --backend eager.") from error
 
 
@@ -94,16 +113,13 @@ def _share_one_pool() -> None:
     ort.set_global_thread_pool_sizes(threads, 1)
 
 
-def export_onnx(module: nn.Module, inputs: list[Tensor]) -> bytes:
-    """A module in eval mode as ONNX, with the batch dimension free.
+def export_onnx(module: nn.Module, inputs: list[Tensor], outputs: list[str]) -> bytes:
+    """A module in eval mode as ONNX, with the batch dimension free and its outputs named.
 
     Uses the tracing exporter: what is exported is a straight line already, and it is twenty times faster.
     """
     buffer = io.BytesIO()
     names = ["features", "context"][: len(inputs)]
-    with torch.no_grad():
-        count = len(module(*inputs)) if isinstance(module(*inputs), tuple) else 1
-    outputs = [f"output_{i}" for i in range(count)]
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)

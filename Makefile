@@ -1,0 +1,25 @@
+# Both targets set up their own virtual environment where it is missing.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-slow clean
+
+demo: $(VENV)/.installed
+	$(BIN)/dynamize run quickstart --out runs/quickstart --overwrite
+
+test: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/mypy -p dynamize
+	$(BIN)/pytest
+
+test-slow: $(VENV)/.installed
+	$(BIN)/pytest -m slow
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist runs *.egg-info

@@ -1,0 +1,79 @@
+"""The program: its verbs in order, and what becomes of errors."""
+
+import errno
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from dynamize import __version__
+from dynamize.cli import artifacts, catalogue, look, run
+from dynamize.cli.console import complain
+from dynamize.errors import DynamizeError
+
+_USER_ERRNOS = {
+    getattr(errno, name)
+    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EACCES", "EPERM", "EROFS", "EISDIR", "ENOTDIR", "ENAMETOOLONG", "EIO")
+}
+
+
+class _Program(TyperGroup):
+    """Turns what a user can repair into one red line and exit code 2; anything else keeps its traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except DynamizeError as error:
+            complain(str(error))
+        except KeyboardInterrupt:
+            complain("stopped; go on with --resume" if ctx.invoked_subcommand == "run" else "stopped")
+        except OSError as error:
+            if error.errno not in _USER_ERRNOS:
+                raise
+            place = f"{error.filename}: " if error.filename else ""
+            complain(f"{place}{error.strerror}. Free some space, or name a place that you may read and write.")
+        raise typer.Exit(2)
+
+
+app = typer.Typer(
+    cls=_Program,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"dynamize {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def program(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Turn a trained CNN into a dynamic network that really skips work, and measure what it saves.
+
+    Begin with: dynamize run quickstart
+    """
+
+
+app.command()(run.run)
+app.command()(look.inspect)
+app.command()(look.report)
+app.command()(artifacts.bench)
+app.command()(artifacts.calibrate)
+app.command()(artifacts.predict)
+app.command()(artifacts.export)
+app.command()(catalogue.transforms)
+app.add_typer(catalogue.recipes, name="recipes")
+
+
+def main() -> None:
+    """Entry point of the `dynamize` command."""
+    app(prog_name="dynamize")

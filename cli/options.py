@@ -1,0 +1,41 @@
+"""Options that several verbs share, and values that need parsing."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dynamize.errors import DynamizeError
+
+Artifact = Annotated[Path, typer.Argument(metavar="OUT", help="Folder that `dynamize run` wrote.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the same facts as JSON.")]
+Data = Annotated[
+    str | None, typer.Option(metavar="SOURCE", help="Where the images lie, if not where the run found them.")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
+TrustCode = Annotated[bool, typer.Option("--trust-code", help="Run the code that a source names (file.py:factory).")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only results and errors, no progress.")]
+
+
+def shape(text: str | None) -> tuple[int, int, int] | None:
+    """`3,224,224` as (C, H, W)."""
+    if text is None:
+        return None
+    numbers = text.replace("x", ",").split(",")
+    if len(numbers) != 3 or not all(number.strip().isdecimal() and int(number) > 0 for number in numbers):
+        raise DynamizeError(f"--input {text}: write channels, height and width, e.g. --input 3,224,224")
+    channels, height, width = map(int, numbers)
+    return channels, height, width
+
+
+def counts(text: str, option: str) -> list[int]:
+    """`1,8,64` as whole numbers from 1 on."""
+    numbers = text.split(",")
+    if not all(number.strip().isdecimal() and int(number) > 0 for number in numbers):
+        raise DynamizeError(f"{option} {text}: write whole numbers from 1 on with commas between, e.g. {option} 1,8,64")
+    return [int(number) for number in numbers]
+
+
+def names(text: str | None) -> list[str]:
+    """`eager,onnxruntime` as a list."""
+    return [name.strip() for name in text.split(",")] if text else []

@@ -1,0 +1,84 @@
+"""`dynamize run`: a recipe from beginning to end."""
+
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dynamize.cli.console import complain, reporting, show, show_json
+from dynamize.cli.options import AsJson, Device, Quiet, TrustCode
+
+if TYPE_CHECKING:
+    from dynamize.run import Outcome
+
+
+def run(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a built-in recipe.", show_default=False)],
+    out: Annotated[Path | None, typer.Option(help="Folder to write; by default runs/NAME of the recipe.")] = None,
+    model: Annotated[str | None, typer.Option(metavar="SOURCE", help="Network; its code is run if it names code.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Weights of the network.")] = None,
+    data: Annotated[str | None, typer.Option(metavar="SOURCE", help="Images, e.g. imagefolder:PATH.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Any field; steps count from 0.")
+    ] = None,
+    device: Device = "auto",
+    seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last finished step.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in the folder.")] = False,
+    trust_code: TrustCode = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Convert, train, calibrate and measure as a recipe says.
+
+    Flags override the file. Exit code 1 if the last row misses what the recipe expects, 2 on an error.
+
+    Example: dynamize run quickstart --out runs/digits --set steps.1.epochs=3
+    """
+    with reporting(quiet) as progress:
+        from dynamize.recipe import load_recipe
+        from dynamize.run import run_recipe
+
+        flags = {"model.source": model, "model.checkpoint": checkpoint, "data.source": data, "seed": seed}
+        given = [f"{path}={json.dumps(_plain(value))}" for path, value in flags.items() if value is not None]
+        folder = out or Path("runs") / Path(recipe).stem
+        outcome = run_recipe(
+            load_recipe(recipe, [*given, *(settings or [])]),
+            folder,
+            device=device,
+            resume=resume,
+            overwrite=overwrite,
+            trust_code=trust_code or model is not None,
+            progress=progress,
+            command=shlex.join(["dynamize", *sys.argv[1:]]),
+        )
+    if outcome is None:  # not the first of several processes
+        return
+    _print(outcome, folder, as_json, quiet)
+    if outcome.failures:
+        raise typer.Exit(1)
+
+
+def _print(outcome: "Outcome", folder: Path, as_json: bool, quiet: bool) -> None:
+    if as_json:
+        rows = [row.model_dump(mode="json") for row in outcome.report.ledger.rows]
+        show_json({"out": str(folder), "ledger": rows, "failures": [vars(one) for one in outcome.failures]})
+        return
+    if not quiet:
+        from dynamize.report import terminal
+
+        show(terminal.render(outcome.report))
+        show(f"\nReport: {folder / 'report.html'}", f"Artifact: {folder}")
+    if outcome.failures:
+        from dynamize.cli.tables import failures_table
+
+        complain(f"{len(outcome.failures)} of what the recipe expects does not hold")
+        show(failures_table(outcome.failures))
+
+
+def _plain(value: str | int | Path) -> str | int:
+    return os.fspath(value) if isinstance(value, Path) else value

@@ -1,0 +1,215 @@
+"""How results look in a terminal of 80 columns: trees and tables, no figures of their own."""
+
+import inspect
+import json
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+from rich.tree import Tree
+
+from dynamize.report import Point
+from dynamize.report.cells import ABSENT, count, point_columns, shares, three_digits
+
+if TYPE_CHECKING:
+    from dynamize.benchmark import Benchmark, Comparison
+    from dynamize.graph.tree import Block, NetworkTree, Stage
+    from dynamize.inspection import Inspection
+    from dynamize.prediction import Prediction
+    from dynamize.run import Failure
+    from dynamize.transform import Transform
+
+_ALL = -1e300  # a threshold below which no score lies
+_NAME_WIDTH = 34  # with the tree's own lines and the figures: 80 columns
+
+
+def table(*columns: tuple[str, str]) -> Table:
+    """An empty table from (title, justification) pairs."""
+    made = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    for title, justify in columns:
+        made.add_column(Text(title), justify=justify, overflow="fold")  # type: ignore[arg-type]
+    return made
+
+
+def inspection(found: "Inspection") -> Group:
+    """The tree of a network; for an artifact also its steps, exits and operating points."""
+    parts: list[RenderableType] = [network(found.tree, found.source)]
+    if found.history:
+        parts += [Text("\nSteps", style="bold"), *(Text(_step(step)) for step in found.history)]
+    if len(found.exits) > 1:
+        parts += [Text("\nExits", style="bold"), _exits(found)]
+    if found.operating_points is not None:
+        points = [Point.model_validate(point) for point in found.operating_points]
+        parts += [Text("\nOperating points", style="bold"), _points(points)]
+        parts.append(Text(f"It stands at {found.operating_point or 'none of them: all exits are off'}.", style="dim"))
+    return Group(*parts)
+
+
+def network(tree: "NetworkTree", source: str) -> Group:
+    """Stages of one resolution, in them the blocks that end in cut points."""
+    shape = _shape(tree.input_shape)
+    cuts = sum(block.cut is not None for block in tree.blocks)
+    head = f"{source}  {shape}  {count(tree.macs)} MACs  {count(tree.params)} parameters  {cuts} cut points"
+    width = min(_NAME_WIDTH, max([10, *(len(block.cut or "") for block in tree.blocks)]))
+    drawn = Tree(Text(head, style="bold"), guide_style="dim")
+    for number, stage in enumerate(tree.stages, start=1):
+        branch = drawn.add(_stage(stage, number, tree.macs, width))
+        for block in stage.blocks:
+            branch.add(_block(block, tree.macs, width))
+    legend = "Each block ends in a cut point, which takes an exit. =: keeps its shape, so a gate could skip it."
+    columns = "Columns: shape (C x H x W), MACs, their share, parameters."
+    return Group(drawn, Text(f"{legend} {columns}", style="dim"))
+
+
+def _stage(stage: "Stage", number: int, total: float, width: int) -> Text:
+    if stage.blocks[-1].cut is None:
+        return Text(f"{'answer':<{width + 4}} {_figures(stage, total)}", style="cyan")
+    blocks = f"stage {number}, {len(stage.blocks)} block{'s' if len(stage.blocks) > 1 else ''}"
+    return Text(f"{blocks:<{width + 4}} {_figures(stage, total)}", style="cyan")
+
+
+def _block(block: "Block", total: float, width: int) -> Text:
+    name = block.cut or "classifier"
+    return Text(f"{name:<{width}} {_figures(block, total)}{' =' if block.keeps_shape else ''}")
+
+
+def _figures(part: "Stage | Block", total: float) -> str:
+    share = f"{100 * part.macs / total:.1f}%" if total else ABSENT
+    return f"{_shape(part.shape):>11} {count(part.macs):>6} {share:>6} {count(part.params):>6}"
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _step(step: dict[str, Any]) -> str:
+    fields = ", ".join(f"{name}: {value}" for name, value in step.items() if name != "pass" and value is not None)
+    return f"  {step['pass']}  {fields}"
+
+
+def _exits(found: "Inspection") -> Table:
+    made = table(("exit", "right"), ("after", "left"), ("head MACs", "right"), ("MACs to leave", "right"))
+    made.add_column("ratio", justify="right")
+    made.add_column("threshold", justify="right")
+    for number, one in enumerate(found.exits, start=1):
+        threshold = "off" if one.threshold is None else f"{one.threshold:.4g}" if one.threshold > _ALL else "all leave"
+        ratio = f"{one.macs / found.tree.macs:.2f}"
+        last = number == len(found.exits)
+        after = one.after or "the network's own"
+        cells = [str(number), after, count(one.head_macs), count(one.macs), ratio, "last" if last else threshold]
+        made.add_row(*map(Text, cells))
+    return made
+
+
+def _points(points: Sequence[Point]) -> Table:
+    columns = point_columns(points)
+    made = table(*((column.title, "right" if column.right else "left") for column in columns))
+    for row in zip(*(column.cells for column in columns), strict=True):
+        made.add_row(*map(Text, row))
+    return made
+
+
+def benchmark(found: "Benchmark") -> Group:
+    """Times per call and per image, speed-up, and how much of the saving in MACs the clock shows."""
+    point = f" at {found.operating_point}" if found.operating_point else ""
+    exits = f", exits {shares(found.exits)} %" if len(found.exits) > 1 else ""
+    head = Text(f"{found.source}{point}: {found.macs_ratio:.3f} of the MACs{exits}", style="bold")
+    parts: list[RenderableType] = [head]
+    for backend in dict.fromkeys(one.backend for one in found.comparisons):
+        parts += [Text(f"\n{backend}"), _times([one for one in found.comparisons if one.backend == backend])]
+    legend = (
+        "ms: median per call, timed in turns in one process. x: speed-up. saving shown: share of the saved MACs that "
+        f"is saved time too. {found.device}, {found.threads} threads, {found.images} test images."
+    )
+    warnings = [Text(f"! {text}", style="yellow") for text in found.warnings]
+    return Group(*parts, Text("\n" + legend, style="dim"), *warnings)
+
+
+def _times(comparisons: "Sequence[Comparison]") -> Table:
+    titles = ("batch", "static\nms", "p95", "dynamic\nms", "p95", "static\nms/image", "dynamic\nms/image", "x")
+    made = table(*((title, "right") for title in (*titles, "saving\nshown")))
+    for one in comparisons:
+        times = [one.static_median_ms, one.static_p95_ms, one.dynamic_median_ms, one.dynamic_p95_ms]
+        times += [one.static_ms_per_image, one.dynamic_ms_per_image]
+        shown = ABSENT if one.saving_shown is None else f"{100 * one.saving_shown:.0f} %"
+        made.add_row(*map(Text, [str(one.batch), *map(_milliseconds, times), f"{one.speedup:.2f}", shown]))
+    return made
+
+
+def _milliseconds(value: float) -> str:
+    return three_digits(value) if value >= 0.0995 else f"{value:.4f}"
+
+
+def predictions(found: Sequence["Prediction"], exits: int) -> Table:
+    """A row for each image that could be read."""
+    made = table(("file", "left"), ("class", "left"), ("conf.", "right"), ("exit", "right"), ("MACs", "right"))
+    for one in found:
+        if one.confidence is None or one.macs is None:
+            continue
+        cells = [one.file, str(one.answer), f"{one.confidence:.3f}", f"{one.exit}/{exits}", count(one.macs)]
+        made.add_row(*map(Text, cells))
+    return made
+
+
+def failures_table(failures: Sequence["Failure"]) -> Table:
+    """What was expected and what came out."""
+    made = table(("expected", "left"), ("at least", "right"), ("at most", "right"), ("found", "right"))
+    for one in failures:
+        bounds = [ABSENT if bound is None else f"{bound:g}" for bound in (one.least, one.most)]
+        made.add_row(*map(Text, [one.figure, *bounds, _beyond(one)]))
+    return made
+
+
+def _beyond(failure: "Failure") -> str:
+    """The value in as many digits as it takes to see that it is beyond its bound."""
+    bounds = [bound for bound in (failure.least, failure.most) if bound is not None]
+    for digits in range(3, 10):
+        text = f"{failure.value:.{digits}f}"
+        if all(not math.isclose(float(text), bound, rel_tol=1e-12) for bound in bounds):
+            return text
+    return repr(failure.value)
+
+
+def point(found: Point) -> Table:
+    """One operating point as a table of one row."""
+    return _points([found])
+
+
+def named(found: dict[str, str], what: str) -> Table:
+    """Names with a sentence each."""
+    made = table((what, "left"), ("", "left"))
+    for name, text in found.items():
+        made.add_row(Text(name), Text(text))
+    return made
+
+
+def transforms(found: "dict[str, type[Transform]]") -> Table:
+    """Every transform with the first line of its documentation."""
+    return named({name: (cls.__doc__ or "").split("\n")[0] for name, cls in sorted(found.items())}, "transform")
+
+
+def transform(cls: "type[Transform]") -> Group:
+    """A transform's documentation and fields."""
+    made = table(("field", "left"), ("type", "left"), ("default", "left"), ("", "left"))
+    for name, facts in cls.model_json_schema(by_alias=True)["properties"].items():
+        if name != "pass":
+            cells = [name, _kind(facts), json.dumps(facts.get("default")), facts.get("description", "")]
+            made.add_row(*map(Text, cells))
+    paragraphs = inspect.cleandoc(cls.__doc__ or "").replace("``", "`").split("\n\n")
+    return Group(*(Text(" ".join(one.split()) + "\n") for one in paragraphs), made)
+
+
+def _kind(facts: dict[str, Any]) -> str:
+    """A JSON schema in a few words: whole number, list of texts, auto or text, ..."""
+    if "anyOf" in facts:
+        return " or ".join(kind for one in facts["anyOf"] if (kind := _kind(one)) != "null")
+    if "enum" in facts or "const" in facts:
+        return " | ".join(str(value) for value in facts.get("enum", [facts.get("const")]))
+    if facts.get("type") == "array":
+        return f"list of {_kind(facts.get('items', {}))}"
+    names = {"integer": "whole number", "string": "text", "boolean": "true | false"}
+    return names.get(facts.get("type", ""), facts.get("type", "any"))

@@ -1,0 +1,57 @@
+"""The folder of a run: whether it may be written, and emptying it of what an earlier run left, nothing else."""
+
+import os
+import shutil
+from pathlib import Path
+
+from dynamize.errors import DynamizeError
+
+MANIFEST, WEIGHTS = "manifest.json", "weights.safetensors"
+LEDGER, METRICS, STEPS, STATE = "ledger.json", "metrics.jsonl", "steps", "state.json"
+REPORT_PAGE, REPORT_TEXT, REPORT_DATA = "report.html", "report.md", "report.json"
+_FILES = (MANIFEST, WEIGHTS, LEDGER, METRICS, REPORT_PAGE, REPORT_TEXT, REPORT_DATA)
+
+
+def check_folder(out: Path, *, resume: bool, overwrite: bool) -> None:
+    """Refuse a folder whose content a new run would destroy or mix with.
+
+    Raises:
+        DynamizeError: it holds another run and neither ``resume`` nor ``overwrite`` is given, or it holds
+            something else.
+    """
+    if resume and overwrite:
+        raise DynamizeError("--resume goes on with a run and --overwrite replaces it: give one of them")
+    if out.exists() and not out.is_dir():
+        raise DynamizeError(f"{out} is a file: give another folder with --out")
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if not holds_run(out):
+        raise DynamizeError(
+            f"{out} is not empty and holds no run of dynamize: give another folder with --out. Nothing was changed."
+        )
+    if not resume and not overwrite:
+        raise DynamizeError(
+            f"{out} already holds a run: add --resume to go on with it, --overwrite to replace it, or give another "
+            "folder with --out. Nothing was changed."
+        )
+
+
+def holds_run(out: Path) -> bool:
+    """Whether the folder is an artifact, or a run finished or not."""
+    return (out / MANIFEST).is_file() or (out / LEDGER).is_file() or (out / STEPS / "0").is_dir()
+
+
+def step_folders(out: Path) -> list[Path]:
+    """``steps/0``, ``steps/1``, ... as far as a run has come."""
+    found = [folder for folder in (out / STEPS).glob("*") if folder.name.isdecimal() and folder.is_dir()]
+    return sorted(found, key=lambda folder: int(folder.name))
+
+
+def clear(out: Path) -> None:
+    """Delete what a run wrote; files of other names stay. ``steps/0`` goes last: it marks the folder as a run."""
+    for name in _FILES:
+        (out / name).unlink(missing_ok=True)
+    for folder in reversed(step_folders(out)):
+        shutil.rmtree(folder)
+    if (out / STEPS).is_dir() and not os.listdir(out / STEPS):
+        (out / STEPS).rmdir()

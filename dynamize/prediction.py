@@ -1,0 +1,133 @@
+"""Answers of an artifact on image files: class, confidence, the exit each image left at and what that cost."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dynamize import artifact
+from dynamize.data import ImageSet
+from dynamize.data.files import files_as_images
+from dynamize.data.storage import UnreadableImage
+from dynamize.errors import DynamizeError
+from dynamize.measure.costs import exit_costs
+from dynamize.nn.network import DynamicNetwork
+from dynamize.runtime.compiled import CompiledNetwork, compile_network
+
+_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The answer for one file, or why there is none.
+
+    ``exit`` counts from 1; ``macs`` are those executed for this image; ``confidence`` is the probability of the
+    answer after the exit's temperature. With an ``error`` they are all None.
+    """
+
+    file: str
+    answer: str | None = None
+    confidence: float | None = None
+    exit: int | None = None
+    macs: float | None = None
+    error: str | None = None
+
+
+class Predictor:
+    """An artifact, ready to answer.
+
+    Args:
+        path: folder of the artifact.
+        backend: ``eager`` or ``onnxruntime``.
+        trust_code: whether a source that names code may be imported.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        backend: str = "eager",
+        device: torch.device | str = "cpu",
+        trust_code: bool = False,
+    ) -> None:
+        self.manifest = artifact.read_manifest(path)
+        self.path, self.backend, self.device = path, backend, torch.device(device)
+        self.network: DynamicNetwork = artifact.load(path, trust_code=trust_code)
+
+    def choose(
+        self, *, point: str | None = None, macs_ratio: float | None = None, max_drop: float | None = None
+    ) -> None:
+        """Switch to another operating point; with nothing given it stays where calibration put it.
+
+        Args:
+            point: its name.
+            macs_ratio: the most accurate one that costs at most this share of the original network's MACs.
+            max_drop: the cheapest one expected to lose at most this accuracy, in points.
+
+        Raises:
+            DynamizeError: more than one is given, the network was not calibrated, or no point is within the limit.
+        """
+        given = [value for value in (point, macs_ratio, max_drop) if value is not None]
+        if len(given) > 1:
+            raise DynamizeError("--point, --budget and --max-drop each choose the operating point: give one of them")
+        if not given:
+            return
+        points = self.network.operating_points
+        if points is None:
+            raise DynamizeError(f"{self.path} has no operating points yet: run `dynamize calibrate {self.path}`")
+        if point is not None:
+            self.network.set_operating_point(point)
+        elif macs_ratio is not None:
+            self.network.set_operating_point(points.at(macs_ratio=macs_ratio))
+        elif max_drop is not None:
+            self.network.set_operating_point(points.at(accuracy_drop=max_drop / 100))
+
+    def predict(self, files: Sequence[str]) -> Iterator[Prediction]:
+        """One prediction a file, in order; a file that cannot be read gets one with an ``error``.
+
+        Raises:
+            DynamizeError: the artifact does not say how images are normalised.
+        """
+        spec = self.manifest.data
+        if spec is None:
+            raise DynamizeError(
+                f"{self.path} does not say how images are sized and normalised: save it again with "
+                "artifact.save(network, path, data=DataSpec(source=..., normalize=...))"
+            )
+        channels, height, width = self.manifest.input
+        images = files_as_images(files, spec, (channels, height, width))
+        compiled = compile_network(self.network, self.backend, self.device)
+        macs = exit_costs(self.network).cumulative(self.network.thresholds).tolist()
+        for start in range(0, len(files), _BATCH):
+            yield from self._batch(images, range(start, min(start + _BATCH, len(files))), compiled, macs)
+
+    def _batch(
+        self, images: ImageSet, index: range, compiled: CompiledNetwork, macs: Sequence[float]
+    ) -> Iterator[Prediction]:
+        paths = images.keys
+        read: dict[int, Tensor] = {}
+        failed: dict[int, str] = {}
+        for i in index:
+            try:
+                read[i] = images.prepare(images.__getitems__([i])[0])[0]
+            except UnreadableImage as error:
+                failed[i] = str(error)
+        answers: dict[int, Prediction] = {}
+        if read:
+            logits, exits = compiled.run(torch.stack(list(read.values())).to(self.device))
+            answers = {
+                i: self._prediction(paths[i], one, int(k), macs)
+                for i, one, k in zip(read, logits.cpu(), exits, strict=True)
+            }
+        for i in index:
+            yield answers[i] if i in answers else Prediction(paths[i], error=failed[i])
+
+    def _prediction(self, file: str, logits: Tensor, index: int, macs: Sequence[float]) -> Prediction:
+        early = index < len(self.network.heads)
+        temperature = float(self.network.temperatures[index]) if early else 1.0
+        confidence, answer = (logits.float() / temperature).softmax(0).max(0)
+        names = self.manifest.classes
+        name = names[int(answer)] if int(answer) < len(names) else str(int(answer))
+        return Prediction(file, name, round(float(confidence), 6), index + 1, macs[index])

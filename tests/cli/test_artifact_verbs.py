@@ -1,0 +1,215 @@
+"""`dynamize bench`, `calibrate`, `predict` and `export` on a finished run."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from commandline import Cli
+
+from dynamize import artifact as artifacts
+from dynamize.artifact import read_manifest
+from dynamize.nn.routing import record_routing
+from dynamize.report import share_of_saving_shown
+
+
+def test_bench_compares_on_every_backend_and_batch(finished_run: Path, cli: Cli) -> None:
+    flags = ["--batches", "1,8", "--backends", "eager,onnxruntime", "--seconds", "0", "--json"]
+    found = json.loads(cli("bench", finished_run, *flags).stdout)
+    tried = [(one["backend"], one["batch"]) for one in found["comparisons"]]
+    assert tried == [("eager", 1), ("eager", 8), ("onnxruntime", 1), ("onnxruntime", 8)]
+    last = json.loads((finished_run / "ledger.json").read_text())[-1]
+    assert found["macs_ratio"] == pytest.approx(last["macs_ratio"])
+    assert found["exits"] == pytest.approx(last["exits"])
+    assert found["accuracy"] == last["accuracy"]
+    for one in found["comparisons"]:
+        assert one["static_ms_per_image"] == one["static_median_ms"] / one["batch"]
+        assert one["saving_shown"] == share_of_saving_shown(found["macs_ratio"], one["speedup"])
+
+
+def test_bench_table_fits_and_takes_batches_larger_than_the_split(finished_run: Path, cli: Cli) -> None:
+    result = cli("bench", finished_run, "--batches", "512", "--seconds", "0")
+    assert result.exit_code == 0, result.stderr
+    assert "ms/image" in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--batches", "1,x"], "--batches 1,x"),
+        (["--backends", "tensorrt"], "'tensorrt' is no backend"),
+        (["--data", "imagefolder:/nowhere"], "/nowhere"),
+        (["--data", "flickr:cats"], "unknown data source"),
+    ],
+)
+def test_bench_refuses(finished_run: Path, flags: list[str], told: str, cli: Cli) -> None:
+    result = cli("bench", finished_run, *flags)
+    assert result.exit_code == 2
+    assert told in result.stderr
+
+
+def test_calibrate_replaces_the_manifest_only(artifact: Path, cli: Cli) -> None:
+    before = {file: file.read_bytes() for file in artifact.rglob("*") if file.is_file()}
+    result = cli("calibrate", artifact, "--macs-ratio", "0.5", "--json")
+    assert result.exit_code == 0, result.stderr
+    chosen = json.loads(result.stdout)["chosen"]
+    assert chosen["macs_ratio"] <= 0.5 * (1 + 1e-6)
+    after = {file: file.read_bytes() for file in artifact.rglob("*") if file.is_file()}
+    assert {file.name for file in after if after[file] != before.get(file)} == {"manifest.json"}
+    network = artifacts.load(artifact)
+    assert network.thresholds == chosen["thresholds"]
+    assert [step["pass"] for step in network.history] == ["exits", "distill", "calibrate"]
+    assert network.history[-1]["macs_ratio"] == 0.5
+    assert "solved again" in " ".join(cli("report", artifact).stdout.split())
+
+
+def test_calibrate_again_for_the_same_budget_changes_nothing_but_times(artifact: Path, cli: Cli) -> None:
+    first = read_manifest(artifact).operating_point
+    assert cli("calibrate", artifact, "--max-drop", "5").exit_code == 0
+    again = read_manifest(artifact).operating_point
+    assert first is not None
+    assert again is not None
+    assert again.thresholds == first.thresholds
+    assert again.macs == first.macs
+
+
+def test_infeasible_budget_leaves_the_artifact_alone(artifact: Path, cli: Cli) -> None:
+    before = (artifact / "manifest.json").read_bytes()
+    result = cli("calibrate", artifact, "--macs-ratio", "0.0001")
+    assert result.exit_code == 2
+    assert (artifact / "manifest.json").read_bytes() == before
+    assert cli("calibrate", artifact, "--macs", "5", "--max-drop", "1").exit_code == 2
+    assert "--max-drop and --macs are" in cli("calibrate", artifact, "--macs", "5", "--max-drop", "1").stderr
+    assert "max_drop" in cli("calibrate", artifact, "--max-drop", "-1").stderr
+
+
+def test_calibrate_without_the_original_checkpoint(artifact: Path, cli: Cli) -> None:
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    weights = Path(artifacts.__file__).parent / "models" / "digits_resnet.safetensors"
+    manifest["about"]["recipe"]["model"] |= {"kwargs": {}, "checkpoint": "gone.pt"}
+    (artifact / "manifest.json").write_text(json.dumps(manifest))
+    refused = cli("calibrate", artifact, "--max-drop", "5")
+    assert refused.exit_code == 2
+    assert "gone.pt" in refused.stderr
+    assert "--checkpoint" in refused.stderr
+    del manifest["about"]["recipe"]
+    (artifact / "manifest.json").write_text(json.dumps(manifest))
+    refused = cli("calibrate", artifact, "--max-drop", "5")
+    assert refused.exit_code == 2
+    assert "does not record the checkpoint" in refused.stderr
+    assert cli("calibrate", artifact, "--max-drop", "5", "--checkpoint", weights).exit_code == 0
+
+
+def test_predict_answers_files_and_folders(finished_run: Path, pictures: Path, cli: Cli) -> None:
+    result = cli("predict", finished_run, pictures, "--json")
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert [Path(one["file"]).name[0] for one in found] == list("01234")
+    right = sum(one["answer"] == Path(one["file"]).stem[-1] for one in found)
+    assert right >= 4
+    assert all(0 < one["confidence"] <= 1 and one["error"] is None for one in found)
+    text = cli("predict", finished_run, pictures / "0-is-0.png").stdout
+    assert "/3" in text
+
+
+def test_predict_at_other_operating_points(finished_run: Path, pictures: Path, cli: Cli) -> None:
+    full = json.loads(cli("predict", finished_run, pictures, "--point", "full", "--json").stdout)
+    assert {one["exit"] for one in full} == {3}
+    cheapest = json.loads(cli("predict", finished_run, pictures, "--point", "cheapest", "--json").stdout)
+    assert {one["exit"] for one in cheapest} == {1}
+    assert cheapest[0]["macs"] < full[0]["macs"]
+    onnx = cli("predict", finished_run, pictures, "--budget", "0.6", "--backend", "onnxruntime", "--json")
+    eager = cli("predict", finished_run, pictures, "--budget", "0.6", "--json")
+    for a, b in zip(json.loads(onnx.stdout), json.loads(eager.stdout), strict=True):
+        assert (a["answer"], a["exit"]) == (b["answer"], b["exit"])
+        assert a["confidence"] == pytest.approx(b["confidence"], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--point", "fastest"], "'fastest'"),
+        (["--budget", "0.00001"], "0.00001"),
+        (["--budget", "0.5", "--point", "full"], "give one of them"),
+        (["--max-drop", "-50"], "accuracy_drop"),
+        (["--backend", "tensorrt"], "no backend"),
+    ],
+)
+def test_predict_refuses(finished_run: Path, pictures: Path, flags: list[str], told: str, cli: Cli) -> None:
+    result = cli("predict", finished_run, pictures, *flags)
+    assert result.exit_code == 2
+    assert told in result.stderr or told.replace("0.00001", "1e-05") in result.stderr
+
+
+def test_predict_names_bad_files_and_answers_the_others(
+    finished_run: Path, pictures: Path, tmp_path: Path, cli: Cli
+) -> None:
+    bad, good = tmp_path / "bad.png", pictures / "1-is-1.png"
+    bad.write_bytes(good.read_bytes()[:40])
+    result = cli("predict", finished_run, bad, good, tmp_path / "absent.png", "--json")
+    assert result.exit_code == 2
+    found = json.loads(result.stdout)
+    assert [one["error"] is None for one in found] == [False, True, False]
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 2
+    assert str(bad) in errors[0]
+    assert "absent.png" in errors[1]
+    (tmp_path / "empty").mkdir()
+    assert "holds no image" in cli("predict", finished_run, tmp_path / "empty").stderr
+
+
+@pytest.mark.parametrize("point", ["chosen", "cheapest", "full"])
+def test_exported_driver_answers_as_the_module_does(
+    finished_run: Path, tmp_path: Path, point: str, cli: Cli
+) -> None:
+    to = tmp_path / "deploy"
+    assert cli("export", finished_run, "--to", to).exit_code == 0
+    images = torch.randn(40, 1, 8, 8)
+    np.save(tmp_path / "images.npy", images.numpy())
+    code = (
+        "import sys, numpy as np, run\n"
+        "logits, exits = run.predict(np.load(sys.argv[1]), sys.argv[2])\n"
+        "np.savez(sys.argv[3], logits=logits, exits=exits)\n"
+        "assert not {'torch', 'dynamize', 'onnx'} & set(sys.modules)"
+    )
+    arguments = [str(tmp_path / "images.npy"), point, str(tmp_path / "answers.npz")]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=to, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    found = np.load(tmp_path / "answers.npz")
+    network = artifacts.load(finished_run)
+    network.set_operating_point(point)
+    with torch.no_grad(), record_routing(network) as routing:
+        expected = network(images)
+    assert found["exits"].tolist() == routing.exits.tolist()
+    np.testing.assert_allclose(found["logits"], expected.numpy(), rtol=1e-3, atol=1e-3)
+
+
+def test_exported_plan_and_driver_command(finished_run: Path, tmp_path: Path, cli: Cli) -> None:
+    to = tmp_path / "deploy"
+    listed = json.loads(cli("export", finished_run, "--to", to, "--json").stdout)
+    assert sorted(Path(file).name for file in listed) == sorted(file.name for file in to.iterdir())
+    plan = json.loads((to / "routing.json").read_text())
+    assert plan["input"] == [1, 8, 8]
+    assert plan["normalize"] == [[0.305], [0.376]]
+    assert [stage["outputs"] for stage in plan["stages"]][-1] == ["logits"]
+    assert plan["operating_points"][plan["operating_point"]] == artifacts.load(finished_run).thresholds
+    np.save(tmp_path / "images.npy", np.zeros((2, 1, 8, 8), np.float32))
+    done = subprocess.run(
+        [sys.executable, str(to / "run.py"), str(tmp_path / "images.npy")], capture_output=True, text=True
+    )
+    assert [set(json.loads(line)) for line in done.stdout.splitlines()] == [{"answer", "exit"}] * 2
+    assert cli("export", finished_run, "--to", to).exit_code == 0  # an earlier export is replaced
+    (to / "mine.txt").write_text("keep")
+    assert cli("export", finished_run, "--to", to).exit_code == 2
+
+
+@pytest.mark.parametrize("verb", [["inspect"], ["bench"], ["calibrate"], ["predict", "."], ["export", "--to", "x"]])
+def test_every_verb_refuses_what_is_no_artifact(verb: list[str], tmp_path: Path, cli: Cli) -> None:
+    result = cli(verb[0], tmp_path, *verb[1:])
+    assert result.exit_code == 2
+    assert "holds no artifact" in result.stderr

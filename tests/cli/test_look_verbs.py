@@ -1,0 +1,156 @@
+"""`dynamize inspect`, `report`, `transforms` and `recipes`."""
+
+import json
+from pathlib import Path
+
+import pytest
+from commandline import Cli, process
+from ledgers import ledger_of
+
+from dynamize.report import ReportData
+
+
+def widest(text: str) -> int:
+    return max(map(len, text.splitlines()))
+
+
+def test_inspect_shows_stages_blocks_and_costs(cli: Cli) -> None:
+    text = cli("inspect", "dynamize:cifar_resnet20").stdout
+    assert "dynamize:cifar_resnet20  3x32x32  40.6M MACs  270k parameters  10 cut points" in text
+    assert "stage 1, 4 blocks" in text
+    assert "layer3_2_relu2" in text
+    assert widest(text) <= 80
+
+
+def test_inspect_json_adds_up(cli: Cli) -> None:
+    found = json.loads(cli("inspect", "dynamize:digits_resnet", "--json").stdout)
+    blocks = [block for stage in found["stages"] for block in stage["blocks"]]
+    assert found["input"] == [1, 8, 8]
+    assert sum(block["macs"] for block in blocks) == found["macs"] == sum(s["macs"] for s in found["stages"])
+    assert sum(block["params"] for block in blocks) == found["params"]
+    assert blocks[-1]["cut"] is None
+    assert blocks[-1]["shape"] == [10]
+    assert found["exits"] == []
+
+
+def test_inspect_takes_an_input_shape(cli: Cli) -> None:
+    small = json.loads(cli("inspect", "torchvision:resnet18", "--input", "3,64,64", "--json").stdout)
+    assert small["input"] == [3, 64, 64]
+    assert small["stages"][-2]["shape"] == [512, 2, 2]
+
+
+def test_inspect_artifact_shows_exits_and_points(finished_run: Path, cli: Cli) -> None:
+    result = cli("inspect", finished_run)
+    for part in ("Steps", "Exits", "layer1_1_relu2", "Operating points", "It stands at chosen."):
+        assert part in result.stdout
+    assert widest(result.stdout) <= 80
+    found = json.loads(cli("inspect", finished_run, "--json").stdout)
+    assert [one["after"] for one in found["exits"]] == ["layer1_1_relu2", "layer2_1_relu2", None]
+    assert found["exits"][0]["head_macs"] > 0
+    assert found["operating_point"] in {point["name"] for point in found["operating_points"]}
+    assert [step["pass"] for step in found["history"]] == ["exits", "distill", "calibrate"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["resnet50"], "torchvision:resnet50"),
+        (["torchvision:resnet500"], "resnet50"),
+        (["torchvision:resnet18", "--input", "224"], "3,224,224"),
+        (["dynamize:digits_resnet", "--input", "3,8,8"], "does not run"),
+        (["dynamize:digits_resnet", "--checkpoint", "/nowhere.pt"], "/nowhere.pt"),
+        (["tests"], "holds no artifact"),
+    ],
+)
+def test_inspect_refuses(
+    arguments: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli
+) -> None:
+    (tmp_path / "tests").mkdir()
+    monkeypatch.chdir(tmp_path)
+    result = cli("inspect", *arguments)
+    assert result.exit_code == 2
+    assert told in result.stderr
+
+
+def test_report_prints_the_ledger_again(finished_run: Path, cli: Cli) -> None:
+    text = cli("report", finished_run).stdout
+    assert text.startswith("Early exits for a digits classifier")
+    assert "Operating points" in text
+    assert widest(text) <= 80
+
+
+def test_report_faces(finished_run: Path, tmp_path: Path, cli: Cli) -> None:
+    markdown = cli("report", finished_run, "--markdown").stdout
+    assert markdown == (finished_run / "report.md").read_text()
+    page = tmp_path / "page.html"
+    assert cli("report", finished_run, "--html", page).exit_code == 0
+    assert page.read_text() == (finished_run / "report.html").read_text()
+    found = json.loads(cli("report", finished_run, "--json").stdout)
+    assert [row["transform"] for row in found["ledger"]["rows"]] == [r["transform"] for r in ledger_of(finished_run)]
+    assert ReportData.model_validate(found).selected == "chosen"
+    assert cli("report", finished_run, "--json", "--markdown").exit_code == 2
+
+
+def test_report_of_a_run_that_was_stopped(artifact: Path, cli: Cli) -> None:
+    for name in ("ledger.json", "manifest.json", "report.json"):
+        (artifact / name).unlink()
+    (artifact / "steps" / "3" / "state.json").unlink()
+    text = " ".join(cli("report", artifact).stdout.split())
+    assert "2 distill" in text
+    assert "3 calibrate" not in text
+    assert "not finished: 2 steps are done" in text
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "told"),
+    [
+        ("manifest.json", "{", "damaged"),
+        ("manifest.json", '{"about": 3}', "do not fit together"),
+        ("manifest.json", '{"about": {"ledger": {"colour": 1}}}', "do not fit together"),
+        ("ledger.json", "[{}]", "not a ledger"),
+        ("report.json", "[]", "damaged"),
+    ],
+)
+def test_report_names_the_damaged_file(artifact: Path, file: str, content: str, told: str, cli: Cli) -> None:
+    (artifact / file).write_text(content)
+    result = cli("report", artifact)
+    assert result.exit_code == 2
+    assert told in result.stderr
+    assert str(artifact) in result.stderr
+
+
+def test_report_of_another_folder(tmp_path: Path, cli: Cli) -> None:
+    result = cli("report", tmp_path)
+    assert result.exit_code == 2
+    assert "holds no run" in result.stderr
+
+
+def test_transforms(cli: Cli) -> None:
+    text = cli("transforms").stdout
+    assert [name in text for name in ("exits", "distill", "calibrate")] == [True] * 3
+    one = cli("transforms", "exits").stdout
+    assert "number of early exits" in " ".join(one.split())
+    assert widest(one) <= 80
+    schemas = json.loads(cli("transforms", "--json").stdout)
+    assert schemas["exits"] == json.loads(cli("transforms", "exits", "--json").stdout)
+    assert schemas["exits"]["properties"]["pass"]["const"] == "exits"
+    unknown = cli("transforms", "exitz")
+    assert unknown.exit_code == 2
+    assert "Did you mean exits?" in unknown.stderr
+
+
+def test_recipes(cli: Cli, tmp_path: Path) -> None:
+    assert "Early exits for a digits classifier" in cli("recipes", "list").stdout
+    assert "quickstart" in json.loads(cli("recipes", "list", "--json").stdout)
+    plain = json.loads(cli("recipes", "show", "quickstart", "--json").stdout)
+    assert plain["steps"][0]["pass"] == "exits"
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(cli("recipes", "show", "quickstart").stdout)
+    assert json.loads(cli("recipes", "show", mine, "--json").stdout) == plain
+    assert cli("recipes", "show", "nothing").exit_code == 2
+
+
+def test_pipe_gets_plain_text() -> None:
+    done = process("recipes", "list")
+    assert done.returncode == 0
+    assert "\x1b" not in done.stdout

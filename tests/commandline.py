@@ -1,0 +1,26 @@
+"""The command line as a user types it, on a terminal of 80 columns: in this process, or in one of its own."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from typer.testing import CliRunner, Result
+
+from dynamize.cli import app
+
+Cli = Callable[..., Result]
+
+
+def call(*arguments: object) -> Result:
+    """The command in this process, on a terminal of 80 columns; unknown exceptions are raised."""
+    runner = CliRunner(env={"COLUMNS": "80", "TERM": "dumb"})
+    return runner.invoke(app, [str(one) for one in arguments], prog_name="dynamize", catch_exceptions=False)
+
+
+def process(*arguments: object, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """``python -m dynamize``, in ``folder``."""
+    command = [sys.executable, "-m", "dynamize", *map(str, arguments)]
+    environment = {**os.environ, "COLUMNS": "80", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, cwd=folder)

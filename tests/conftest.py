@@ -1,0 +1,10 @@
+"""Every test runs on one thread from the same seed, so that it fails or passes for the same reason everywhere."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def same_start() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)

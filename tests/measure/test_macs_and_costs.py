@@ -1,0 +1,78 @@
+"""Executed MACs, and what leaving at each exit costs."""
+
+import pytest
+import torch
+from networks import SmallResNet, ThreeLayer, small_resnet, with_exits
+from torch import nn
+
+from dynamize.conversion import convert, wrap
+from dynamize.graph.cuts import cut_points
+from dynamize.graph.trace import trace
+from dynamize.measure.costs import exit_costs
+from dynamize.measure.macs import count_macs, counting_macs
+from dynamize.transforms import Exits
+
+
+def test_the_three_layer_net_by_hand() -> None:
+    assert count_macs(ThreeLayer(), torch.zeros(1, 3, 8, 8)) == 11560
+    assert count_macs(ThreeLayer(), torch.zeros(5, 3, 8, 8)) == 5 * 11560
+
+
+def test_only_what_runs_is_counted() -> None:
+    network, image = ThreeLayer(), torch.zeros(2, 3, 8, 8)
+    with torch.no_grad(), counting_macs() as counted:
+        assert counted() == 0
+        network.conv1(image)
+        assert counted() == 2 * 6912
+        network.conv2(network.conv1(image[:1]))
+    network(image)
+    assert counted() == 2 * 6912 + 6912 + 4608
+
+
+def test_norms_and_activations_are_free() -> None:
+    free = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+    assert count_macs(free.eval(), torch.zeros(4, 3, 8, 8)) == 0
+
+
+def test_costs_of_the_three_layer_net_with_a_linear_exit_by_hand() -> None:
+    dynamic = convert(ThreeLayer().eval(), [Exits(at=["relu"], head="linear")], ThreeLayer.shape)
+    costs = exit_costs(dynamic)
+    assert costs.segments.tolist() == [6912, 4608 + 40]
+    assert costs.heads.tolist() == [4 * 5, 0]
+    assert costs.cumulative().tolist() == [6912 + 20, 11560 + 20]
+    assert costs.cumulative([None]).tolist() == [6912, 11560]
+
+
+@pytest.mark.parametrize("chain", [False, True])
+@pytest.mark.parametrize("off", [[], [0], [1], [0, 1]])
+def test_costs_are_what_a_single_image_executes(chain: bool, off: list[int]) -> None:
+    dynamic = with_exits(chain=chain)
+    image = torch.zeros(1, *SmallResNet.shape)
+    costs = exit_costs(dynamic).cumulative([None if k in off else 0.0 for k in range(2)])
+    for k in range(3):
+        if k in off:
+            continue
+        dynamic.thresholds = [None if j in off else float("-inf") if j == k else float("inf") for j in range(2)]
+        assert count_macs(dynamic, image) == costs[k]
+
+
+def test_costs_of_segments_are_those_between_cut_points() -> None:
+    traced = trace(small_resnet(), SmallResNet.shape)
+    upto = {cut.name: cut.macs for cut in cut_points(traced)}
+    dynamic = with_exits()
+    first, second = (upto[name] for name in dynamic.history[0]["at"])
+    total = sum(node.meta["macs"] for node in traced.graph.nodes)
+    assert exit_costs(dynamic).segments.tolist() == [first, second - first, total - second]
+
+
+def test_counting_changes_neither_mode_nor_statistics() -> None:
+    dynamic = with_exits().train()
+    before = {name: value.clone() for name, value in dynamic.state_dict().items()}
+    exit_costs(dynamic)
+    assert dynamic.training
+    assert all(torch.equal(value, before[name]) for name, value in dynamic.state_dict().items())
+
+
+def test_a_static_network_costs_its_macs_and_double_precision_the_same() -> None:
+    assert exit_costs(wrap(ThreeLayer(), ThreeLayer.shape)).cumulative().tolist() == [11560]
+    assert exit_costs(wrap(ThreeLayer().double(), ThreeLayer.shape)).cumulative().tolist() == [11560]

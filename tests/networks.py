@@ -1,0 +1,172 @@
+"""Networks that the tests convert, and what a dynamic network has to answer, worked out densely."""
+
+from dataclasses import dataclass
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dynamize.conversion import convert
+from dynamize.nn.network import DynamicNetwork
+from dynamize.transforms import Exits
+
+
+class ThreeLayer(nn.Module):
+    """Two convolutions and a linear layer on (3, 8, 8).
+
+    MACs by hand: conv1 8*8 pixels * 4 channels * 3 * 3*3 = 6912, conv2 (stride 2) 4*4 * 8 * 4 * 3*3 = 4608,
+    linear 8 * 5 = 40; together 11560.
+    """
+
+    shape = (3, 8, 8)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 4, 3, padding=1)
+        self.conv2 = nn.Conv2d(4, 8, 3, stride=2, padding=1)
+        self.linear = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.conv2(F.relu(self.conv1(x))))
+        return self.linear(x.mean((2, 3)))
+
+
+def conv_block(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
+    )
+
+
+class Residual(nn.Module):
+    def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            conv_block(inputs, outputs, stride), nn.Conv2d(outputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs)
+        )
+        same = inputs == outputs and stride == 1
+        self.shortcut = nn.Identity() if same else nn.Conv2d(inputs, outputs, 1, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.body(x) + self.shortcut(x))
+
+
+class SmallResNet(nn.Module):
+    """Stem, six residual blocks in three stages, classifier; (3, 16, 16) -> 7 classes."""
+
+    shape = (3, 16, 16)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = conv_block(3, 8)
+        self.layer1 = nn.Sequential(Residual(8, 8), Residual(8, 8))
+        self.layer2 = nn.Sequential(Residual(8, 16, 2), Residual(16, 16))
+        self.layer3 = nn.Sequential(Residual(16, 24, 2), Residual(24, 24))
+        self.dropout = nn.Dropout(0.2)
+        self.linear = nn.Linear(24, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer3(self.layer2(self.layer1(self.stem(x))))
+        return self.linear(self.dropout(x.mean((2, 3))))
+
+
+class LongSkipNet(nn.Module):
+    """The image is needed again before the classifier, so there is no cut point."""
+
+    shape = (3, 8, 8)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.linear = conv_block(3, 8), conv_block(8, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.b(self.a(x)).mean((2, 3)) + x.mean())
+
+
+def randomise_norms(network: nn.Module, seed: int = 0) -> nn.Module:
+    """Batch-norm statistics and weights as after training: with the initial ones a lost norm goes unnoticed."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in network.modules():
+            if not isinstance(module, nn.modules.batchnorm._BatchNorm):
+                continue
+            if module.running_mean is not None and module.running_var is not None:
+                module.running_mean.copy_(0.2 * torch.randn(module.num_features, generator=generator))
+                module.running_var.copy_(0.5 + torch.rand(module.num_features, generator=generator))
+            if module.affine:
+                module.weight.copy_(0.7 + 0.6 * torch.rand(module.num_features, generator=generator))
+                module.bias.copy_(0.2 * torch.randn(module.num_features, generator=generator))
+    return network
+
+
+def small_resnet(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return randomise_norms(SmallResNet(), seed).eval()
+
+
+def torchvision_network(name: str, classes: int = 10) -> nn.Module:
+    torch.manual_seed(0)
+    return randomise_norms(torchvision.models.get_model(name, weights=None, num_classes=classes)).eval()
+
+
+def with_exits(seed: int = 0, **fields: object) -> DynamicNetwork:
+    """The small ResNet with exits that disagree with each other; ``fields`` are those of `Exits`."""
+    fields = {"at": ["layer1", "layer2"], "head": "conv", "share": 1.0} | fields
+    dynamic = convert(small_resnet(seed), [Exits.model_validate(fields)], SmallResNet.shape)
+    with torch.no_grad():  # as training would: images that heads are sure of, fusions that add something
+        for layer in dynamic.heads.modules():
+            if isinstance(layer, nn.Linear):
+                layer.weight.mul_(20)
+        for fusion in [dynamic.fusion, *(head.fusion for head in dynamic.heads)]:
+            if fusion is not None:
+                fusion.weight.normal_(0, 0.1)
+    dynamic.temperatures.uniform_(0.5, 2.0)
+    return dynamic
+
+
+@dataclass
+class Dense:
+    """What every exit says, and who leaves where under the network's thresholds."""
+
+    logits_KNC: Tensor
+    scores_KN: Tensor
+    exits_N: Tensor
+
+    @property
+    def answers_NC(self) -> Tensor:
+        return self.logits_KNC[self.exits_N, torch.arange(len(self.exits_N))]
+
+
+def dense(network: DynamicNetwork, images: Tensor) -> Dense:
+    """All exits for all images, then the first whose score reaches its threshold, image by image."""
+    with torch.no_grad():
+        logits = torch.stack(network.all_exits(images))
+        early = len(network.heads)
+        scores = torch.stack([network.scores(logits[k], k) for k in range(early)])
+    exits = []
+    for n in range(len(images)):
+        leaves = [k for k, t in enumerate(network.thresholds) if t is not None and float(scores[k, n]) >= t]
+        exits.append(leaves[0] if leaves else early)
+    return Dense(logits, scores, torch.tensor(exits, dtype=torch.int64))
+
+
+def split_at(network: DynamicNetwork, images: Tensor, shares: list[float]) -> None:
+    """Thresholds under which about ``shares[k]`` of the waiting images leave at exit k, none of them borderline."""
+    network.thresholds = [None] * len(network.heads)
+    scores = dense(network, images).scores_KN
+    waiting = torch.ones(len(images), dtype=torch.bool)
+    for k, share in enumerate(shares):
+        if not waiting.any():
+            network.thresholds[k] = 0.0
+            continue
+        ranked = scores[k][waiting].sort(descending=True).values.tolist()
+        count = max(round(share * len(ranked)), 1)
+        ranked.append(ranked[-1] - 1)
+        network.thresholds[k] = (ranked[count - 1] + ranked[count]) / 2
+        waiting &= scores[k] < network.thresholds[k]
+
+
+def close(found: Tensor, wanted: Tensor, relative: float = 1e-5) -> bool:
+    """Equal within ``relative`` of the largest magnitude."""
+    scale = float(wanted.detach().abs().max()) if wanted.numel() else 1.0
+    return found.shape == wanted.shape and torch.allclose(found, wanted, rtol=0, atol=relative * scale)

@@ -1,0 +1,171 @@
+"""Backends answer and route as the module does, and compiling leaves it alone."""
+
+import pytest
+import torch
+from networks import SmallResNet, close, dense, small_resnet, split_at, torchvision_network, with_exits
+
+from dynamize.conversion import convert, wrap
+from dynamize.errors import DynamizeError
+from dynamize.measure.macs import counting_macs
+from dynamize.runtime.compiled import BACKENDS, compile_network, default_backend
+from dynamize.runtime.onnx import OnnxStage
+from dynamize.transforms import Exits
+
+HEADS = [
+    {"head": "linear", "confidence": "margin"},
+    {"head": "conv", "confidence": "entropy"},
+    {"head": "tail", "size": [1, 0]},
+    {"head": "conv", "chain": True},
+]
+
+
+def images(count: int) -> torch.Tensor:
+    return torch.randn(count, *SmallResNet.shape, generator=torch.Generator().manual_seed(count))
+
+
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("fields", HEADS)
+def test_same_answers_and_routing_for_any_batch_size(backend: str, fields: dict) -> None:
+    dynamic = with_exits(**fields)
+    compiled = compile_network(dynamic, backend)
+    for count in (1, 2, 7, 64):
+        split_at(dynamic, images(count), [0.4, 0.5])
+        wanted = dense(dynamic, images(count))
+        logits, exits = compiled.run(images(count))
+        thresholds = torch.tensor(dynamic.thresholds)[:, None]
+        clear = ((wanted.scores_KN - thresholds).abs() > 1e-5 * wanted.scores_KN.abs().amax(1, keepdim=True)).all(0)
+        assert clear.float().mean() > 0.9
+        assert torch.equal(exits[clear], wanted.exits_N[clear])
+        assert close(logits[clear], wanted.answers_NC[clear])
+        assert torch.equal(compiled(images(count)), logits)
+
+
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5", "densenet121"])
+def test_torchvision_networks_with_exits_on_and_off(backend: str, name: str) -> None:
+    network, batch = torchvision_network(name), torch.randn(5, 3, 64, 64)
+    dynamic = convert(network, [Exits(count=2)], (3, 64, 64))
+    compiled = compile_network(dynamic, backend)
+    with torch.no_grad():
+        assert close(compiled(batch), network(batch))
+        for k in range(2):
+            dynamic.thresholds = [float("-inf") if j == k else float("inf") for j in range(2)]
+            logits, exits = compiled.run(batch)
+            assert exits.tolist() == [k] * 5
+            assert close(logits, dynamic.all_exits(batch)[k], 2e-5)
+
+
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("chain", [False, True])
+def test_an_exit_that_is_off(backend: str, chain: bool) -> None:
+    dynamic = with_exits(chain=chain)
+    compiled = compile_network(dynamic, backend)
+    split_at(dynamic, images(16), [0.4, 0.5])
+    for thresholds in ([None, dynamic.thresholds[1]], [dynamic.thresholds[0], None], [None, None]):
+        dynamic.thresholds = thresholds
+        wanted = dense(dynamic, images(16))
+        logits, exits = compiled.run(images(16))
+        assert torch.equal(exits, wanted.exits_N)
+        assert close(logits, wanted.answers_NC)
+
+
+def test_eager_runs_no_head_that_is_off() -> None:
+    dynamic = with_exits()
+    compiled = compile_network(dynamic, "eager")
+    static = compile_network(wrap(small_resnet(), SmallResNet.shape), "eager")
+    executed = []
+    for network in (compiled, static):
+        with counting_macs() as counted:
+            network(images(3))
+        executed.append(counted())
+    assert executed[0] == executed[1]
+
+
+def test_onnxruntime_runs_no_head_that_is_off() -> None:
+    dynamic = with_exits()
+    stage = compile_network(dynamic, "onnxruntime").stages[0]
+    assert isinstance(stage, OnnxStage)
+    assert [output.name for output in stage._deciding.get_outputs()] == ["features", "logits", "score"]
+    stage(images(2), None, False)
+    assert stage._passing is not None
+    assert [output.name for output in stage._passing.get_outputs()] == ["features"]
+
+
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+def test_a_static_network(backend: str) -> None:
+    network = small_resnet()
+    compiled = compile_network(wrap(network, SmallResNet.shape), backend)
+    logits, exits = compiled.run(images(3))
+    assert close(logits, network(images(3)).detach())
+    assert exits.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("training", [True, False])
+def test_compiling_changes_nothing_in_the_network(backend: str, training: bool) -> None:
+    dynamic = with_exits().train(training)
+    before = {name: value.clone() for name, value in dynamic.state_dict().items()}
+    compiled = compile_network(dynamic, backend)
+    compiled(images(4))
+    assert dynamic.training == training
+    assert all(module.training == training for module in dynamic.modules())
+    assert dynamic.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in dynamic.state_dict().items())
+
+
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+def test_weights_are_frozen_and_thresholds_are_not(backend: str) -> None:
+    dynamic = with_exits()
+    dynamic.thresholds = [float("-inf"), None]
+    compiled = compile_network(dynamic, backend)
+    first = compiled(images(3))
+    with torch.no_grad():
+        for parameter in dynamic.parameters():
+            parameter.zero_()
+    assert torch.equal(compiled(images(3)), first)
+    dynamic.thresholds = [float("inf"), None]
+    assert compiled.run(images(3))[1].tolist() == [2, 2, 2]
+
+
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+def test_an_empty_batch_and_images_that_want_gradients(backend: str) -> None:
+    dynamic = with_exits()
+    dynamic.thresholds = [0.0, 0.0]
+    compiled = compile_network(dynamic, backend)
+    assert compiled(images(2)[:0]).shape == (0, 7)
+    assert torch.equal(compiled(images(2).requires_grad_()), compiled(images(2)))
+
+
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+def test_the_images_are_not_overwritten(backend: str) -> None:
+    dynamic, batch = with_exits(at=["stem"]), images(8)
+    split_at(dynamic, batch, [0.5])
+    kept = batch.clone()
+    compile_network(dynamic, backend)(batch)
+    assert torch.equal(batch, kept)
+
+
+def test_double_precision_runs_eagerly_and_is_refused_by_onnxruntime() -> None:
+    dynamic, batch = with_exits(chain=True).double(), images(9).double()
+    split_at(dynamic, batch, [0.4, 0.5])
+    wanted = dense(dynamic, batch)
+    logits, exits = compile_network(dynamic, "eager").run(batch)
+    assert torch.equal(exits, wanted.exits_N)
+    assert close(logits, wanted.answers_NC)
+    with pytest.raises(DynamizeError, match="ONNX Runtime refuses a segment: .*Use --backend eager"):
+        compile_network(dynamic, "onnxruntime")
+
+
+def test_unknown_backend_is_refused_with_a_near_one() -> None:
+    with pytest.raises(DynamizeError, match="'onnxruntme' is no backend. Did you mean onnxruntime.*Known: eager"):
+        compile_network(with_exits(), "onnxruntme")
+
+
+def test_onnxruntime_is_refused_elsewhere_than_on_the_cpu() -> None:
+    with pytest.raises(DynamizeError, match="runs on the CPU here, not on cuda: use --backend eager"):
+        compile_network(with_exits(), "onnxruntime", "cuda")
+
+
+def test_default_backends() -> None:
+    assert default_backend(torch.device("cpu")) in BACKENDS
+    assert default_backend(torch.device("cuda")) == "eager"

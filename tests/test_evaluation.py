@@ -1,0 +1,82 @@
+"""Images that stand for a split in a timing, and a row of the ledger against counting by hand."""
+
+import pytest
+import torch
+from digits import SHAPE, DigitNet, digit_network, digit_splits
+
+from dynamize.conversion import wrap
+from dynamize.evaluation import Evaluator, busy, gather, representative
+from dynamize.measure.costs import exit_costs
+from dynamize.measure.latency import Times
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def evaluator() -> Evaluator:
+    torch.manual_seed(0)
+    return Evaluator(wrap(DigitNet().eval(), SHAPE), digit_splits().test, CPU, ["eager"], [1, 8], seconds=0.0)
+
+
+def test_representative_images_have_the_shares_of_all() -> None:
+    exits = torch.tensor([0] * 500 + [1] * 300 + [2] * 200)[torch.randperm(1000)]
+    chosen = representative(exits, 100)
+    assert len(chosen.unique()) == 100
+    assert torch.bincount(exits[chosen]).tolist() == [50, 30, 20]
+    halves = [torch.bincount(exits[half], minlength=3).tolist() for half in chosen.chunk(2)]
+    assert all(min(half) > 0 for half in halves)
+    assert len(representative(exits, 5000)) == 1000
+
+
+def test_gather_keeps_the_order_asked_for() -> None:
+    test = digit_splits().test
+    everything = torch.cat([images for images, _ in test.batches(32)])
+    index = torch.tensor([70, 3, 99, 0])
+    assert torch.equal(gather(test, index, CPU), everything[index])
+
+
+def test_static_row(evaluator: Evaluator) -> None:
+    row = evaluator.row(0, "static", evaluator.static, 0.0, [])
+    assert row.macs_ratio == 1.0
+    assert row.accuracy_drop == 0.0
+    assert row.agreement == 1.0
+    assert row.speedup == {}
+    assert set(row.latency["eager"]) == {"1", "8"}
+
+
+def test_row_counts_what_was_executed(evaluator: Evaluator) -> None:
+    network = digit_network(seed=1)
+    with torch.no_grad():
+        logits = network.all_exits(torch.cat([images for images, _ in evaluator.images.batches(32)]))
+    network.thresholds = [float(network.scores(logits[0], 0).quantile(0.4)), None]
+    row = evaluator.row(1, "exits", network, 12.34, ["told"])
+    costs = exit_costs(network)
+    first = costs.segments[0] + costs.heads[0]
+    last = costs.segments.sum() + costs.heads[0]  # the second head is off
+    assert row.exits == pytest.approx([0.6, 0.0, 0.4], abs=0.011)
+    assert row.macs == pytest.approx(row.exits[0] * first + row.exits[2] * last)
+    assert row.macs_worst == pytest.approx(last)
+    leaves = network.scores(logits[0], 0) >= network.thresholds[0]
+    answers = torch.where(leaves, logits[0].argmax(1), logits[2].argmax(1))
+    labels = torch.cat([labels for _, labels in evaluator.images.batches(32)])
+    assert row.accuracy == pytest.approx(float((answers == labels).double().mean()))
+    assert row.accuracy_drop == pytest.approx(evaluator.reference.accuracy - row.accuracy)
+    assert row.agreement == pytest.approx(float((answers == evaluator.reference.answers).double().mean()))
+    assert row.accuracy_ci[0] <= row.accuracy <= row.accuracy_ci[1]
+    assert row.seconds == 12.3
+    assert row.notes[0] == "told"
+    assert set(row.speedup["eager"]) == {"1", "8"}
+
+
+def test_batches_larger_than_the_split_are_timed(evaluator: Evaluator) -> None:
+    large = Evaluator(evaluator.static, evaluator.images, CPU, ["eager"], [300], seconds=0.0)
+    times = large.times(digit_network(seed=1), large.reference)
+    assert times["eager", 300].seconds["dynamic"].shape[1] == 1
+
+
+def test_only_the_gravest_warning_is_told() -> None:
+    seconds = {"static": torch.ones(5, 1).numpy()}
+    times = {("eager", 1): Times(seconds, 0.5), ("eager", 8): Times(seconds, 1.25), ("eager", 64): Times(seconds, 0.0)}
+    assert busy(times) == ["other processes used 1.2 cores while latency was measured: repeat it alone"]
+    assert busy({("eager", 64): Times(seconds, 0.0)}) == []
+    assert busy({}) == []

@@ -1,0 +1,180 @@
+"""A run in a folder: what it may delete, where it goes on, what it hands over to the next step."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ledgers import TINY, ledger_of, without_times
+
+from dynamize.calibration import collect
+from dynamize.errors import DynamizeError
+from dynamize.folders import check_folder, clear, holds_run, step_folders
+from dynamize.recipe import Recipe, load_recipe
+from dynamize.report.ledger import Row
+from dynamize.run import Outcome, Runner, failures, run_recipe
+from dynamize.training import loop
+
+
+@pytest.fixture(autouse=True)
+def short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collect, "exit_latency", partial(collect.exit_latency, seconds=0.1))
+
+
+def recipe(*overrides: str) -> Recipe:
+    quick = [flag.removeprefix("--set=") for flag in TINY]
+    return load_recipe("quickstart", [*quick, "backends=[eager]", "data.test_limit=100", *overrides])
+
+
+def run(out: Path, *overrides: str, **options: Any) -> Outcome:
+    outcome = run_recipe(recipe(*overrides), out, **options)
+    assert outcome is not None
+    return outcome
+
+
+class Killed(Exception):
+    """Stands for SIGKILL: nothing of the run gets to clean up."""
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("reference") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collect, "exit_latency", partial(collect.exit_latency, seconds=0.1))
+        run(out)
+    return out
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_run_stopped_after_a_step_goes_on_to_the_same_ledger(
+    step: int, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = Runner._measure
+
+    def stop(self: Runner, index: int, *rest: Any) -> Row:
+        if index == step:
+            raise Killed
+        return measure(self, index, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Runner, "_measure", stop)
+        run(tmp_path / "out")
+    measured: list[int] = []
+
+    def record(self: Runner, index: int, *rest: Any) -> Row:
+        measured.append(index)
+        return measure(self, index, *rest)
+
+    monkeypatch.setattr(Runner, "_measure", record)
+    outcome = run(tmp_path / "out", resume=True)
+    assert measured == list(range(step, 4))
+    assert ledger_of(tmp_path / "out") == ledger_of(reference)
+    assert outcome.network.thresholds == json.loads((reference / "manifest.json").read_text())["operating_point"][
+        "thresholds"
+    ]
+
+
+def test_run_stopped_between_epochs_goes_on_from_the_checkpoint(
+    reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = loop._Run._save
+    epochs: list[int] = []
+
+    def stop(self: Any) -> None:
+        save(self)
+        epochs.append(self.position.epoch)
+        if len(epochs) == 1:
+            raise Killed
+
+    monkeypatch.setattr(loop._Run, "_save", stop)
+    with pytest.raises(Killed):
+        run(tmp_path / "out")
+    assert (tmp_path / "out" / "steps" / "2" / "checkpoint.pt").exists()
+    run(tmp_path / "out", resume=True)
+    assert epochs == [1, 2]
+    assert ledger_of(tmp_path / "out") == ledger_of(reference)
+    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == [1, 2]
+
+
+def test_source_without_checkpoint_is_the_same_network_after_resume(tmp_path: Path) -> None:
+    first = run(tmp_path / "a", "model.kwargs={}", "steps=[{pass: exits, head: linear}]")
+    torch.manual_seed(99)
+    second = run(tmp_path / "b", "model.kwargs={}", "steps=[{pass: exits, head: linear}]")
+    assert without_times([row.model_dump() for row in first.report.ledger.rows]) == without_times(
+        [row.model_dump() for row in second.report.ledger.rows]
+    )
+
+
+def test_resume_refuses_damaged_or_other_states(reference: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "steps" / "0").mkdir(parents=True)
+    (out / "steps" / "0" / "state.json").write_text("{")
+    with pytest.raises(DynamizeError, match="damaged"):
+        run(out, resume=True)
+    with pytest.raises(DynamizeError, match="other settings"):
+        run(reference, "seed=5", resume=True)
+
+
+def test_expectations_may_change_on_resume(reference: Path) -> None:
+    outcome = run(reference, "expect={agreement: {min: 100}, speedup: {min: 1000}}", resume=True)
+    assert [(one.figure, one.least, one.most) for one in outcome.failures] == [
+        ("speedup", 1000.0, None),
+        ("agreement", 100.0, None),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("expect", "failed"),
+    [
+        ("{accuracy: {min: 90}}", []),
+        ("{accuracy: {min: 90.1}}", ["accuracy"]),
+        ("{accuracy_drop: {max: 2}}", []),
+        ("{accuracy_drop: {max: 1.9}}", ["accuracy_drop"]),
+        ("{macs_ratio: {min: 0.5, max: 0.5}}", []),
+        ("{macs_ratio: {min: 0.6, max: 0.7}}", ["macs_ratio"]),
+        ("{speedup: {min: 1.3}}", ["speedup"]),
+        ("{speedup: {min: 1.2}, agreement: {min: 95}}", []),
+    ],
+)
+def test_failures_by_hand(expect: str, failed: list[str]) -> None:
+    row = Row(
+        step=1, transform="calibrate", params=1, macs=1, macs_worst=1, macs_ratio=0.5, accuracy=0.9,
+        accuracy_ci=(0.8, 1), accuracy_drop=0.02, agreement=0.95, seconds=1,
+        speedup={"eager": {"1": 1.25, "64": 2.0}, "onnxruntime": {"1": 0.5}},
+    )  # fmt: skip
+    assert [one.figure for one in failures(recipe(f"expect={expect}"), row, "eager")] == failed
+
+
+def test_folders(tmp_path: Path) -> None:
+    check_folder(tmp_path / "new", resume=False, overwrite=False)
+    check_folder(tmp_path, resume=False, overwrite=False)
+    with pytest.raises(DynamizeError, match="give one of them"):
+        check_folder(tmp_path, resume=True, overwrite=True)
+    for number in (0, 1, 10, 2):
+        (tmp_path / "steps" / str(number)).mkdir(parents=True)
+        (tmp_path / "steps" / str(number) / "state.json").touch()
+    (tmp_path / "manifest.json").touch()
+    (tmp_path / "steps" / "mine").mkdir()
+    (tmp_path / "mine.txt").touch()
+    assert holds_run(tmp_path)
+    assert [folder.name for folder in step_folders(tmp_path)] == ["0", "1", "2", "10"]
+    with pytest.raises(DynamizeError, match="--overwrite"):
+        check_folder(tmp_path, resume=False, overwrite=False)
+    check_folder(tmp_path, resume=False, overwrite=True)
+    check_folder(tmp_path, resume=True, overwrite=False)
+    clear(tmp_path)
+    assert sorted(str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*")) == ["mine.txt", "steps", "steps/mine"]
+    assert not holds_run(tmp_path)
+    with pytest.raises(DynamizeError, match="is a file"):
+        check_folder(tmp_path / "mine.txt", resume=False, overwrite=False)
+
+
+def test_failure_before_the_first_step_leaves_the_old_run(reference: Path, tmp_path: Path) -> None:
+    before = sorted(file.name for file in reference.iterdir())
+    with pytest.raises(DynamizeError):
+        run(reference, 'model.checkpoint="/nowhere.pt"', "model.kwargs={}", overwrite=True)
+    assert sorted(file.name for file in reference.iterdir()) == before
