@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 import dynamize as dz
-from dynamize.checkpoints import save_safetensors_atomically
+from dynamize.checkpoints import save_state_dict
 from dynamize.conversion import apply, wrap
 from dynamize.data import DataSpec, load_data
 from dynamize.measure.accuracy import exit_accuracies
@@ -44,7 +44,7 @@ def main(
         accuracies = exit_accuracies(tuned, splits.calibration, context.device)
         state = {name.removeprefix("segments.0."): value for name, value in tuned.state_dict().items()}
         state.pop("temperatures")
-        save_safetensors_atomically(state, target)
+        save_state_dict(state, target)
         print(f"ResNet-{depth}: {accuracies[0]:.2%} on the first half of the test images, saved to {target}", flush=True)
 
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
 from dynamize.calibration.points import OperatingPoint, OperatingPoints
-from dynamize.checkpoints import load_into, read_state_dict, save_safetensors_atomically
+from dynamize.checkpoints import load_into, read_state_dict, save_state_dict
 from dynamize.conversion import replay
 from dynamize.data.spec import DataSpec
 from dynamize.errors import DynamizeError
@@ -78,7 +78,7 @@ def save(
         about=about or {},
         versions=versions(),
     )
-    save_safetensors_atomically(network.state_dict(), folder / WEIGHTS)
+    save_state_dict(network.state_dict(), folder / WEIGHTS)
     write_manifest(folder, manifest)
 
 

@@ -6,7 +6,6 @@ Files are recognised by content, not by suffix; what cannot be read or does not 
 import logging
 import os
 import re
-import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
 from dynamize.errors import DynamizeError
+from dynamize.files import atomically
 from dynamize.unpickling import read_checkpoint_file
 
 log = logging.getLogger(__name__)
@@ -97,32 +97,21 @@ def load_into(
         raise DynamizeError(f"The checkpoint {checkpoint} does not fit {name}: {error}") from error
 
 
-def save_safetensors_atomically(state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
-    """Writes tensors so that ``path`` is either complete or as it was before, whatever happens meanwhile.
+def save_state_dict(state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """Writes a safetensors file that is either complete or as it was before, whatever happens meanwhile.
 
     Tensors that share memory are written once each; memory formats become contiguous.
 
     Raises:
-        DynamizeError: the disk is full, the folder is missing or not writable, or a tensor cannot be stored.
+        DynamizeError: the disk is full, the folder is not writable, or a tensor cannot be stored.
     """
     file = Path(path).expanduser()
-    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}.tmp")
     try:
         content = safetensors_bytes(_unshared(state), metadata={"format": "pt"})
-        with open(temporary, "xb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, file)
-    except OSError as error:
-        raise DynamizeError(
-            f"Cannot write {file} ({error.strerror or error}): nothing was changed there. Free some space "
-            "or write to a folder that exists and that you may write to."
-        ) from error
     except (SafetensorError, ValueError, RuntimeError, KeyError, NotImplementedError) as error:
         raise DynamizeError(f"Cannot write {file}, which holds dense tensors only: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomically(file) as temporary:
+        temporary.write_bytes(content)
 
 
 def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,8 +2,9 @@
 
 import json
 import os
+import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +18,27 @@ def atomically(path: Path) -> Iterator[Path]:
     Raises:
         DynamizeError: the folder cannot be written or the disk is full.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        with open(temporary, "rb+") as stream:
+            os.fsync(stream.fileno())
         os.replace(temporary, path)
     except OSError as error:
         raise DynamizeError(
-            f"{path} could not be written ({error.strerror or error}): free some space or give another folder with --out"
+            f"Cannot write {path} ({error.strerror or error}): nothing was changed there. Free some space, or name a "
+            "folder that you may write to."
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text atomically."""
     with atomically(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write indented JSON atomically."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def write_json_lines(path: Path, rows: Sequence[Any]) -> None:

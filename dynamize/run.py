@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import platform
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dynamize import artifact
 from dynamize.calibration.points import OperatingPoint, OperatingPoints
-from dynamize.checkpoints import load_into, read_state_dict, save_safetensors_atomically
+from dynamize.checkpoints import load_into, read_state_dict, save_state_dict
 from dynamize.conversion import apply, replay, wrap
 from dynamize.data import Splits, load_data
 from dynamize.devices import choose_device
@@ -113,7 +114,6 @@ class Runner:
         self.device = choose_device(device)
         self.state = PartialState(cpu=self.device.type == "cpu")
         self.backends = list(recipe.backends) or [default_backend(self.device)]
-        self.fingerprint = hashlib.sha256(recipe.model_dump_json(exclude={"expect", "description"}).encode()).hexdigest()
         self.progress = progress if self.state.is_main_process else quiet
         if self.state.is_main_process:
             check_folder(out, resume=resume, overwrite=overwrite)
@@ -139,10 +139,12 @@ class Runner:
         steps = self.recipe.transforms()
         finished = self._finished()
         network = self._restore(finished[-1]) if finished else wrap(self.teacher, self.recipe.model.input)
+        network.requires_grad_(True)  # both were copied from the frozen teacher
         rows = [state.row for state in finished]
         metrics = finished[-1].metrics if finished else []
         for index in range(len(finished), len(steps) + 1):
             transform = steps[index - 1] if index else None
+            self._open_step(index)
             network, notes, seconds = self._apply(index, transform, network)
             metrics = metrics + self._step_metrics(index)
             if self.state.is_main_process:
@@ -189,16 +191,32 @@ class Runner:
         folder = self.out / STEPS / str(index)
         folder.mkdir(parents=True, exist_ok=True)
         state = StepState(
-            fingerprint=self.fingerprint,
+            fingerprint=self._fingerprint(index),
             history=network.history,
             operating_points=network.operating_points,
             operating_point=network.operating_point,
             row=row,
             metrics=metrics,
         )
-        save_safetensors_atomically(network.state_dict(), folder / WEIGHTS)
+        save_state_dict(network.state_dict(), folder / WEIGHTS)
         write_text(folder / STATE, state.model_dump_json())
         (folder / "checkpoint.pt").unlink(missing_ok=True)
+
+    def _fingerprint(self, index: int) -> str:
+        """Of everything that the outcome of step ``index`` depends on, later steps not among it."""
+        parts = self.recipe.model_dump(mode="json", by_alias=True, exclude={"expect", "description"})
+        parts["steps"] = parts["steps"][:index]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def _open_step(self, index: int) -> None:
+        """Clear what an earlier run with other settings left of this step, so that training never goes on from it."""
+        if self.state.is_main_process:
+            folder = self.out / STEPS / str(index)
+            mark = folder / "fingerprint"
+            if mark.exists() and mark.read_text() != self._fingerprint(index):
+                shutil.rmtree(folder)
+            write_text(mark, self._fingerprint(index))
+        self.state.wait_for_everyone()
 
     def _finished(self) -> list[StepState]:
         states: list[StepState] = []
@@ -210,18 +228,20 @@ class Runner:
                 states.append(StepState.model_validate_json(file.read_text(encoding="utf-8")))
             except (ValidationError, UnicodeDecodeError) as error:
                 raise DynamizeError(f"{file} is damaged: delete {self.out / STEPS} or run without --resume") from error
-            if states[-1].fingerprint != self.fingerprint:
-                raise DynamizeError(
-                    f"{self.out} holds a run of another recipe, or of this one with other settings: give another "
-                    "--out, or run without --resume to start anew"
-                )
+            if states[-1].fingerprint != self._fingerprint(len(states) - 1):
+                states.pop()
+                break
+        if not states and (self.out / STEPS / "0" / STATE).exists():
+            raise DynamizeError(
+                f"{self.out} holds a run of another network or other images: give another --out, or --overwrite to "
+                "start anew"
+            )
         return states
 
     def _restore(self, state: StepState) -> DynamicNetwork:
         weights = self.out / STEPS / str(state.row.step) / WEIGHTS
         network = replay(self.teacher, state.history, self.recipe.model.input)
         load_into(network, read_state_dict(weights), "the network of this run", weights)
-        network.requires_grad_(True)
         network.operating_points = state.operating_points
         network.set_operating_point(state.operating_point)
         return network

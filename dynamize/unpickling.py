@@ -81,10 +81,10 @@ def _container(file: Path) -> Container:
         return "zip"
     if head.startswith(_LEGACY_MAGIC):
         return "legacy"
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 100_000_000:
+        return "safetensors"  # before pickle: one header length in 32 ends in 0x80 as well
     if head[:1] == b"\x80":
         return "pickle"
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 100_000_000:
-        return "safetensors"
     if not head:
         reason = "is empty: copy or download it again"
     elif start.startswith(_LFS_MAGIC):

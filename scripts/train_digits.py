@@ -13,7 +13,7 @@ import torch
 import typer
 
 import dynamize as dz
-from dynamize.checkpoints import save_safetensors_atomically
+from dynamize.checkpoints import save_state_dict
 from dynamize.conversion import apply, wrap
 from dynamize.data import DataSpec, load_data
 from dynamize.measure.accuracy import answers
@@ -40,7 +40,7 @@ def main(
     trained, _ = apply(untrained, step, Context(data=splits, seed=seed))
     state = {name.removeprefix("segments.0."): value for name, value in trained.state_dict().items()}
     state.pop("temperatures")
-    save_safetensors_atomically(state, out)
+    save_state_dict(state, out)
 
     network = dz.source("dynamize:digits_resnet", checkpoint=out)
     for images in (splits.calibration, splits.test):

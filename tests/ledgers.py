@@ -8,7 +8,7 @@ TINY = [
     "--set=steps.1.epochs=2",
     "--set=steps.2.max_drop=5",
     "--set=timing_seconds=0.01",
-    "--set=batches=[1]",
+    "--set=batches=[32]",
     "--set=expect={}",
 ]
 

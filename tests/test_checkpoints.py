@@ -2,7 +2,6 @@
 
 import argparse
 import collections
-import errno
 import os
 import re
 import resource
@@ -17,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from shared import shared_data
 from torch import Tensor, nn
 
-from dynamize.checkpoints import load_into, read_state_dict, save_safetensors_atomically
+from dynamize.checkpoints import load_into, read_state_dict, save_state_dict
 from dynamize.errors import DynamizeError
 from dynamize.models import create
 
@@ -216,7 +215,7 @@ def test_module_versions_survive_prefixes_and_safetensors(tmp_path: Path) -> Non
     torch.manual_seed(0)
     source = mnasnet0_5(num_classes=3)
     torch.save({"state_dict": nn.DataParallel(source).state_dict()}, tmp_path / "net.pt")
-    save_safetensors_atomically(source.state_dict(), tmp_path / "net.safetensors")
+    save_state_dict(source.state_dict(), tmp_path / "net.safetensors")
     for name in ("net.pt", "net.safetensors"):
         model = mnasnet0_5(num_classes=3)
         load_into(model, read_state_dict(tmp_path / name), "mnasnet")
@@ -234,7 +233,7 @@ def test_saves_shared_strided_and_empty_tensors(tmp_path: Path) -> None:
         "t": flat.view(2, 3).t(),
         "none": torch.ones(0),
     }
-    save_safetensors_atomically(state, tmp_path / "w.safetensors")
+    save_state_dict(state, tmp_path / "w.safetensors")
     read = load_file(tmp_path / "w.safetensors")
     assert read.keys() == state.keys()
     assert all(torch.equal(read[key], state[key]) for key in state)
@@ -243,13 +242,13 @@ def test_saves_shared_strided_and_empty_tensors(tmp_path: Path) -> None:
 
 def test_full_disk_leaves_the_old_file_and_no_rest(tmp_path: Path) -> None:
     file = tmp_path / "w.safetensors"
-    save_safetensors_atomically({"w": torch.ones(4)}, file)
+    save_state_dict({"w": torch.ones(4)}, file)
     before = file.read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     try:
         with pytest.raises(DynamizeError, match="nothing was changed there. Free some space"):
-            save_safetensors_atomically({"w": torch.ones(100_000)}, file)
+            save_state_dict({"w": torch.ones(100_000)}, file)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert file.read_bytes() == before
@@ -260,24 +259,25 @@ def test_interruption_leaves_the_old_file_and_no_rest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "w.safetensors"
-    save_safetensors_atomically({"w": torch.ones(4)}, file)
+    save_state_dict({"w": torch.ones(4)}, file)
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "replace", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        save_safetensors_atomically({"w": torch.zeros(4)}, file)
+        save_state_dict({"w": torch.zeros(4)}, file)
     assert load_file(file)["w"].sum() == 4
     assert os.listdir(tmp_path) == ["w.safetensors"]
 
 
-def test_missing_folder_is_said(tmp_path: Path) -> None:
-    with pytest.raises(DynamizeError, match=os.strerror(errno.ENOENT)):
-        save_safetensors_atomically({"w": torch.ones(1)}, tmp_path / "no" / "w.safetensors")
+def test_folder_that_is_a_file_is_said(tmp_path: Path) -> None:
+    (tmp_path / "no").write_text("")
+    with pytest.raises(DynamizeError, match="Cannot write .*no/w.safetensors"):
+        save_state_dict({"w": torch.ones(1)}, tmp_path / "no" / "w.safetensors")
 
 
 def test_sparse_tensors_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DynamizeError, match="dense tensors only"):
-        save_safetensors_atomically({"w": torch.ones(2, 2).to_sparse()}, tmp_path / "w.safetensors")
+        save_state_dict({"w": torch.ones(2, 2).to_sparse()}, tmp_path / "w.safetensors")
     assert os.listdir(tmp_path) == []

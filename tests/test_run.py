@@ -10,6 +10,7 @@ import torch
 from ledgers import TINY, ledger_of, without_times
 
 from dynamize.calibration import collect
+from dynamize.checkpoints import read_state_dict
 from dynamize.errors import DynamizeError
 from dynamize.folders import check_folder, clear, holds_run, step_folders
 from dynamize.recipe import Recipe, load_recipe
@@ -178,3 +179,16 @@ def test_failure_before_the_first_step_leaves_the_old_run(reference: Path, tmp_p
     with pytest.raises(DynamizeError):
         run(reference, 'model.checkpoint="/nowhere.pt"', "model.kwargs={}", overwrite=True)
     assert sorted(file.name for file in reference.iterdir()) == before
+
+
+def test_distill_trains_the_whole_network_and_heads_only_the_heads(reference: Path, tmp_path: Path) -> None:
+    run(tmp_path / "out", "steps.1.train=heads")
+    for out, trained in ((reference, True), (tmp_path / "out", False)):
+        before, after = (read_state_dict(out / "steps" / str(step) / "weights.safetensors") for step in (1, 2))
+        own = [name for name in before if name.startswith("segments.") and "num_batches" not in name]
+        heads = [name for name in before if name.startswith("heads.") and name.endswith("weight")]
+        assert any(not torch.equal(before[name], after[name]) for name in own) is trained
+        assert all(not torch.equal(before[name], after[name]) for name in heads)
+    before, after = (read_state_dict(reference / "steps" / str(step) / "weights.safetensors") for step in (1, 2))
+    convolutions = [name for name in before if name.startswith("segments.") and before[name].ndim == 4]
+    assert all(not torch.equal(before[name], after[name]) for name in convolutions)

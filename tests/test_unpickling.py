@@ -204,3 +204,15 @@ def test_torchscript_is_refused_and_the_conversion_works(tmp_path: Path) -> None
     assert "TorchScript" in message
     _run_conversion(message)
     assert set(read_state_dict(tmp_path / "net-weights.pt")) == {"weight", "bias"}
+
+
+def test_a_safetensors_header_of_any_length_is_not_taken_for_a_pickle(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    starts = set()
+    for padding in range(0, 300, 8):  # the file begins with the header's length, and so do pickles with 0x80
+        file = tmp_path / "weights.safetensors"
+        save_file({"weight": torch.arange(3.0)}, file, metadata={"note": "x" * padding})
+        starts.add(file.read_bytes()[:1])
+        assert torch.equal(read_state_dict(file)["weight"], torch.arange(3.0))
+    assert b"\x80" in starts

@@ -4,7 +4,6 @@ It is kept as `ledger.json`, a plain list of rows, replaced atomically: a killed
 """
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Self
@@ -12,6 +11,7 @@ from typing import Annotated, Self
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from dynamize.errors import DynamizeError
+from dynamize.files import write_text
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -113,17 +113,7 @@ class Ledger(BaseModel):
 
     def write(self, path: str | Path) -> None:
         """Write `to_json()` under a temporary name beside `path` and move it there in one piece."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(self.to_json())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_text(Path(path), self.to_json())
 
     @classmethod
     def read(cls, path: str | Path, **about: str) -> Self:

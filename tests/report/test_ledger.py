@@ -43,7 +43,7 @@ def test_failed_write_keeps_the_old_file(
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(DynamizeError, match="disk full"):
         ledger.write(path)
     assert path.read_text() == "[]"
     assert os.listdir(tmp_path) == ["ledger.json"]
