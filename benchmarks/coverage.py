@@ -38,8 +38,16 @@ from dynamize.transforms import Exits
 
 IMAGES = 4
 TOLERANCE = 1e-5  # of the largest logit, where a batch was split and kernels for other batch sizes ran
-LARGE = 60_000_000  # parameters; larger networks are checked on smaller images, which cuts and promises do not depend on
-SIDES = {"inception_v3": 299, "inception_v4": 299, "inception_resnet_v2": 299, "nasnetalarge": 224, "pnasnet5large": 224}
+LARGE = (
+    60_000_000  # parameters; larger networks are checked on smaller images, which cuts and promises do not depend on
+)
+SIDES = {
+    "inception_v3": 299,
+    "inception_v4": 299,
+    "inception_resnet_v2": 299,
+    "nasnetalarge": 224,
+    "pnasnet5large": 224,
+}
 NEVER, ALWAYS = float("inf"), float("-inf")
 
 # The smallest network of each model file in timm 1.0.31 that is a CNN, by parameters, its tiny test networks aside.
@@ -62,9 +70,9 @@ NOT_TIMM = {
     "self-attention over tokens (transformers)": "beit, cait, convit, crossvit, davit, deepseek_vit, deit, eva, gcvit, "
     "gemma4_vit, hiera, hieradet_sam2, mvitv2, naflexvit, nest, pit, pvt_v2, qwen3_vit, swin_transformer*, tnt, twins, "
     "vision_transformer*, vitamin, volo, xcit",
-    "convolutions with self- or linear attention (hybrids)": "byoanet, coat, cpubone, csatv2, edgenext, efficientformer*, "
-    "efficientvit_*, iformer, levit, lowformer, maxxvit, mobilenetv5, mobilevit, nextvit, shvit, swiftformer, tiny_vit, "
-    "visformer",
+    "convolutions with self- or linear attention (hybrids)": "byoanet, coat, cpubone, csatv2, edgenext, "
+    "efficientformer*, efficientvit_*, iformer, levit, lowformer, maxxvit, mobilenetv5, mobilevit, nextvit, shvit, "
+    "swiftformer, tiny_vit, visformer",
     "state-space, recurrent or MLP mixing of tokens": "efficientvim, mlp_mixer, sequencer",
 }
 NOT_TORCHVISION = ("vit_", "swin_", "maxvit")
@@ -166,7 +174,9 @@ def _check(row: Row, source: str, folder: Path, other: ProcessPoolExecutor) -> N
     del dynamic
     gc.collect()
     answer = other.submit(answers, folder, thresholds, images.numpy(), torch.get_num_threads()).result()
-    row.promises[6] = bool(np.array_equal(answer[0], found.numpy()) and np.array_equal(answer[1], routing.exits.numpy()))
+    row.promises[6] = bool(
+        np.array_equal(answer[0], found.numpy()) and np.array_equal(answer[1], routing.exits.numpy())
+    )
     if not row.promises[6]:
         distance = float(np.abs(answer[0] - found.numpy()).max())
         row.why_not.append(f"loaded elsewhere: logits differ by {distance:.1e}, exits {answer[1].tolist()}")
@@ -177,7 +187,8 @@ def expected(dynamic: DynamicNetwork, images: Tensor) -> tuple[Tensor, Tensor]:
     early = len(dynamic.heads)
     for head, logits in zip(dynamic.heads, dynamic.all_exits(images)[:-1], strict=True):
         spread = (logits - logits.mean(dim=1, keepdim=True)).std().clamp_min(1e-6)
-        head.classifier[-1].weight.mul_(3 / spread)  # type: ignore[union-attr, index]  random heads are never sure
+        linear = [module for module in head.modules() if isinstance(module, nn.Linear)][-1]
+        linear.weight.mul_(3 / spread)  # random heads are never sure
     logits_KNC = torch.stack(dynamic.all_exits(images))
     exits_N = torch.full((len(images),), early)
     waiting = torch.ones(len(images), dtype=torch.bool)
@@ -185,8 +196,9 @@ def expected(dynamic: DynamicNetwork, images: Tensor) -> tuple[Tensor, Tensor]:
         scores = dynamic.scores(logits_KNC[k], k)
         ranked = scores[waiting].sort().values.tolist()
         middle = len(ranked) // 2
-        dynamic.thresholds[k] = (ranked[middle - 1] + ranked[middle]) / 2
-        leaves = waiting & (scores >= dynamic.thresholds[k])
+        threshold = (ranked[middle - 1] + ranked[middle]) / 2
+        dynamic.thresholds[k] = threshold
+        leaves = waiting & (scores >= threshold)
         exits_N[leaves], waiting = k, waiting & ~leaves
     return logits_KNC[exits_N, torch.arange(len(images))], exits_N
 

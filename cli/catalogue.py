@@ -7,7 +7,9 @@ import typer
 from dynamize.cli.console import show, show_json
 from dynamize.cli.options import AsJson
 
-recipes = typer.Typer(no_args_is_help=True, help="List the built-in recipes, or show one.\n\nExample: dynamize recipes list")
+recipes = typer.Typer(
+    no_args_is_help=True, help="List the built-in recipes, or show one.\n\nExample: dynamize recipes list"
+)
 
 
 def transforms(

@@ -11,7 +11,7 @@ from dynamize.errors import DynamizeError
 
 
 def inspect(
-    source: Annotated[str, typer.Argument(help="A network's source, or the folder of an artifact.", show_default=False)],
+    source: Annotated[str, typer.Argument(help="A network's source, or an artifact's folder.", show_default=False)],
     checkpoint: Annotated[Path | None, typer.Option(help="Weights of the network.")] = None,
     input_shape: Annotated[
         str | None, typer.Option("--input", metavar="C,H,W", help="By default what such networks are trained on.")
@@ -31,7 +31,7 @@ def inspect(
 
     if Path(source).is_dir():
         if wanted or checkpoint:
-            raise DynamizeError(f"{source} is an artifact, which has its input and weights: leave out --input and --checkpoint")
+            raise DynamizeError(f"{source} is an artifact with input and weights: leave out --input and --checkpoint")
         found = inspect_artifact(Path(source), trust_code=trust_code)
     else:
         found = inspect_source(parse(source, checkpoint), wanted)

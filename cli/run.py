@@ -17,9 +17,11 @@ if TYPE_CHECKING:
 
 
 def run(
-    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a built-in recipe.", show_default=False)],
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or a built-in recipe's name.", show_default=False)],
     out: Annotated[Path | None, typer.Option(help="Folder to write; by default runs/NAME of the recipe.")] = None,
-    model: Annotated[str | None, typer.Option(metavar="SOURCE", help="Network; its code is run if it names code.")] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="SOURCE", help="Network; its code is run if it names code.")
+    ] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Weights of the network.")] = None,
     data: Annotated[str | None, typer.Option(metavar="SOURCE", help="Images, e.g. imagefolder:PATH.")] = None,
     settings: Annotated[

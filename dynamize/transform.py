@@ -1,6 +1,5 @@
 """What a transform is: a step of a recipe, with typed fields, that takes a network and returns a network."""
 
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -144,6 +143,3 @@ def check_order(steps: list[Transform]) -> None:
             raise DynamizeError(
                 f"step {i + 1} is a second `{step.pass_name}`: merge it into step {earlier.index(step.pass_name) + 1}"
             )
-
-
-log = logging.getLogger("dynamize")

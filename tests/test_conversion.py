@@ -49,7 +49,7 @@ class TestOrder:
             ([Calibrate()], "step 1 `calibrate` needs `exits` before it: add that step above"),
             (
                 [Exits(), Calibrate(), Distill()],
-                "step 3 `distill` comes after step 2 `calibrate`, which it would undo: move `distill` above `calibrate`",
+                "step 3 `distill` comes after step 2 `calibrate`, which it would undo: move `distill` above",
             ),
             ([Distill(), Exits()], "step 2 `exits` comes after step 1 `distill`"),
             ([Exits(), Distill(), Exits()], "step 3 `exits` comes after step 2 `distill`"),

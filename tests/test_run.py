@@ -1,6 +1,7 @@
 """A run in a folder: what it may delete, where it goes on, what it hands over to the next step."""
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,9 +60,10 @@ def test_run_stopped_after_a_step_goes_on_to_the_same_ledger(
             raise Killed
         return measure(self, index, *rest)
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch:
         patch.setattr(Runner, "_measure", stop)
-        run(tmp_path / "out")
+        with pytest.raises(Killed):
+            run(tmp_path / "out")
     measured: list[int] = []
 
     def record(self: Runner, index: int, *rest: Any) -> Row:
@@ -72,9 +74,8 @@ def test_run_stopped_after_a_step_goes_on_to_the_same_ledger(
     outcome = run(tmp_path / "out", resume=True)
     assert measured == list(range(step, 4))
     assert ledger_of(tmp_path / "out") == ledger_of(reference)
-    assert outcome.network.thresholds == json.loads((reference / "manifest.json").read_text())["operating_point"][
-        "thresholds"
-    ]
+    expected = json.loads((reference / "manifest.json").read_text())["operating_point"]
+    assert outcome.network.thresholds == expected["thresholds"]
 
 
 def test_run_stopped_between_epochs_goes_on_from_the_checkpoint(
@@ -116,8 +117,17 @@ def test_resume_refuses_damaged_or_other_states(reference: Path, tmp_path: Path)
     (out / "steps" / "0" / "state.json").write_text("{")
     with pytest.raises(DynamizeError, match="damaged"):
         run(out, resume=True)
-    with pytest.raises(DynamizeError, match="other settings"):
+    with pytest.raises(DynamizeError, match="another network or other images"):
         run(reference, "seed=5", resume=True)
+
+
+def test_changed_step_is_done_again_and_those_before_it_are_not(reference: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(reference, tmp_path / "out"))
+    before = [(out / "steps" / str(step) / "state.json").read_bytes() for step in range(4)]
+    outcome = run(out, "steps.2.max_drop=null", "steps.2.macs_ratio=0.7", resume=True)
+    after = [(out / "steps" / str(step) / "state.json").read_bytes() for step in range(4)]
+    assert [a == b for a, b in zip(after, before, strict=True)] == [True, True, True, False]
+    assert outcome.network.history[-1]["macs_ratio"] == 0.7
 
 
 def test_expectations_may_change_on_resume(reference: Path) -> None:
@@ -168,7 +178,8 @@ def test_folders(tmp_path: Path) -> None:
     check_folder(tmp_path, resume=False, overwrite=True)
     check_folder(tmp_path, resume=True, overwrite=False)
     clear(tmp_path)
-    assert sorted(str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*")) == ["mine.txt", "steps", "steps/mine"]
+    left = sorted(str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*"))
+    assert left == ["mine.txt", "steps", "steps/mine"]
     assert not holds_run(tmp_path)
     with pytest.raises(DynamizeError, match="is a file"):
         check_folder(tmp_path / "mine.txt", resume=False, overwrite=False)

@@ -22,7 +22,7 @@ def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[str]:
     Raises DynamizeError for a folder without images. Files are not opened.
     """
     found: list[str] = []
-    for path in map(os.fspath, paths):
+    for path in (os.fspath(one) for one in paths):
         if not os.path.isdir(path):
             found.append(path)
             continue

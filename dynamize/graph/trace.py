@@ -3,6 +3,7 @@
 import copy
 import traceback
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -37,10 +38,10 @@ class NetworkTracer(fx.Tracer):
             return True
         return super().is_leaf_module(m, module_qualified_name)
 
-    def create_proxy(self, kind: str, target: object, args: tuple, kwargs: dict, *rest: object, **more: object) -> object:
+    def create_proxy(self, kind: str, target: Any, args: tuple, kwargs: dict, *rest: Any, **more: Any) -> Any:
         if kind == "placeholder" and args and any(node.op == "placeholder" for node in self.graph.nodes):
             return args[0]  # forward(images, mask=None): a classifier is called with the images only
-        return super().create_proxy(kind, target, args, kwargs, *rest, **more)  # type: ignore[arg-type]
+        return super().create_proxy(kind, target, args, kwargs, *rest, **more)
 
     def call_module(self, m: nn.Module, forward: object, args: tuple, kwargs: dict) -> object:
         outer, self.visiting = self.visiting, self.path_of_module(m)
@@ -103,7 +104,8 @@ def annotate(traced: fx.GraphModule, input_shape: Sequence[int]) -> None:
             "Give the shape it was trained on, e.g. --input 3,224,224."
         ) from error
     if not isinstance(output, torch.Tensor) or output.ndim != 2:
-        given = f"a tensor of shape {tuple(output.shape)}" if isinstance(output, torch.Tensor) else type(output).__name__
+        tensor = isinstance(output, torch.Tensor)
+        given = f"a tensor of shape {tuple(output.shape)}" if tensor else type(output).__name__
         raise DynamizeError(
             f"the network returns {given}, but a classifier returns one tensor (N, classes). "
             "Wrap it in a module whose forward returns the class scores only."
@@ -166,7 +168,7 @@ def _check_answers(network: nn.Module, traced: fx.GraphModule, input_shape: Sequ
     """Refuse a network that the tracer misread: it follows one branch and takes ``x += y`` for ``x = x + y``."""
     like = blank(network, 2, *input_shape)
     images_NCHW = torch.randn(like.shape, generator=torch.Generator().manual_seed(0)).to(like)
-    answers = []
+    answers: list[torch.Tensor] = []
     for module in (network, traced):
         with torch.no_grad(), torch.random.fork_rng():
             torch.manual_seed(0)
@@ -177,7 +179,8 @@ def _check_answers(network: nn.Module, traced: fx.GraphModule, input_shape: Sequ
                     f"the network runs on one image but not on two: {_first_line(error)}. A converted network works "
                     "on batches of any size: take the batch size from the tensors"
                 ) from error
-    if not torch.allclose(*answers, rtol=1e-3, atol=1e-3 * float(answers[0].abs().max()), equal_nan=True):
+    wanted, found = answers
+    if not torch.allclose(found, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()), equal_nan=True):
         raise DynamizeError(
             f"{type(network).__name__} answers differently once it is traced: something in its forward depends on the "
             "values, or `x += y` changes a tensor that another name still holds. Write `x = x + y` there, or wrap the "

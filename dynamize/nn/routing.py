@@ -47,6 +47,8 @@ def run_stages(
     Returns:
         logits (N, classes) and the index of the exit that each came from (N,), int64.
     """
+    if len(images_NCHW) == 1:
+        return _run_one(stages, thresholds, images_NCHW)
     features, context = images_NCHW, None
     exits_N = torch.zeros(len(images_NCHW), dtype=torch.int64)
     logits_NK: Tensor | None = None
@@ -78,6 +80,20 @@ def run_stages(
         features, context, waiting = _compact(output.features, output.context, waiting, leaves_N)
     assert logits_NK is not None
     return logits_NK, exits_N
+
+
+def _run_one(stages: Sequence[Stage], thresholds: Sequence[float | None], image: Tensor) -> tuple[Tensor, Tensor]:
+    """The same for a batch of one, without the bookkeeping, which a small network would feel."""
+    features, context = image, None
+    for k, (stage, threshold) in enumerate(zip(stages, thresholds, strict=False)):
+        output = stage(features, context, threshold is not None)
+        if output.logits is not None and output.score is not None and output.score.item() >= threshold:
+            return output.logits, torch.tensor([k])
+        assert output.features is not None
+        features, context = output.features, output.context
+    logits = stages[-1](features, context, True).logits
+    assert logits is not None
+    return logits, torch.tensor([len(stages) - 1])
 
 
 def _compact(

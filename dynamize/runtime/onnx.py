@@ -20,6 +20,7 @@ from dynamize.nn.network import DynamicNetwork, NetworkStage
 from dynamize.nn.routing import StageOutput
 
 _OPSET = 18
+_INPUTS = ["features", "context"]
 
 
 def onnx_stages(network: DynamicNetwork, device: torch.device) -> list["OnnxStage"]:
@@ -71,7 +72,8 @@ class OnnxStage:
         if self._last:
             return StageOutput(None, None, found[0], None)
         context = found[3] if self._chained else None
-        return StageOutput(found[0], context, found[1], found[2]) if decide else StageOutput(found[0], context, None, None)
+        logits, score = (found[1], found[2]) if decide else (None, None)
+        return StageOutput(found[0], context, logits, score)
 
 
 class _Deciding(nn.Module):
@@ -90,8 +92,7 @@ class _Deciding(nn.Module):
 
 
 def _run(session: ort.InferenceSession, inputs: list[Tensor]) -> list[Tensor]:
-    names = [one.name for one in session.get_inputs()]
-    feed = {name: np.ascontiguousarray(value.numpy()) for name, value in zip(names, inputs, strict=True)}
+    feed = {name: np.ascontiguousarray(value.detach().numpy()) for name, value in zip(_INPUTS, inputs, strict=False)}
     return [torch.from_numpy(value) for value in session.run(None, feed)]
 
 
@@ -109,8 +110,7 @@ def _session(model: bytes) -> ort.InferenceSession:
 @cache
 def _share_one_pool() -> None:
     """Several sessions that each own a spinning pool run two to three times slower than one."""
-    threads = torch.get_num_threads()
-    ort.set_global_thread_pool_sizes(threads, 1)
+    ort.set_global_thread_pool_sizes(torch.get_num_threads(), 1)
 
 
 def export_onnx(module: nn.Module, inputs: list[Tensor], outputs: list[str]) -> bytes:
@@ -119,7 +119,7 @@ def export_onnx(module: nn.Module, inputs: list[Tensor], outputs: list[str]) -> 
     Uses the tracing exporter: what is exported is a straight line already, and it is twenty times faster.
     """
     buffer = io.BytesIO()
-    names = ["features", "context"][: len(inputs)]
+    names = _INPUTS[: len(inputs)]
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)

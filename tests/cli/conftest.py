@@ -6,12 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 from commandline import Cli, call
 from ledgers import TINY
+from PIL import Image
 from sklearn.datasets import load_digits
 
 from dynamize.calibration import collect
+
 
 @pytest.fixture
 def cli() -> Cli:

@@ -83,7 +83,7 @@ def test_overwrite_keeps_files_of_other_names_and_repeats_the_run(artifact: Path
 def test_resume_with_other_settings_is_refused(artifact: Path, cli: Cli) -> None:
     result = cli("run", "quickstart", "--out", artifact, "--resume", "--seed", 7, *TINY)
     assert result.exit_code == 2
-    assert "other settings" in result.stderr
+    assert "another network or other images" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -220,7 +220,8 @@ def test_double_precision_and_inference_mode() -> None:
 def test_dropout_and_stochastic_depth_still_follow_the_training_flag() -> None:
     from torchvision.ops import StochasticDepth
 
-    network = nn.Sequential(nn.Conv2d(3, 4, 3), StochasticDepth(0.5, "row"), nn.Flatten(), nn.Dropout(), nn.Linear(144, 5))
+    depth = StochasticDepth(0.5, "row")
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), depth, nn.Flatten(), nn.Dropout(), nn.Linear(144, 5))
     traced = trace(network, (3, 8, 8))
     kept = {type(module).__name__ for module in traced.modules()}
     assert {"StochasticDepth", "Dropout"} <= kept

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from dynamize.nn.confidence import CONFIDENCES, entropy, margin, top_probability
 
-logits_rows = st.lists(
-    st.lists(st.floats(-20, 20), min_size=4, max_size=4), min_size=1, max_size=6
-).map(lambda rows: torch.tensor(rows, dtype=torch.float64))
+logits_rows = st.lists(st.lists(st.floats(-20, 20), min_size=4, max_size=4), min_size=1, max_size=6).map(
+    lambda rows: torch.tensor(rows, dtype=torch.float64)
+)
 
 
 @given(logits_rows)

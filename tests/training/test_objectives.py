@@ -53,9 +53,7 @@ def test_distillation_shares_the_loss_with_the_labels(alpha: float, temperature:
     teacher = Teacher()
     found = MultiExitLoss(teacher, alpha=alpha, temperature=temperature)(exits(), IMAGES, LABELS)
     taught = teacher(IMAGES).detach()
-    wanted = sum(
-        (1 - alpha) * cross_entropy(one) + alpha * distance(one, taught, temperature) for one in exits()
-    )
+    wanted = sum((1 - alpha) * cross_entropy(one) + alpha * distance(one, taught, temperature) for one in exits())
     assert float(found) == pytest.approx(wanted, rel=1e-5)
     assert not teacher.training
 

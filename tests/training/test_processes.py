@@ -29,7 +29,8 @@ def progress(items, label, total):
 rows = train(network, digit_splits(960), MultiExitLoss(), plan, progress)
 torch.save(network.state_dict(), work / f"weights{{PartialState().process_index}}.pt")
 if PartialState().is_main_process:
-    (work / "found.json").write_text(json.dumps({{"processes": PartialState().num_processes, "steps": steps, "rows": rows}}))
+    found = {{"processes": PartialState().num_processes, "steps": steps, "rows": rows}}
+    (work / "found.json").write_text(json.dumps(found))
 """
 
 
