@@ -182,16 +182,28 @@ def latency(
     times = interleave({**contenders, "chosen": compiled}, inputs, CPU, seconds)
     found: dict[str, Any] = {"batch": batch, "busy_elsewhere": times.busy_elsewhere}
     for name in times.seconds:
-        found[name] = {"ms": times.median_ms(name), "p95_ms": times.p95_ms(name), "speedup": times.speedup(STATIC, name)}
+        found[name] = {
+            "ms": times.median_ms(name),
+            "p95_ms": times.p95_ms(name),
+            "speedup": times.speedup(STATIC, name),
+        }
     found["share_shown"] = share_of_saving_shown(chosen["macs_ratio"], found["chosen"]["speedup"])
     found["at_speed_of"] = {
-        name: at_speed(network, compiled, contenders, fold, name, batch, seconds) for name in contenders if name != STATIC
+        name: at_speed(network, compiled, contenders, fold, name, batch, seconds)
+        for name in contenders
+        if name != STATIC
     }
     return found
 
 
 def at_speed(
-    network: DynamicNetwork, compiled: Any, contenders: dict[str, Any], fold: Fold, rival: str, batch: int, seconds: float
+    network: DynamicNetwork,
+    compiled: Any,
+    contenders: dict[str, Any],
+    fold: Fold,
+    rival: str,
+    batch: int,
+    seconds: float,
 ) -> dict[str, Any]:
     """The dearest budget at which the dynamic network, on its own mix of images, is no slower than a static rival."""
     best: dict[str, Any] = {}
@@ -207,7 +219,11 @@ def at_speed(
         times = interleave({"rival": contenders[rival], "dynamic": compiled}, inputs, CPU, seconds / 10)
         if times.speedup("rival", "dynamic") < 1:
             break
-        best = {"asked": float(ratio), "accuracy": fold.achieved(point)["accuracy"], "rival": best_of(fold.rivals, rival)}
+        best = {
+            "asked": float(ratio),
+            "accuracy": fold.achieved(point)["accuracy"],
+            "rival": best_of(fold.rivals, rival),
+        }
     return best
 
 
@@ -239,7 +255,9 @@ def render(figures: dict[str, Any], backend: str) -> str:
         f"Each exit for all images (accuracy at MACs): {exits}.",
         f"Achieved inside the promised 95 % interval: MACs {inside['macs_inside']} of {total}, "
         f"drop {inside['drop_inside']} of {total}.",
-        "Static networks: " + ", ".join(f"{name} {100 * value:.2f} %" for name, value in figures["static"].items()) + ".",
+        "Static networks: "
+        + ", ".join(f"{name} {100 * value:.2f} %" for name, value in figures["static"].items())
+        + ".",
         "",
         f"Times in {backend}, ms per batch (95th percentile), at the point '{figures['chosen']['asked']}':",
         "",
@@ -249,7 +267,9 @@ def render(figures: dict[str, Any], backend: str) -> str:
     for row in figures["latency"]:
         static, chosen = row[STATIC], row["chosen"]
         rivals = "; ".join(
-            f"{name}: {100 * found['accuracy']:.2f} % against {100 * found['rival']:.2f} %" if found else f"{name}: never as fast"
+            f"{name}: {100 * found['accuracy']:.2f} % against {100 * found['rival']:.2f} %"
+            if found
+            else f"{name}: never as fast"
             for name, found in row["at_speed_of"].items()
         )
         lines.append(

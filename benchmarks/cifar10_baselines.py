@@ -45,7 +45,9 @@ def main(
         state = {name.removeprefix("segments.0."): value for name, value in tuned.state_dict().items()}
         state.pop("temperatures")
         save_state_dict(state, target)
-        print(f"ResNet-{depth}: {accuracies[0]:.2%} on the first half of the test images, saved to {target}", flush=True)
+        print(
+            f"ResNet-{depth}: {accuracies[0]:.2%} on the first half of the test images, saved to {target}", flush=True
+        )
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 import dynamize as dz
 from dynamize import artifact
 from dynamize.calibration import OperatingPoint, point_for_budget, point_for_drop
+from dynamize.calibration.collect import confidence_table
 from dynamize.conversion import wrap
 from dynamize.data import DataSpec, Images, Splits, load_data, set_epoch
 from dynamize.errors import DynamizeError
@@ -47,8 +48,6 @@ from dynamize.measure.latency import interleave
 from dynamize.nn.network import DynamicNetwork
 from dynamize.runtime.compiled import CompiledNetwork, compile_network
 from dynamize.training.loop import bf16_helps
-from dynamize.transform import Context
-from dynamize.transforms.calibrate import confidence_table
 
 NETWORK, SHAPE, BATCH, TIMED, CPU = "dynamize:cifar_resnet56", (3, 32, 32), 64, 256, torch.device("cpu")
 MEAN_STD = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -147,7 +146,7 @@ def batched_accuracy(model: EarlyExitWrapper, policy: CalibrationResult, test: l
 def our_contenders(network: DynamicNetwork, teacher: nn.Module, data: Splits) -> dict[Key, Contender]:
     """The converted network at the same targets on both backends, without those that it refuses."""
     network, points = copy.deepcopy(network), dict[str, OperatingPoint]()
-    table = confidence_table(network, teacher, data.calibration, Context())
+    table = confidence_table(network, data.calibration, teacher=teacher, device=CPU, backend="onnxruntime")
     static = table.static_cost["macs"]
     solvers = {f"drop {drop:g}": partial(point_for_drop, table, drop / 100) for drop in DROPS}
     solvers |= {f"compute {share:g}": partial(point_for_budget, table, share * static) for share in BUDGETS}

@@ -74,9 +74,7 @@ def calibrate(
         from dynamize.recalibration import budget, recalibrate
 
         step = budget(max_drop=max_drop, macs_ratio=macs_ratio, macs=macs, latency_ms=latency_ms)
-        network, notes = recalibrate(
-            out, step, data=data, checkpoint=checkpoint, device=device, trust_code=trust_code
-        )
+        network, notes = recalibrate(out, step, data=data, checkpoint=checkpoint, device=device, trust_code=trust_code)
     chosen = network.operating_point
     assert chosen is not None  # what calibration ends with
     if as_json:

@@ -56,7 +56,8 @@ def reporting(quiet: bool) -> Iterator[Reporter]:
             yield _lines
     finally:
         _log.removeHandler(handler)
-        _log.level, _log.propagate = before
+        _log.setLevel(before[0])
+        _log.propagate = before[1]
 
 
 def _stderr() -> Console:
@@ -71,8 +72,8 @@ class _Handler(logging.Handler):
         self.console = console
 
     def emit(self, record: logging.LogRecord) -> None:
-        style = "yellow" if record.levelno >= logging.WARNING else ""
-        prefix = "warning: " if record.levelno >= logging.WARNING else ""
+        loud = record.levelno >= logging.WARNING
+        style, prefix = ("yellow", f"{record.levelname.lower()}: ") if loud else ("", "")
         self.console.print(Text(prefix + record.getMessage(), style=style), soft_wrap=True)
 
 

@@ -82,9 +82,7 @@ def save(
     write_manifest(folder, manifest)
 
 
-def load(
-    path: str | os.PathLike[str], *, network: nn.Module | None = None, trust_code: bool = False
-) -> DynamicNetwork:
+def load(path: str | os.PathLike[str], *, network: nn.Module | None = None, trust_code: bool = False) -> DynamicNetwork:
     """Rebuild what :func:`save` wrote, in eval mode and at the same operating point.
 
     Args:

@@ -50,9 +50,7 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise DynamizeError(f"{file} holds no state dict: {held}. Save model.state_dict() and pass that.")
     state, trail = found
     if trail:
-        averages = [
-            key for key in _AVERAGES if isinstance(saved, Mapping) and key in saved and key != trail[0]
-        ]
+        averages = [key for key in _AVERAGES if isinstance(saved, Mapping) and key in saved and key != trail[0]]
         if averages:
             log.warning("%s: using %r; it also holds averaged weights under %s", file, trail[0], averages)
         log.info("%s: using the tensors under %s", file, " / ".join(map(repr, trail)))
@@ -167,9 +165,7 @@ def _renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return _copy(state, state, _canonical(state))
 
 
-def _copy(
-    state: Mapping[str, Tensor], keys: Iterable[str], rename: Callable[[str], str]
-) -> dict[str, Tensor]:
+def _copy(state: Mapping[str, Tensor], keys: Iterable[str], rename: Callable[[str], str]) -> dict[str, Tensor]:
     """The chosen tensors under new names, with the module versions that ``state_dict()`` recorded."""
     result: OrderedDict[str, Tensor] = OrderedDict((rename(key), state[key].detach()) for key in keys)
     metadata = getattr(state, "_metadata", None)

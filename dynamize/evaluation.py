@@ -107,9 +107,7 @@ class Evaluator:
             notes=[*notes, *busy(times)],
         )
 
-    def times(
-        self, network: DynamicNetwork, judged: Judgement, alone: bool = False
-    ) -> dict[tuple[str, int], Times]:
+    def times(self, network: DynamicNetwork, judged: Judgement, alone: bool = False) -> dict[tuple[str, int], Times]:
         """Interleaved times of the static network and ``network``, by backend and batch size.
 
         The images timed leave at each exit in the same shares as the whole split does.

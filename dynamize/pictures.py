@@ -60,7 +60,9 @@ def _gallery(
         here = (exits == k).nonzero().flatten()
         confidence = one.softmax(1).amax(1)
         order = here[confidence[here].argsort(descending=True)]
-        pictures = [_pictures(index, one, labels, confidence, data) for index in (order[:_SHOWN], order[_SHOWN:][-_SHOWN:])]
+        pictures = [
+            _pictures(index, one, labels, confidence, data) for index in (order[:_SHOWN], order[_SHOWN:][-_SHOWN:])
+        ]
         galleries.append(Gallery(exit=k, name=_name(k, len(logits)), first=pictures[0], last=pictures[1]))
     return galleries
 

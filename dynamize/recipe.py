@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, Union
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
@@ -13,7 +13,10 @@ from dynamize.recipes import read_recipe
 from dynamize.sources import SourceSpec
 from dynamize.transform import Transform, check_order, registered
 
-Step = Annotated[Union[tuple(registered().values())], Field(discriminator="pass_name")]  # type: ignore[valid-type]  # noqa: UP007
+if TYPE_CHECKING:
+    Step = Transform
+else:
+    Step = Annotated[Union[tuple(registered().values())], Field(discriminator="pass_name")]  # noqa: UP007
 
 
 class ModelSection(SourceSpec):

@@ -113,7 +113,7 @@ class Runner:
         self.recipe, self.out, self.resume, self.command = recipe, out, resume, command
         self.device = choose_device(device)
         self.state = PartialState(cpu=self.device.type == "cpu")
-        self.backends = list(recipe.backends) or [default_backend(self.device)]
+        self.backends: list[str] = list(recipe.backends) or [default_backend(self.device)]
         self.progress = progress if self.state.is_main_process else quiet
         if self.state.is_main_process:
             check_folder(out, resume=resume, overwrite=overwrite)
@@ -160,7 +160,9 @@ class Runner:
         recipe = self.recipe
         with torch.no_grad():
             classes = self.teacher(torch.zeros(1, *recipe.model.input, device=self.device)).shape[1]
-        return load_data(recipe.data.model_copy(update={"seed": recipe.data.seed or recipe.seed}), recipe.model.input, classes)
+        return load_data(
+            recipe.data.model_copy(update={"seed": recipe.data.seed or recipe.seed}), recipe.model.input, classes
+        )
 
     def _apply(
         self, index: int, transform: Transform | None, network: DynamicNetwork

@@ -72,9 +72,7 @@ class SourceSpec(BaseModel):
             known = bool(factory)
         else:
             parts = target.split(".")
-            known = factory.isidentifier() and (
-                target.endswith(".py") or all(part.isidentifier() for part in parts)
-            )
+            known = factory.isidentifier() and (target.endswith(".py") or all(part.isidentifier() for part in parts))
         if not known:
             raise ValueError(f"{self.source!r} is not a source: write {_which_library(self.source)}{FORMS}")
         return self
@@ -272,9 +270,7 @@ def _from_torchvision(spec: SourceSpec) -> nn.Module:
     if name in _AUXILIARY:
         if weights is None:
             kwargs = {"aux_logits": False, "init_weights": False, **kwargs}
-        elif (
-            not keeps_auxiliary
-        ):  # torchvision refuses False: it loads its weights with the heads, then drops them
+        elif not keeps_auxiliary:  # torchvision refuses False: it loads its weights with the heads, then drops them
             kwargs.pop("aux_logits", None)
     try:
         model = models.get_model(name, weights=weights, **{"progress": False, **kwargs})
@@ -337,6 +333,4 @@ def _no_download(spec: SourceSpec, url: str, error: Exception) -> DynamizeError:
 
 def _unaccepted(spec: SourceSpec, error: Exception) -> DynamizeError:
     arguments = ", ".join(f"{key}={value!r}" for key, value in spec.kwargs.items()) or "no arguments"
-    return DynamizeError(
-        f"{spec.source} cannot be built with {arguments}: {error}. Change or omit arguments."
-    )
+    return DynamizeError(f"{spec.source} cannot be built with {arguments}: {error}. Change or omit arguments.")

@@ -120,9 +120,7 @@ def find_transform(name: str) -> type[Transform]:
     """The transform with this ``pass`` name; a DynamizeError lists those there are."""
     known = registered()
     if name not in known:
-        raise DynamizeError(
-            f"'{name}' is no transform. {closest(name, list(known))}Known: {', '.join(sorted(known))}."
-        )
+        raise DynamizeError(f"'{name}' is no transform. {closest(name, list(known))}Known: {', '.join(sorted(known))}.")
     return known[name]
 
 

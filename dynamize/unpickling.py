@@ -145,9 +145,7 @@ class _Pickle:
     globals: tuple[str, ...]
 
 
-def _needs_code(
-    file: Path, container: Container, blocked: str | None, wrapper_keys: Sequence[str]
-) -> DynamizeError:
+def _needs_code(file: Path, container: Container, blocked: str | None, wrapper_keys: Sequence[str]) -> DynamizeError:
     """The refusal of a pickle, with the three lines that convert it."""
     try:
         content = _scan(_pickle_bytes(file, container))

@@ -43,9 +43,7 @@ def call_factory(target: str, name: str, kwargs: Mapping[str, object]) -> nn.Mod
         _check_arguments(factory, f"{target}:{name}", kwargs)
         model = _run(functools.partial(factory, **kwargs), f"{target}:{name}")
     if not isinstance(model, nn.Module):
-        raise DynamizeError(
-            f"{target}:{name} returned a {type(model).__name__}: it must return a torch.nn.Module."
-        )
+        raise DynamizeError(f"{target}:{name} returned a {type(model).__name__}: it must return a torch.nn.Module.")
     return model
 
 
@@ -58,17 +56,13 @@ def _check_arguments(factory: Callable[..., object], source: str, kwargs: Mappin
         signature.bind(**kwargs)
     except TypeError as error:
         given = ", ".join(f"{key}={value!r}" for key, value in kwargs.items()) or "no arguments"
-        raise DynamizeError(
-            f"{source} cannot be called with {given}: {error}; it takes {signature}."
-        ) from error
+        raise DynamizeError(f"{source} cannot be called with {given}: {error}; it takes {signature}.") from error
 
 
 def _factory(module: ModuleType, target: str, name: str) -> Callable[..., object]:
     factory = getattr(module, name, None)
     if isinstance(factory, nn.Module):
-        raise DynamizeError(
-            f"{target}:{name} is a network, not a function: write `def build(): return {name}`."
-        )
+        raise DynamizeError(f"{target}:{name} is a network, not a function: write `def build(): return {name}`.")
     if callable(factory):
         return factory
     names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]

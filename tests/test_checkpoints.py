@@ -86,9 +86,7 @@ def test_prefix_stays_unless_every_name_has_it(tmp_path: Path) -> None:
     assert _same(read_state_dict(tmp_path / "net.pt"), state)
 
 
-def test_plain_weights_win_over_averaged_ones_and_it_is_said(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_plain_weights_win_over_averaged_ones_and_it_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     plain, averaged = {"w": torch.zeros(1)}, {"w": torch.ones(1)}
     torch.save({"state_dict_ema": averaged, "state_dict": plain}, tmp_path / "net.pt")
     assert _same(read_state_dict(tmp_path / "net.pt"), plain)
@@ -201,9 +199,7 @@ def test_old_densenet_names_fit() -> None:
 
     torch.manual_seed(0)
     source, model = (DenseNet(8, (1, 1), 8, num_classes=3) for _ in range(2))
-    old = {
-        re.sub(r"(denselayer\d+\.(?:norm|conv))(\d)", r"\1.\2", k): v for k, v in source.state_dict().items()
-    }
+    old = {re.sub(r"(denselayer\d+\.(?:norm|conv))(\d)", r"\1.\2", k): v for k, v in source.state_dict().items()}
     assert "features.denseblock1.denselayer1.norm.1.weight" in old
     load_into(model, old, "densenet")
     assert _same(dict(model.state_dict()), dict(source.state_dict()))
@@ -255,9 +251,7 @@ def test_full_disk_leaves_the_old_file_and_no_rest(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["w.safetensors"]
 
 
-def test_interruption_leaves_the_old_file_and_no_rest(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interruption_leaves_the_old_file_and_no_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "w.safetensors"
     save_state_dict({"w": torch.ones(4)}, file)
 

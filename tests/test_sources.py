@@ -84,9 +84,7 @@ def test_parses(text: str, library: str | None, target: tuple[str, str], kwargs:
     assert spec.names_code == (library is None)
 
 
-@pytest.mark.parametrize(
-    "text", ["", "resnet", "torchvision:", "a b:c", "net.py", "net.py:", "m:1f", ":f", "a..b:f"]
-)
+@pytest.mark.parametrize("text", ["", "resnet", "torchvision:", "a b:c", "net.py", "net.py:", "m:1f", ":f", "a..b:f"])
 def test_other_forms_are_refused(text: str) -> None:
     with pytest.raises(DynamizeError, match="is not a source: write .*package.module:factory"):
         parse(text)
@@ -235,9 +233,7 @@ def test_timm_reads_no_checkpoint_by_itself(tmp_path: Path) -> None:
     assert "pass the file as checkpoint" in _error("timm:resnet18", checkpoint_path=str(tmp_path / "a.pt"))
 
 
-@pytest.mark.parametrize(
-    ("name", "heads"), [("googlenet", ("aux1", "aux2")), ("inception_v3", ("AuxLogits",))]
-)
+@pytest.mark.parametrize(("name", "heads"), [("googlenet", ("aux1", "aux2")), ("inception_v3", ("AuxLogits",))])
 def test_auxiliary_heads_are_left_out(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
@@ -267,9 +263,7 @@ def test_auxiliary_heads_are_left_out(
 
 def test_checkpoint_and_pretrained_weights_exclude_each_other(tmp_path: Path) -> None:
     torch.save(create("digits_resnet").state_dict(), tmp_path / "a.pt")
-    assert "keep one of them" in _error(
-        "torchvision:resnet18", checkpoint=tmp_path / "a.pt", weights="DEFAULT"
-    )
+    assert "keep one of them" in _error("torchvision:resnet18", checkpoint=tmp_path / "a.pt", weights="DEFAULT")
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".th", ".safetensors"])

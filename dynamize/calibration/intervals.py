@@ -134,9 +134,7 @@ def prediction_interval(
 def wilson(successes: int, n: int) -> tuple[float, float]:
     """95 % Wilson score interval of a proportion (Wilson 1927): what n images say about the true accuracy."""
     if not 0 <= successes <= n or n == 0:
-        raise DynamizeError(
-            f"{successes} right out of {n} is no proportion: give 0 <= successes <= n, n > 0."
-        )
+        raise DynamizeError(f"{successes} right out of {n} is no proportion: give 0 <= successes <= n, n > 0.")
     share, squared = successes / n, Z95**2 / n
     centre = (share + squared / 2) / (1 + squared)
     half = Z95 / (1 + squared) * math.sqrt(share * (1 - share) / n + squared / (4 * n))

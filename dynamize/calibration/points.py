@@ -110,9 +110,7 @@ class OperatingPoints(RootModel[tuple[OperatingPoint, ...]]):
         return max(allowed, key=lambda point: (point.accuracy, -getattr(point, name)))
 
 
-def operating_points(
-    table: ConfidenceTable, count: int = 20, measure: str = "macs", seed: int = 0
-) -> OperatingPoints:
+def operating_points(table: ConfidenceTable, count: int = 20, measure: str = "macs", seed: int = 0) -> OperatingPoints:
     """Up to `count` points along the whole curve, costs evenly spread, the cheapest first.
 
     "cheapest" lets every image leave at the cheapest exit, "full" has all exits off, and the others are
@@ -128,15 +126,11 @@ def operating_points(
     full = point_for(table, "full", lambda part: [None] * (part.exits - 1), seed=seed)
     if points[0].thresholds == full.thresholds:
         points = points[1:]
-    inner = [
-        point for i, point in enumerate(points) if point.thresholds not in [p.thresholds for p in points[:i]]
-    ]
+    inner = [point for i, point in enumerate(points) if point.thresholds not in [p.thresholds for p in points[:i]]]
     return OperatingPoints((*(point for point in inner if point.thresholds != full.thresholds), full))
 
 
-def point_for(
-    table: ConfidenceTable, name: str, solve: Solve, folds: int = FOLDS, seed: int = 0
-) -> OperatingPoint:
+def point_for(table: ConfidenceTable, name: str, solve: Solve, folds: int = FOLDS, seed: int = 0) -> OperatingPoint:
     """The point at the thresholds that `solve` finds on the whole table; expectations by `folds`-fold
     cross-fit."""
     return _point(table, name, solve(table), cross_fit(table, solve, folds, seed))
@@ -157,11 +151,7 @@ def point_for_budget(
         excess = float(fit.costs[measure].mean()) - budget
         if excess <= budget * (SLACK - 1):
             break
-        fitted = (
-            cheapest
-            if tightening == TIGHTENINGS - 1
-            else max(cheapest, fitted - excess * 1.1 * 2**tightening)
-        )
+        fitted = cheapest if tightening == TIGHTENINGS - 1 else max(cheapest, fitted - excess * 1.1 * 2**tightening)
     label = name or f"{measure}-{budget / table.static_cost[measure]:.2f}"
     return _point(table, label, thresholds, fit)
 

@@ -90,9 +90,7 @@ class AtLeastCorrect:
 class Problem:
     """Grouped ranks (K-1, n), correctness (K, n) and costs (K,) of one table under one measure."""
 
-    def __init__(
-        self, groups: NDArray[np.intp], sizes: Sequence[int], correct: Floats, costs: Floats
-    ) -> None:
+    def __init__(self, groups: NDArray[np.intp], sizes: Sequence[int], correct: Floats, costs: Floats) -> None:
         self.groups, self.sizes, self.correct, self.costs = groups, np.array(sizes, np.int64), correct, costs
         self._ranks = groups.astype(np.int32)  # a narrower copy, twice as fast to compare
         self.decisions, self.images = groups.shape[0], correct.shape[1]
@@ -136,9 +134,7 @@ class Problem:
                 break
         return self.setting(positions)
 
-    def block(
-        self, positions: Positions, ks: Sequence[int], cuts: Sequence[Positions]
-    ) -> tuple[Floats, Floats]:
+    def block(self, positions: Positions, ks: Sequence[int], cuts: Sequence[Positions]) -> tuple[Floats, Floats]:
         """Correct answers and cost over the grid of settings of the exits `ks`, the other exits held.
 
         cuts[i] are the inner positions that exit ks[i] may take besides 0 and all; grid axis i has

@@ -25,9 +25,7 @@ class BatchPoint(NamedTuple):
 
 def anytime(table: ConfidenceTable, measure: str = "macs") -> list[tuple[float, float]]:
     """(cumulative cost, accuracy) of each exit when every image leaves there."""
-    return [
-        (float(c), float(a)) for c, a in zip(table.cost(measure), table.correct.mean(axis=1), strict=True)
-    ]
+    return [(float(c), float(a)) for c, a in zip(table.cost(measure), table.correct.mean(axis=1), strict=True)]
 
 
 def budgeted_batch(table: ConfidenceTable, measure: str = "macs", count: int = 20) -> list[BatchPoint]:

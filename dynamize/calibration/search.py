@@ -31,9 +31,7 @@ class Search:
     def __init__(self, table: ConfidenceTable, measure: str) -> None:
         ranked = [_ranks(row) for row in table.scores[:-1]]
         self.distinct = [distinct for _, distinct in ranked]
-        groups = np.array([groups for groups, _ in ranked], dtype=np.intp).reshape(
-            table.exits - 1, table.images
-        )
+        groups = np.array([groups for groups, _ in ranked], dtype=np.intp).reshape(table.exits - 1, table.images)
         cost = table.cost(measure)
         self.unit = float(cost.max())
         sizes = [len(distinct) for distinct in self.distinct]
@@ -98,9 +96,7 @@ class Search:
     def _widen(self, positions: Positions) -> Positions:
         """Positions of the compressed problem as positions of the whole one."""
         ends = zip(positions.tolist(), self._cuts, self.full.sizes, strict=True)
-        return np.array(
-            [0 if p == 0 else size if p > len(cut) else cut[p - 1] for p, cut, size in ends], np.int64
-        )
+        return np.array([0 if p == 0 else size if p > len(cut) else cut[p - 1] for p, cut, size in ends], np.int64)
 
     def _support(self, goal: Goal) -> None:
         """Adds settings of the whole table around the goal: chords on the compressed one first, then here."""

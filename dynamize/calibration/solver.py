@@ -88,9 +88,7 @@ def frontier(table: ConfidenceTable, measure: str = "macs", count: int = 20) -> 
 def frontier_budgets(table: ConfidenceTable, measure: str, count: int) -> list[float]:
     """count - 1 mean costs, evenly from the cheapest possible one to that of the most accurate setting."""
     if count < 2:
-        raise DynamizeError(
-            f"count={count} points make no curve: ask for at least 2, the cheapest and the full one."
-        )
+        raise DynamizeError(f"count={count} points make no curve: ask for at least 2, the cheapest and the full one.")
     peak = _search(table, measure).solve(WithinCost(math.inf))
     assert peak is not None, "the unlimited budget is always met"
     dearest = table.evaluate(_search(table, measure).thresholds(peak.positions), measure).cost

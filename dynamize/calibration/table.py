@@ -55,9 +55,7 @@ class ConfidenceTable:
     def __post_init__(self) -> None:
         scores = np.array(self.scores, dtype=np.float64)
         if scores.ndim != 2 or scores.shape[0] < 1:
-            raise DynamizeError(
-                f"scores have the shape {scores.shape}: give one row per exit, (exits, images)."
-            )
+            raise DynamizeError(f"scores have the shape {scores.shape}: give one row per exit, (exits, images).")
         exits, images = scores.shape
         if images < FEWEST_IMAGES:
             raise DynamizeError(
@@ -83,8 +81,7 @@ class ConfidenceTable:
             static = self.static_cost.get(name)
             if static is None or not (math.isfinite(static) and static > 0):
                 raise DynamizeError(
-                    f"static_cost[{name!r}] is {static}: give the static network's cost per "
-                    "image, a positive number."
+                    f"static_cost[{name!r}] is {static}: give the static network's cost per image, a positive number."
                 )
 
     def _store(self, name: str, array: NDArray[Any]) -> None:
@@ -179,18 +176,14 @@ def _classes(name: str, values: ArrayLike, shape: tuple[int, ...]) -> NDArray[np
             f"{name} have the shape {array.shape} where the scores ask for {shape}: give class indices."
         )
     if not np.issubdtype(array.dtype, np.integer):
-        raise DynamizeError(
-            f"{name} are {array.dtype}: give class indices as integers, for example logits.argmax(-1)."
-        )
+        raise DynamizeError(f"{name} are {array.dtype}: give class indices as integers, for example logits.argmax(-1).")
     return array.astype(np.int64)
 
 
 def _cumulative_cost(name: str, values: ArrayLike, exits: int) -> NDArray[np.float64]:
     cost = np.array(values, dtype=np.float64)
     if cost.shape != (exits,):
-        raise DynamizeError(
-            f"costs[{name!r}] have the shape {cost.shape}: give {exits} numbers, one for each exit."
-        )
+        raise DynamizeError(f"costs[{name!r}] have the shape {cost.shape}: give {exits} numbers, one for each exit.")
     if not (np.isfinite(cost) & (cost > 0)).all():
         raise DynamizeError(
             f"costs[{name!r}] are {cost.tolist()}: leaving at an exit must cost a positive, finite amount; "

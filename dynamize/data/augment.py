@@ -48,9 +48,7 @@ def augment(images_NCHW: Tensor, generator: torch.Generator, kind: str, padding:
     return cut
 
 
-def random_resized_crop(
-    images_NCHW: Tensor, generator: torch.Generator, size: tuple[int, int], flip: bool
-) -> Tensor:
+def random_resized_crop(images_NCHW: Tensor, generator: torch.Generator, size: tuple[int, int], flip: bool) -> Tensor:
     """Cut a random box of 8 to 100 % of the area, ratio 3/4 to 4/3, resize it bilinearly to `size`.
 
     uint8 (N, C, H', W') -> uint8 (N, C, *size); half of the images are flipped if `flip`. The distribution

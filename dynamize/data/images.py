@@ -94,9 +94,7 @@ class ImageSet(Dataset[Batch]):
             return self.normalize(_centre(images, size))
         if tuple(images.shape[2:]) == size:
             return self.normalize(augment(images, generator, self.augmentation, padding=min(size) // 8))
-        return self.normalize(
-            random_resized_crop(images, generator, size, flip=self.augmentation == "crop_flip")
-        )
+        return self.normalize(random_resized_crop(images, generator, size, flip=self.augmentation == "crop_flip"))
 
     def batches(self, batch_size: int, device: str | torch.device = "cpu") -> Iterator[Batch]:
         """Network input (N, C, H, W) float32 and labels (N,) under the test-time transform, in file order."""

@@ -94,9 +94,7 @@ def _subfolders(folder: Path) -> list[str]:
 def _class_names(folder: Path) -> tuple[str, ...]:
     names = _subfolders(folder)
     if not names:
-        raise DynamizeError(
-            f"{folder.absolute()} holds no class folders; lay images out as CLASS/image.jpg in it"
-        )
+        raise DynamizeError(f"{folder.absolute()} holds no class folders; lay images out as CLASS/image.jpg in it")
     return tuple(names)
 
 
@@ -170,8 +168,7 @@ def read_npz(path: Path) -> Source:
             "it needs x_train, y_train, x_test and y_test, or x and y"
         )
     pools = {
-        part: _array_pool(arrays[x], arrays[y], f"{where} ({x}, {y})", f"{part}:")
-        for part, (x, y) in names.items()
+        part: _array_pool(arrays[x], arrays[y], f"{where} ({x}, {y})", f"{part}:") for part, (x, y) in names.items()
     }
     highest = max(int(pool.labels.max(initial=0)) for pool in pools.values())
     classes = tuple(str(n) for n in arrays.get("classes", np.arange(highest + 1)))

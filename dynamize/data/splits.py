@@ -66,8 +66,7 @@ def load_data(
     dealt, spec = _deal(source, spec)
     warnings = _warnings(source, spec, input_shape)
     sets = {
-        name: image_set(name, pool, index, source.classes, spec, input_shape)
-        for name, (pool, index) in dealt.items()
+        name: image_set(name, pool, index, source.classes, spec, input_shape) for name, (pool, index) in dealt.items()
     }
     _check_disjoint({name: set(images.keys) for name, images in sets.items()})
     _decode_what_fits(sets, spec.memory_gb, progress)
@@ -194,9 +193,7 @@ def _cut_single_pool(source: Source, spec: DataSpec) -> dict[str, tuple[Pool, np
     return {"train": (pool, train), "test": (pool, test)}
 
 
-def _draw_calibration(
-    pool: Pool, index: np.ndarray, source: Source, spec: DataSpec
-) -> tuple[np.ndarray, np.ndarray]:
+def _draw_calibration(pool: Pool, index: np.ndarray, source: Source, spec: DataSpec) -> tuple[np.ndarray, np.ndarray]:
     """(calibration, rest) of `index`."""
     available = index
     default = 0.1 if "all" not in source.pools else source.held_out

@@ -64,8 +64,8 @@ def run_stages(
         if last:
             leaves_N = torch.ones(len(waiting), dtype=torch.bool)
         else:
-            assert output.score is not None
-            leaves_N = (output.score >= threshold).cpu()
+            assert output.score is not None and threshold is not None
+            leaves_N = output.score.cpu().double() >= threshold  # in float32 the threshold would be rounded
         leaving = leaves_N.nonzero().flatten()
         if len(leaving) == len(images_NCHW):
             return output.logits, exits_N.fill_(k)
@@ -87,8 +87,10 @@ def _run_one(stages: Sequence[Stage], thresholds: Sequence[float | None], image:
     features, context = image, None
     for k, (stage, threshold) in enumerate(zip(stages, thresholds, strict=False)):
         output = stage(features, context, threshold is not None)
-        if output.logits is not None and output.score is not None and output.score.item() >= threshold:
-            return output.logits, torch.tensor([k])
+        if threshold is not None:
+            assert output.logits is not None and output.score is not None
+            if output.score.item() >= threshold:
+                return output.logits, torch.tensor([k])
         assert output.features is not None
         features, context = output.features, output.context
     logits = stages[-1](features, context, True).logits

@@ -138,8 +138,5 @@ def legend(ledger: Ledger) -> str:
         "MACs: mean executed per image. ±: 95 % interval on the test split. "
         "drop: points lost against the static network."
     )
-    timing = (
-        " ms: median per call on a batch (b1: batch 1); "
-        "x: speed-up over the static network, measured in turns."
-    )
+    timing = " ms: median per call on a batch (b1: batch 1); x: speed-up over the static network, measured in turns."
     return results + (timing if ledger.backends() else "")

@@ -116,9 +116,7 @@ def _from_row(row: Row, latency_ms: float | None, speedup: float | None) -> dict
 
 
 def _network(name: str, row: Row, latency_ms: float | None) -> Network:
-    return Network(
-        name=name, macs=row.macs, accuracy=row.accuracy, accuracy_ci=row.accuracy_ci, latency_ms=latency_ms
-    )
+    return Network(name=name, macs=row.macs, accuracy=row.accuracy, accuracy_ci=row.accuracy_ci, latency_ms=latency_ms)
 
 
 def _row_latency(report: ReportData) -> tuple[dict[int, float], str]:

@@ -217,9 +217,7 @@ def _time_change(speedup: float) -> str:
 def headline(ledger: Ledger) -> str:
     """The last row against the first in one sentence: MACs, time on the main backend, accuracy."""
     if not ledger.rows:
-        raise DynamizeError(
-            "The ledger has no rows, so there is nothing to report. Use `dynamize run` first."
-        )
+        raise DynamizeError("The ledger has no rows, so there is nothing to report. Use `dynamize run` first.")
     first, last = ledger.rows[0], ledger.rows[-1]
     if last is first:
         return f"The static network: accuracy {100 * first.accuracy:.2f} %; no step has been taken."

@@ -17,4 +17,4 @@ def eager_stages(network: DynamicNetwork, device: torch.device) -> list[NetworkS
     fast.segments = nn.ModuleList([folded(segment) for segment in fast.segments])
     for head in fast.heads:
         cast(ExitHead, head).body = folded(cast(ExitHead, head).body)
-    return fast.to(device, memory_format=torch.channels_last).stages()
+    return fast.to(device).to(memory_format=torch.channels_last).stages()

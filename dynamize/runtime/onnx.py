@@ -127,7 +127,7 @@ def export_onnx(module: nn.Module, inputs: list[Tensor], outputs: list[str]) -> 
             torch.onnx.export(
                 _Plain(module).eval(),
                 tuple(inputs),
-                buffer,
+                buffer,  # type: ignore[arg-type]  # the tracing exporter takes a stream
                 input_names=names,
                 output_names=outputs,
                 dynamic_axes={name: {0: "batch"} for name in [*names, *outputs]},

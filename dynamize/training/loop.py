@@ -59,7 +59,7 @@ def train(
         DynamizeError: the loss is not finite; the message names the step and the last good checkpoint.
     """
     accelerator = _accelerator(plan)
-    network.to(plan.device, memory_format=torch.channels_last).train()
+    network.to(plan.device).to(memory_format=torch.channels_last).train()
     with _trainable(network, plan.heads_only) as parameters:
         run = _Run(accelerator, network, data, loss, plan, parameters)
         rows = run.all_epochs(progress)
@@ -81,9 +81,7 @@ class _Run:
         parameters: list[nn.Parameter],
     ) -> None:
         self.accelerator, self.network, self.data, self.loss, self.plan = accelerator, network, data, loss, plan
-        optimizer = torch.optim.SGD(
-            parameters, lr=plan.lr, momentum=0.9, nesterov=True, weight_decay=plan.weight_decay
-        )
+        optimizer = torch.optim.SGD(parameters, lr=plan.lr, momentum=0.9, nesterov=True, weight_decay=plan.weight_decay)
         loader = data.train.training_loader(plan.batch_size, plan.seed)
         self.wrapped, self.optimizer, self.loader = accelerator.prepare(network, optimizer, loader)
         self.steps = len(self.loader)
@@ -160,7 +158,11 @@ class _Run:
                 kept = self.plan.work and (self.plan.work / "checkpoint.pt").exists()
                 raise DynamizeError(
                     f"{self.plan.label}: the loss became {value} at epoch {epoch + 1}, step {at + 1} of {self.steps}. "
-                    + (f"The last good state is in {self.plan.work / 'checkpoint.pt'}. " if kept and self.plan.work else "")
+                    + (
+                        f"The last good state is in {self.plan.work / 'checkpoint.pt'}. "
+                        if kept and self.plan.work
+                        else ""
+                    )
                     + f"Try a smaller learning rate than {self.plan.lr:g}, e.g. lr: {self.plan.lr / 5:g}."
                 )
         self.position.loss += sum(values)

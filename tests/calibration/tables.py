@@ -18,9 +18,7 @@ def synthetic(images: int, exits: int, seed: int, ties: int | None = None, cost=
         scores = np.round(scores * ties / 4)
     labels = random.integers(0, 10, images)
     answers = np.where(margin > 0, labels, (labels + 1) % 10)
-    reference = np.where(
-        skill[-1] - difficulty + 0.3 * random.normal(size=images) > 0, labels, (labels + 1) % 10
-    )
+    reference = np.where(skill[-1] - difficulty + 0.3 * random.normal(size=images) > 0, labels, (labels + 1) % 10)
     macs = np.linspace(0.3, 1.02, exits) * 1e8 if cost is None else np.asarray(cost, float)
     costs = {"macs": macs, "ms": macs**0.8 / 1e6}
     return ConfidenceTable(scores, answers, labels, reference, costs, {"macs": 1e8, "ms": 1e6**0.4})

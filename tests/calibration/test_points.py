@@ -122,9 +122,7 @@ def test_explicit_drop_is_kept_in_expectation(table):
     assert loose.accuracy_drop <= 0.06
     assert tight.accuracy_drop <= 0.04
     assert loose.macs < tight.macs < table.costs["macs"][-1]
-    hopeless = ConfidenceTable(
-        table.scores, table.answers, table.labels, table.labels, table.costs, table.static_cost
-    )
+    hopeless = ConfidenceTable(table.scores, table.answers, table.labels, table.labels, table.costs, table.static_cost)
     with pytest.raises(DynamizeError, match="least expected drop") as refused:
         point_for_drop(hopeless, 0.0)
     nearest = float(str(refused.value).split("max_drop=")[1].split()[0])

@@ -30,9 +30,7 @@ def test_rounding_and_ties_are_made_up_for_at_the_next_exit():
     table = synthetic(1000, 4, seed=2)
     scores = np.array(table.scores)
     scores[0] = np.minimum(scores[0], np.quantile(scores[0], 0.88))
-    tied = ConfidenceTable(
-        scores, table.answers, table.labels, table.reference, table.costs, table.static_cost
-    )
+    tied = ConfidenceTable(scores, table.answers, table.labels, table.reference, table.costs, table.static_cost)
     shares = np.array([0.1, 0.2, 0.3, 0.4])
     reached = tied.evaluate(share_thresholds(tied, shares)).shares
     assert reached[0] == pytest.approx(0.12, abs=0.002)

@@ -190,9 +190,7 @@ tables = st.builds(
 
 
 @settings(max_examples=40, deadline=None)
-@given(
-    table=tables, shares=st.tuples(st.floats(0, 1), st.floats(0, 1)), measure=st.sampled_from(["macs", "ms"])
-)
+@given(table=tables, shares=st.tuples(st.floats(0, 1), st.floats(0, 1)), measure=st.sampled_from(["macs", "ms"]))
 def test_budget_is_kept_and_more_of_it_never_hurts(table, shares, measure):
     cost = table.costs[measure]
     budgets = [cost.min() + share * (cost.max() - cost.min()) for share in sorted(shares)]
@@ -271,9 +269,7 @@ def test_ties_that_swallow_the_pool_leave_later_exits_alive():
     table = synthetic(200, 4, seed=7)
     scores = np.array(table.scores)
     scores[0] = np.where(np.arange(200) < 180, 1.0, 0.0)
-    table = ConfidenceTable(
-        scores, table.answers, table.labels, table.reference, table.costs, table.static_cost
-    )
+    table = ConfidenceTable(scores, table.answers, table.labels, table.reference, table.costs, table.static_cost)
     assert standard_thresholds(scores, np.array([0.1, 0.3, 0.3, 0.3]))[1] == 1e8
     thresholds = solve_budget(table, 0.7e8)
     assert (table.evaluate(thresholds).shares[1:3] > 0).all()

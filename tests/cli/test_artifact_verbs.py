@@ -163,9 +163,7 @@ def test_predict_names_bad_files_and_answers_the_others(
 
 
 @pytest.mark.parametrize("point", ["chosen", "cheapest", "full"])
-def test_exported_driver_answers_as_the_module_does(
-    finished_run: Path, tmp_path: Path, point: str, cli: Cli
-) -> None:
+def test_exported_driver_answers_as_the_module_does(finished_run: Path, tmp_path: Path, point: str, cli: Cli) -> None:
     to = tmp_path / "deploy"
     assert cli("export", finished_run, "--to", to).exit_code == 0
     images = torch.randn(40, 1, 8, 8)

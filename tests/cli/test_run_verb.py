@@ -99,9 +99,7 @@ def test_resume_with_other_settings_is_refused(artifact: Path, cli: Cli) -> None
         (["quickstart", "--set", "steps=[{pass: calibrate}]"], "needs `exits`"),
     ],
 )
-def test_bad_input_is_one_error_and_exit_code_2(
-    arguments: list[str], told: str, tmp_path: Path, cli: Cli
-) -> None:
+def test_bad_input_is_one_error_and_exit_code_2(arguments: list[str], told: str, tmp_path: Path, cli: Cli) -> None:
     result = cli("run", *arguments, "--out", tmp_path / "out")
     assert result.exit_code == 2
     assert result.stderr.startswith("error: ") or "\nerror: " in result.stderr

@@ -76,9 +76,7 @@ def test_a_text_file_called_png(make_folder):
 
 def test_class_count_differs_from_the_networks(make_folder):
     root = make_folder(train=30, test=30)
-    with pytest.raises(
-        DynamizeError, match=rf"{root}/train has 2 classes \(cat, dog\) and the network answers 10"
-    ):
+    with pytest.raises(DynamizeError, match=rf"{root}/train has 2 classes \(cat, dog\) and the network answers 10"):
         load(f"imagefolder:{root}", classes=10)
 
 

@@ -104,9 +104,7 @@ def test_flat_folder_is_split_80_10_10(make_folder):
 
 
 def test_limits_keep_classes_balanced(make_folder):
-    splits = load(
-        f"imagefolder:{make_folder(train=60, test=30)}", calibration=20, train_limit=30, test_limit=8
-    )
+    splits = load(f"imagefolder:{make_folder(train=60, test=30)}", calibration=20, train_limit=30, test_limit=8)
     assert splits.train.labels.bincount().tolist() == [15, 15]
     assert splits.test.labels.bincount().tolist() == [4, 4]
 
@@ -157,9 +155,7 @@ def test_large_images_get_torchvisions_test_transform(tmp_path):
             pixels = np.random.RandomState(i).randint(0, 256, (130 + 7 * i, 201, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / f"{i:03}.png")
     mean, std = [0.4, 0.5, 0.6], [0.2, 0.2, 0.2]
-    splits = load(
-        f"imagefolder:{tmp_path}", (3, 112, 112), 1, calibration=20, normalize=[mean, std], memory_gb=1
-    )
+    splits = load(f"imagefolder:{tmp_path}", (3, 112, 112), 1, calibration=20, normalize=[mean, std], memory_gb=1)
     theirs = v2.Compose(
         [v2.Resize(128), v2.CenterCrop(112), v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)]
         + [v2.Normalize(mean, std)]

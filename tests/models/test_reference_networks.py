@@ -33,9 +33,7 @@ def _by_hand(state: dict[str, Tensor], images: Tensor, blocks: int) -> Tensor:
         for block in range(blocks):
             name = f"layer{stage}.{block}"
             stride = 2 if stage > 1 and block == 0 else 1
-            y = F.relu(
-                norm(F.conv2d(x, state[f"{name}.conv1.weight"], stride=stride, padding=1), f"{name}.bn1")
-            )
+            y = F.relu(norm(F.conv2d(x, state[f"{name}.conv1.weight"], stride=stride, padding=1), f"{name}.bn1"))
             y = norm(F.conv2d(y, state[f"{name}.conv2.weight"], padding=1), f"{name}.bn2")
             shortcut = torch.zeros_like(y)
             before = (y.shape[1] - x.shape[1]) // 2
@@ -44,16 +42,12 @@ def _by_hand(state: dict[str, Tensor], images: Tensor, blocks: int) -> Tensor:
     return F.linear(x.mean((2, 3)), state["linear.weight"], state["linear.bias"])
 
 
-@pytest.mark.parametrize(
-    ("name", "shape"), [("cifar_resnet20", (2, 3, 32, 32)), ("digits_resnet", (3, 1, 8, 8))]
-)
+@pytest.mark.parametrize(("name", "shape"), [("cifar_resnet20", (2, 3, 32, 32)), ("digits_resnet", (3, 1, 8, 8))])
 def test_equals_the_formula(name: str, shape: tuple[int, ...]) -> None:
     model = _perturb(create(name))
     images = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        torch.testing.assert_close(
-            model(images), _by_hand(model.state_dict(), images, 3), rtol=1e-5, atol=1e-5
-        )
+        torch.testing.assert_close(model(images), _by_hand(model.state_dict(), images, 3), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
@@ -62,9 +56,7 @@ def test_depth_counts_weighted_layers(depth: int) -> None:
     assert sum(isinstance(module, nn.Conv2d | nn.Linear) for module in model.modules()) == depth
 
 
-@pytest.mark.parametrize(
-    ("depth", "parameters"), [(20, 269_722), (32, 464_154), (56, 853_018), (110, 1_727_962)]
-)
+@pytest.mark.parametrize(("depth", "parameters"), [(20, 269_722), (32, 464_154), (56, 853_018), (110, 1_727_962)])
 def test_parameter_counts_are_those_of_the_published_implementation(depth: int, parameters: int) -> None:
     assert sum(p.numel() for p in create(f"cifar_resnet{depth}").parameters()) == parameters
 

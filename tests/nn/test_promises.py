@@ -1,6 +1,7 @@
 """Promise 1: nothing changes until exits are on. Promise 2: what is skipped is not executed, image by image."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -169,6 +170,17 @@ def test_a_score_on_the_threshold_leaves() -> None:
     with record_routing(dynamic) as routing:
         dynamic(images(1))
     assert routing.exits.tolist() == [0]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_thresholds_between_two_float32_numbers_are_not_rounded(count: int) -> None:
+    dynamic, batch = with_exits(), images(1).repeat(count, 1, 1, 1)
+    score = float(dense(dynamic, batch).scores_KN[0, 0])
+    for threshold, exit_index in ((math.nextafter(score, -math.inf), 0), (math.nextafter(score, math.inf), 2)):
+        dynamic.thresholds = [threshold, None]
+        with record_routing(dynamic) as routing:
+            dynamic(batch)
+        assert routing.exits.tolist() == [exit_index] * count
 
 
 def test_a_score_that_is_not_a_number_goes_on() -> None:

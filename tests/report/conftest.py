@@ -15,9 +15,7 @@ STATIC_MS = 4.4
 def png(red: int, green: int, blue: int) -> str:
     """A 32x32 picture: a diagonal ramp towards one colour, as base64."""
     color = (red, green, blue)
-    lines = b"".join(
-        b"\0" + bytes(channel * (x + y) // 62 for x in range(32) for channel in color) for y in range(32)
-    )
+    lines = b"".join(b"\0" + bytes(channel * (x + y) // 62 for x in range(32) for channel in color) for y in range(32))
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -27,9 +25,7 @@ def png(red: int, green: int, blue: int) -> str:
     return base64.b64encode(b"\x89PNG\r\n\x1a\n" + b"".join(parts)).decode()
 
 
-def row(
-    step: int, transform: str, ratio: float, accuracy: float, speeds: tuple[float, float], **more: object
-) -> Row:
+def row(step: int, transform: str, ratio: float, accuracy: float, speeds: tuple[float, float], **more: object) -> Row:
     """A row of a network that is `speeds` times as fast as the static one at batch 1 and 64."""
     times = dict(zip(("1", "64"), zip((1.132, 38.4), speeds, strict=True), strict=True))
     latency = {b: {"median_ms": ms / speed, "p95_ms": 1.1 * ms / speed} for b, (ms, speed) in times.items()}

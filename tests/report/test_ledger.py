@@ -33,9 +33,7 @@ def test_file_is_a_list_of_rows_and_comes_back(ledger: Ledger, tmp_path: Path) -
     assert os.listdir(path.parent) == ["ledger.json"]
 
 
-def test_failed_write_keeps_the_old_file(
-    ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_write_keeps_the_old_file(ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "ledger.json"
     path.write_text("[]")
 
@@ -155,8 +153,7 @@ def test_step_is_judged_by_its_own_change_and_the_run_as_a_whole(ledger: Ledger)
 
 def test_headline(ledger: Ledger) -> None:
     assert headline(ledger) == (
-        "43 % fewer MACs; speed 1.49x at batch 1 and 1.63x at batch 64 in onnxruntime; "
-        "accuracy 93.57 % to 93.27 %."
+        "43 % fewer MACs; speed 1.49x at batch 1 and 1.63x at batch 64 in onnxruntime; accuracy 93.57 % to 93.27 %."
     )
     alone = Ledger(rows=ledger.rows[:1])
     assert headline(alone) == "The static network: accuracy 93.57 %; no step has been taken."
