@@ -1,4 +1,4 @@
-"""The figures of the ResNet-56 run: thresholds from one half of the CIFAR-10 test images, judged on the other, two folds.
+"""The figures of the ResNet-56 run: thresholds from one half of the CIFAR-10 test images, judged on the other.
 
     dynamize run benchmarks/cifar10.yaml --out runs/cifar10
     python benchmarks/cifar10_baselines.py --data cifar10 --checkpoints . --out runs/baselines --epochs 10
@@ -274,7 +274,8 @@ def render(figures: dict[str, Any], backend: str) -> str:
         )
         lines.append(
             f"| {row['batch']} | {static['ms']:.2f} ({static['p95_ms']:.2f}) "
-            f"| {chosen['ms']:.2f} ({chosen['p95_ms']:.2f}) | {chosen['speedup']:.2f} | {row['share_shown']:.2f} | {rivals} |"
+            f"| {chosen['ms']:.2f} ({chosen['p95_ms']:.2f}) | {chosen['speedup']:.2f} | {row['share_shown']:.2f} "
+            f"| {rivals} |"
         )
     busy = max(row["busy_elsewhere"] for row in figures["latency"])
     lines += ["", f"Other processes used at most {busy:.2f} cores meanwhile."]

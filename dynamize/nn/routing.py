@@ -64,7 +64,8 @@ def run_stages(
         if last:
             leaves_N = torch.ones(len(waiting), dtype=torch.bool)
         else:
-            assert output.score is not None and threshold is not None
+            assert output.score is not None
+            assert threshold is not None
             leaves_N = output.score.cpu().double() >= threshold  # in float32 the threshold would be rounded
         leaving = leaves_N.nonzero().flatten()
         if len(leaving) == len(images_NCHW):
@@ -88,7 +89,8 @@ def _run_one(stages: Sequence[Stage], thresholds: Sequence[float | None], image:
     for k, (stage, threshold) in enumerate(zip(stages, thresholds, strict=False)):
         output = stage(features, context, threshold is not None)
         if threshold is not None:
-            assert output.logits is not None and output.score is not None
+            assert output.logits is not None
+            assert output.score is not None
             if output.score.item() >= threshold:
                 return output.logits, torch.tensor([k])
         assert output.features is not None
