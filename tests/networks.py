@@ -1,6 +1,7 @@
 """Networks that the tests convert, and what a dynamic network has to answer, worked out densely."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torchvision
@@ -109,9 +110,10 @@ def torchvision_network(name: str, classes: int = 10) -> nn.Module:
     return randomise_norms(torchvision.models.get_model(name, weights=None, num_classes=classes)).eval()
 
 
-def with_exits(seed: int = 0, **fields: object) -> DynamicNetwork:
+def with_exits(seed: int = 0, **fields: Any) -> DynamicNetwork:
     """The small ResNet with exits that disagree with each other; ``fields`` are those of `Exits`."""
-    fields = {"at": ["layer1", "layer2"], "head": "conv", "share": 1.0} | fields
+    places = fields.get("at", ["layer1", "layer2"])
+    fields = {"at": places, "head": "conv", "share": 1.0, "size": [16] * len(places)} | fields
     dynamic = convert(small_resnet(seed), [Exits.model_validate(fields)], SmallResNet.shape)
     with torch.no_grad():  # as training would: images that heads are sure of, fusions that add something
         for layer in dynamic.heads.modules():

@@ -118,8 +118,18 @@ def _compact(
         return features[kept], None if context is None else context[kept], waiting[kept]
     for rows in (features, context, waiting):
         if rows is not None and len(holes):
-            rows[holes] = rows[fillers]
+            _move_rows(rows, holes, fillers)
     return features[:staying], None if context is None else context[:staying], waiting[:staying]
+
+
+def _move_rows(rows: Tensor, targets: Tensor, sources: Tensor) -> None:
+    """Copy rows within a tensor. Contiguous ones on the CPU are copied by numpy: a parallel region of torch would leave
+    its threads spinning against those of ONNX Runtime, which costs more than the copy."""
+    if rows.device.type == "cpu" and rows.is_contiguous() and rows.dtype != torch.bfloat16:
+        array = rows.numpy()
+        array[targets.numpy()] = array[sources.numpy()]
+    else:
+        rows[targets] = rows[sources]
 
 
 @dataclass
