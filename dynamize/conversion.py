@@ -44,7 +44,8 @@ def convert(
     Raises:
         DynamizeError: the network cannot be traced, the order is wrong or a transform refuses.
     """
-    check_order(list(transforms))
+    done = [step["pass"] for step in network.history] if isinstance(network, DynamicNetwork) else []
+    check_order(list(transforms), done)
     if context is None or context.teacher is None:
         teacher = copy.deepcopy(network).eval().requires_grad_(False)
         context = Context(teacher=teacher) if context is None else replace(context, teacher=teacher)

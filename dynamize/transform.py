@@ -1,7 +1,7 @@
 """What a transform is: a step of a recipe, with typed fields, that takes a network and returns a network."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -124,10 +124,14 @@ def find_transform(name: str) -> type[Transform]:
     return known[name]
 
 
-def check_order(steps: list[Transform]) -> None:
-    """Refuse an order of steps that cannot work, naming both steps and the repair."""
-    for i, step in enumerate(steps):
-        earlier = [s.pass_name for s in steps[:i]]
+def check_order(steps: list[Transform], done: Sequence[str] = ()) -> None:
+    """Refuse an order of steps that cannot work, naming both steps and the repair.
+
+    ``done`` are the passes that the network has behind it already.
+    """
+    names = [*done, *(step.pass_name for step in steps)]
+    for i, step in enumerate(steps, start=len(done)):
+        earlier = names[:i]
         if step.after and not set(step.after) & set(earlier):
             needed = " or ".join(f"`{name}`" for name in step.after)
             raise DynamizeError(f"step {i + 1} `{step.pass_name}` needs {needed} before it: add that step above")

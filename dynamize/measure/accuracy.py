@@ -14,8 +14,8 @@ _BATCH = 256
 
 @dataclass(frozen=True)
 class ExitOutputs:
-    """Every exit on every image: answers and scores (K, n), labels (n,). The last row of scores is the last
-    exit's own confidence, which no decision uses."""
+    """Every exit on every image: answers and scores (K, n), labels (n,). The last row of scores, which no decision
+    uses, is zero."""
 
     answers: Tensor
     scores: Tensor

@@ -9,6 +9,9 @@ from torch import Tensor
 ConfidenceName = Literal["top_probability", "entropy", "margin"]
 
 
+_LOG_ZERO = -1e4
+
+
 def top_probability(logits: Tensor) -> Tensor:
     """Log-odds of the top class, log(p / (1 - p)): (N, classes) -> (N,).
 
@@ -21,7 +24,7 @@ def top_probability(logits: Tensor) -> Tensor:
 
 def entropy(logits: Tensor) -> Tensor:
     """Negative entropy of the softmax in nats (BranchyNet, sec. 3.2): (N, classes) -> (N,)."""
-    log_probabilities = logits.log_softmax(dim=1)
+    log_probabilities = logits.log_softmax(dim=1).clamp_min(_LOG_ZERO)  # 0 log 0 is 0
     return (log_probabilities.exp() * log_probabilities).sum(dim=1)
 
 

@@ -126,7 +126,7 @@ class DynamicNetwork(nn.Module):
 
     def scores(self, logits: Tensor, exit_index: int) -> Tensor:
         """Confidence of one early exit after its temperature: (N, classes) -> (N,), float32."""
-        return CONFIDENCES[self.confidence](logits.float() / self.temperatures[exit_index])
+        return CONFIDENCES[self.confidence](logits.float() / self.temperatures[exit_index].to(logits.device))
 
 
 class NetworkStage:
