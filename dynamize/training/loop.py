@@ -66,7 +66,8 @@ def train(
     for buffer in network.buffers():  # batch-norm statistics differ between processes: all take the first one's
         broadcast(buffer)
     network.eval().to(memory_format=torch.contiguous_format)
-    accelerator.end_training()
+    for tracker in accelerator.trackers:  # `end_training` would also end the process group, which later steps need
+        tracker.finish()
     return rows
 
 
