@@ -5,9 +5,9 @@
     python benchmarks/coverage.py --names resnet18,densenet121
 
 Each network is built with random weights and the batch-norm statistics of a few images, and converted with two
-convolutional exits. Promise 1: with exits off its answers are bit-equal. Promise 2: four images that leave at different exits
-get what a dense pass and the thresholds say, and exactly the multiply-accumulates of their exits are executed.
-Promise 6: saved, and loaded in another process, it answers and routes as before.
+convolutional exits. Promise 1: with exits off its answers are bit-equal. Promise 2: four images that leave at
+different exits get what a dense pass and the thresholds say, and exactly the multiply-accumulates of their exits are
+executed. Promise 6: saved, and loaded in another process, it answers and routes as before.
 """
 
 import gc
