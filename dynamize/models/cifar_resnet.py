@@ -5,6 +5,7 @@ Parameter names are those of the widespread checkpoints (``conv1, bn1, layer{1,2
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -16,22 +17,26 @@ CIFAR_WIDTHS = (16, 32, 64)
 class PadShortcut(nn.Module):
     """Option-A shortcut: takes every ``stride``-th pixel and adds all-zero channels on both sides.
 
-    ``(N, C, H, W) -> (N, C + channels_before + channels_after, ceil(H / stride), ceil(W / stride))``.
+    ``(N, in_channels, H, W) -> (N, out_channels, ceil(H / stride), ceil(W / stride))``.
     """
+
+    copies: Tensor
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
         self.stride = stride
-        self.channels_before = (out_channels - in_channels) // 2
-        self.channels_after = out_channels - in_channels - self.channels_before
+        before = (out_channels - in_channels) // 2
+        # a convolution that copies channels: backends run it in their own layout, a pad sends them out of it
+        copies = torch.eye(in_channels)[:, :, None, None]
+        copies = F.pad(copies, (0, 0, 0, 0, 0, 0, before, out_channels - in_channels - before))
+        self.register_buffer("copies", copies, persistent=False)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        # every stride-th pixel; ONNX Runtime runs a pool of one pixel faster than a strided slice
-        subsampled = F.max_pool2d(x_NCHW, 1, self.stride)
-        return F.pad(subsampled, (0, 0, 0, 0, self.channels_before, self.channels_after))
+        return F.conv2d(x_NCHW, self.copies, stride=self.stride)
 
     def extra_repr(self) -> str:
-        return f"stride={self.stride}, channels=+{self.channels_before}+{self.channels_after}"
+        out_channels, in_channels = self.copies.shape[:2]
+        return f"{in_channels} -> {out_channels} channels, stride={self.stride}"
 
 
 class BasicBlock(nn.Module):

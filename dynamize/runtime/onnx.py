@@ -13,6 +13,7 @@ import onnxruntime as ort
 import torch
 from onnxruntime.capi import onnxruntime_pybind11_state as _ort
 from torch import Tensor, nn
+from torch.nn import functional
 
 from dynamize.errors import DynamizeError
 from dynamize.graph.trace import blank
@@ -20,6 +21,7 @@ from dynamize.nn.network import DynamicNetwork, NetworkStage
 from dynamize.nn.routing import StageOutput
 
 _OPSET = 18
+_BLOCK = 16  # channels; ONNX Runtime's blocked layout holds 8 or 16 together
 _INPUTS = ["features", "context"]
 
 
@@ -142,11 +144,18 @@ def export_onnx(module: nn.Module, inputs: list[Tensor], outputs: list[str]) -> 
 
 
 class _Plain(nn.Module):
-    """Hides a GraphModule, whose ``graph`` the exporter takes for its own."""
+    """Hides a GraphModule, whose ``graph`` the exporter takes for its own.
+
+    Features come in as ONNX Runtime's sessions hand them on, unblocked. If a shortcut takes them as they are, its add
+    and all that follows are computed outside the blocked layout, unfused. A pool of one pixel, which changes nothing,
+    is an operator that brings them into the layout once for all who use them.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
 
-    def forward(self, *inputs: Tensor) -> Any:
-        return self.module(*inputs)
+    def forward(self, features: Tensor, *context: Tensor) -> Any:
+        if features.dim() == 4 and features.shape[1] % _BLOCK == 0:
+            features = functional.max_pool2d(features, 1)
+        return self.module(features, *context)
