@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dynamize.transforms import Calibrate as Calibrate
     from dynamize.transforms import Distill as Distill
     from dynamize.transforms import Exits as Exits
+    from dynamize.transforms import SkipGates as SkipGates
 
 _HOMES = {
     "Calibrate": "transforms",
@@ -27,6 +28,7 @@ _HOMES = {
     "DynamicNetwork": "nn.network",
     "DynamizeError": "errors",
     "Exits": "transforms",
+    "SkipGates": "transforms",
     "MultiExitLoss": "training.objectives",
     "calibrate": "calibration.collect",
     "compile_network": "runtime.compiled",

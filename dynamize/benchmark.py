@@ -11,7 +11,6 @@ from dynamize.conversion import wrap
 from dynamize.data import load_data
 from dynamize.devices import choose_device
 from dynamize.evaluation import Evaluator, Judgement, busy
-from dynamize.measure.costs import exit_costs
 from dynamize.nn.network import DynamicNetwork
 from dynamize.report import share_of_saving_shown
 from dynamize.runtime.compiled import default_backend
@@ -93,8 +92,7 @@ def benchmark(
     evaluator = Evaluator(static, images, chosen, names, batches, seconds, progress)
     judged = evaluator.judge(network)
     shares = judged.shares(network.exit_count)
-    costs = exit_costs(network).cumulative(network.thresholds)
-    macs = sum(share * float(cost) for share, cost in zip(shares, costs, strict=True))
+    macs = float(judged.macs.mean())
     ratio = macs / evaluator.static_macs
     comparisons, warnings = _compare(evaluator, network, judged, ratio)
     point = network.operating_point

@@ -22,7 +22,8 @@ def wrap(network: nn.Module, input_shape: Sequence[int]) -> DynamicNetwork:
     """
     if isinstance(network, DynamicNetwork):
         return copy.deepcopy(network)
-    wrapped = DynamicNetwork([trace(network, input_shape)], input_shape=input_shape)
+    traced = trace(network, input_shape)
+    wrapped = DynamicNetwork([traced], input_shape=input_shape, plain=traced)
     wrapped.source = origin(network)
     return wrapped.train(network.training)
 

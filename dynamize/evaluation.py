@@ -22,11 +22,14 @@ _INPUTS = 96  # images timed in each round, at least one batch
 
 @dataclass(frozen=True)
 class Judgement:
-    """What a network does on a split: answers, labels and exit indexes, (n,) each."""
+    """What a network does on a split: answers, labels, exit indexes and executed MACs, (n,) each; the path through each
+    gated unit, (n, U)."""
 
     answers: Tensor
     labels: Tensor
     exits: Tensor
+    macs: Tensor
+    choices: Tensor
 
     @property
     def accuracy(self) -> float:
@@ -70,7 +73,8 @@ class Evaluator:
     def reference(self) -> Judgement:
         """The static network on the split."""
         found, labels = answers(self.static, self.images, self.device)
-        return Judgement(found, labels, torch.zeros_like(labels))
+        macs = torch.full((len(labels),), self.static_macs, dtype=torch.float64)
+        return Judgement(found, labels, torch.zeros_like(labels), macs, labels.new_empty(len(labels), 0))
 
     @cached_property
     def static_macs(self) -> float:
@@ -79,14 +83,17 @@ class Evaluator:
 
     def judge(self, network: DynamicNetwork) -> Judgement:
         """Answers and routing of ``network`` at its operating point."""
-        return Judgement(*routed_answers(network, self.images, self.device))
+        found, labels, routing = routed_answers(network, self.images, self.device)
+        exits, choices = routing.exits, routing.choices
+        macs = exit_costs(network).executed(exits.numpy(), choices.numpy(), network.thresholds)
+        return Judgement(found, labels, exits, torch.from_numpy(macs), choices)
 
     def row(self, step: int, transform: str, network: DynamicNetwork, seconds: float, notes: Sequence[str]) -> Row:
         """A row of the ledger for the network as it stands."""
         judged = self.judge(network) if step else self.reference
         costs = exit_costs(network).cumulative(network.thresholds)
         shares = judged.shares(network.exit_count)
-        macs = float(sum(share * cost for share, cost in zip(shares, costs, strict=True)))
+        macs = float(judged.macs.mean())
         right = int((judged.answers == judged.labels).sum())
         times = self.times(network, judged) if step else self.times(network, judged, alone=True)
         return Row(
@@ -110,10 +117,10 @@ class Evaluator:
     def times(self, network: DynamicNetwork, judged: Judgement, alone: bool = False) -> dict[tuple[str, int], Times]:
         """Interleaved times of the static network and ``network``, by backend and batch size.
 
-        The images timed leave at each exit in the same shares as the whole split does.
+        The images timed cost as the whole split does, from the cheapest to the dearest.
         """
         found: dict[tuple[str, int], Times] = {}
-        chosen = representative(judged.exits, max(_INPUTS, *self.batches))
+        chosen = representative(judged.macs, max(_INPUTS, *self.batches))
         images = gather(self.images, chosen, self.device)
         images = images[torch.arange(max(len(images), *self.batches)) % len(images)]
         for backend in self.backends:
@@ -151,14 +158,14 @@ def speedup_table(times: Mapping[tuple[str, int], Times]) -> dict[str, dict[str,
     return table
 
 
-def representative(exits_N: Tensor, count: int) -> Tensor:
-    """Indexes of about ``count`` images whose exits have the shares of all images, evenly mixed.
+def representative(costs_N: Tensor, count: int) -> Tensor:
+    """Indexes of about ``count`` images whose costs (or exits) are spread as those of all images, evenly mixed.
 
-    Sorted by exit and taken at even steps, then dealt out so that every batch sees all exits.
+    Sorted by cost and taken at even steps, then dealt out so that every batch sees all of them.
     """
-    by_exit = torch.argsort(exits_N, stable=True)
-    count = min(count, len(by_exit))
-    picked = by_exit[(torch.arange(count, dtype=torch.float64) * len(by_exit) / count).long()]
+    by_cost = torch.argsort(costs_N, stable=True)
+    count = min(count, len(by_cost))
+    picked = by_cost[(torch.arange(count, dtype=torch.float64) * len(by_cost) / count).long()]
     return picked[torch.randperm(count, generator=torch.Generator().manual_seed(0))]
 
 

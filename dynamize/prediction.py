@@ -12,7 +12,7 @@ from dynamize.data import ImageSet
 from dynamize.data.files import files_as_images
 from dynamize.data.storage import UnreadableImage
 from dynamize.errors import DynamizeError
-from dynamize.measure.costs import exit_costs
+from dynamize.measure.costs import ExitCosts, exit_costs
 from dynamize.nn.network import DynamicNetwork
 from dynamize.runtime.compiled import CompiledNetwork, compile_network
 
@@ -99,12 +99,12 @@ class Predictor:
         channels, height, width = self.manifest.input
         images = files_as_images(files, spec, (channels, height, width))
         compiled = compile_network(self.network, self.backend, self.device)
-        macs = exit_costs(self.network).cumulative(self.network.thresholds).tolist()
+        costs = exit_costs(self.network)
         for start in range(0, len(files), _BATCH):
-            yield from self._batch(images, range(start, min(start + _BATCH, len(files))), compiled, macs)
+            yield from self._batch(images, range(start, min(start + _BATCH, len(files))), compiled, costs)
 
     def _batch(
-        self, images: ImageSet, index: range, compiled: CompiledNetwork, macs: Sequence[float]
+        self, images: ImageSet, index: range, compiled: CompiledNetwork, costs: ExitCosts
     ) -> Iterator[Prediction]:
         paths = images.keys
         read: dict[int, Tensor] = {}
@@ -116,18 +116,19 @@ class Predictor:
                 failed[i] = str(error)
         answers: dict[int, Prediction] = {}
         if read:
-            logits, exits = compiled.run(torch.stack(list(read.values())).to(self.device))
+            logits, exits, choices = compiled.run(torch.stack(list(read.values())).to(self.device))
+            macs = costs.executed(exits.numpy(), choices.numpy(), self.network.thresholds)
             answers = {
-                i: self._prediction(paths[i], one, int(k), macs)
-                for i, one, k in zip(read, logits.cpu(), exits, strict=True)
+                i: self._prediction(paths[i], one, int(k), float(cost))
+                for i, one, k, cost in zip(read, logits.cpu(), exits, macs, strict=True)
             }
         for i in index:
             yield answers[i] if i in answers else Prediction(paths[i], error=failed[i])
 
-    def _prediction(self, file: str, logits: Tensor, index: int, macs: Sequence[float]) -> Prediction:
+    def _prediction(self, file: str, logits: Tensor, index: int, macs: float) -> Prediction:
         early = index < len(self.network.heads)
         temperature = float(self.network.temperatures[index]) if early else 1.0
         confidence, answer = (logits.float() / temperature).softmax(0).max(0)
         names = self.manifest.classes
         name = names[int(answer)] if int(answer) < len(names) else str(int(answer))
-        return Prediction(file, name, round(float(confidence), 6), index + 1, macs[index])
+        return Prediction(file, name, round(float(confidence), 6), index + 1, macs)

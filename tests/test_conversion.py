@@ -46,7 +46,7 @@ class TestOrder:
     @pytest.mark.parametrize(
         ("steps", "message"),
         [
-            ([Calibrate()], "step 1 `calibrate` needs `exits` before it: add that step above"),
+            ([Calibrate()], "step 1 `calibrate` needs `exits` or `skip_gates` before it: add that step above"),
             (
                 [Exits(), Calibrate(), Distill()],
                 "step 3 `distill` comes after step 2 `calibrate`, which it would undo: move `distill` above",
@@ -128,8 +128,8 @@ def test_replay_leaves_out_what_changes_no_structure() -> None:
 
 
 def test_replay_of_an_unknown_step() -> None:
-    with pytest.raises(DynamizeError, match="'skip_gates' is no transform"):
-        replay(ThreeLayer(), [{"pass": "skip_gates"}], ThreeLayer.shape)
+    with pytest.raises(DynamizeError, match="'focus_gates' is no transform"):
+        replay(ThreeLayer(), [{"pass": "focus_gates"}], ThreeLayer.shape)
 
 
 def test_the_quiet_reporter_hands_everything_on() -> None:

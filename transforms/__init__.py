@@ -3,5 +3,6 @@
 from dynamize.transforms.calibrate import Calibrate
 from dynamize.transforms.distill import Distill
 from dynamize.transforms.exits import Exits
+from dynamize.transforms.skip_gates import SkipGates
 
-__all__ = ["Calibrate", "Distill", "Exits"]
+__all__ = ["Calibrate", "Distill", "Exits", "SkipGates"]

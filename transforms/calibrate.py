@@ -8,11 +8,11 @@ from dynamize.calibration import (
     ConfidenceTable,
     OperatingPoint,
     OperatingPoints,
-    operating_points,
     point_for_budget,
     point_for_drop,
 )
-from dynamize.calibration.collect import confidence_table
+from dynamize.calibration.collect import TableMaker
+from dynamize.calibration.gates import GateTables, best_point, curve
 from dynamize.errors import DynamizeError
 from dynamize.nn.network import DynamicNetwork
 from dynamize.transform import Applied, Context, Transform
@@ -21,7 +21,8 @@ _DEFAULT_DROP = 0.2
 
 
 class Calibrate(Transform):
-    """Fit a temperature to each head, solve the thresholds for a budget, and list points along the whole curve.
+    """Fit a temperature to each head, solve the thresholds of exits and the offset of gates for a budget, and list points
+    along the whole curve.
 
     At most one of ``max_drop``, ``macs_ratio``, ``macs`` and ``latency_ms``; none means ``max_drop: 0.2``. The
     others stay reachable without retraining through ``set_operating_point`` and ``predict --budget``.
@@ -41,7 +42,7 @@ class Calibrate(Transform):
 
     structural: ClassVar[bool] = False
     exact: ClassVar[bool] = False
-    after: ClassVar[tuple[str, ...]] = ("exits",)
+    after: ClassVar[tuple[str, ...]] = ("exits", "skip_gates")
 
     @model_validator(mode="after")
     def _one_budget(self) -> Self:
@@ -51,21 +52,18 @@ class Calibrate(Transform):
         return self
 
     def apply(self, network: DynamicNetwork, context: Context) -> Applied:
-        if not network.heads:
-            raise DynamizeError("calibrate: the network has no early exits: put an `exits` step before")
+        if not network.heads and not network.units:
+            raise DynamizeError("calibrate: the network has neither exits nor gates: put `exits` or `skip_gates` before")
         data = context.needs_data(self)
-        table = confidence_table(
-            network,
-            data.calibration,
-            teacher=context.needs_teacher(self),
-            device=context.device,
-            backend=context.backend,
-            latency_batch=self.latency_batch,
-        )
+        teacher = context.needs_teacher(self)
+        maker = TableMaker(network, data.calibration, teacher, context.device, context.backend, self.latency_batch)
+        tables = GateTables(maker)
         resolved = self if self._given() else self.model_copy(update={"max_drop": _DEFAULT_DROP})
-        chosen = resolved._solve(table, context.seed)
-        curve = operating_points(table, self.points, seed=context.seed)
-        points = OperatingPoints(tuple(sorted([*curve, chosen], key=lambda point: point.macs)))
+        chosen = best_point(
+            tables, lambda table: resolved._solve(table, context.seed), cheapest=resolved.max_drop is not None
+        )
+        along = curve(tables, self.points, context.seed)
+        points = OperatingPoints(tuple(sorted([*along, chosen], key=lambda point: point.macs)))
         network.operating_points = points
         network.set_operating_point(chosen)
         return Applied(network, resolved, [*data.warnings, _promise(chosen)])

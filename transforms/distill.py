@@ -5,10 +5,17 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from dynamize.errors import DynamizeError
+from dynamize.graph.trace import blank
+from dynamize.measure.costs import exit_costs
+from dynamize.measure.macs import count_macs
 from dynamize.nn.network import DynamicNetwork
+from dynamize.runtime.profile import path_latency
 from dynamize.training.loop import Plan, bf16_helps, train
+from dynamize.training.gating import BudgetLoss, GatedLoss
 from dynamize.training.objectives import MultiExitLoss
 from dynamize.transform import Applied, Context, Transform
+
+_DEFAULT_BUDGET = 0.6
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -35,6 +42,14 @@ class Distill(Transform):
     exit_weights: list[PositiveFloat] | None = Field(None, description="one for each exit; null weighs all alike")
     gradient_equilibrium: bool = Field(
         False, description="rescale gradients so that each exit counts alike in the shared layers (IMTA, sec. 3.2)"
+    )
+    gate_budget: Share | None = Field(
+        None,
+        description="networks with gates: mean cost that the gates are trained towards, as a share of the original "
+        "network's; null: 0.6 if there are gates",
+    )
+    gate_cost: Literal["macs", "ms"] = Field(
+        "macs", description="what `gate_budget` counts; ms: times measured on the run's backend at batch 1"
     )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 autocast where the device computes it natively"
@@ -66,19 +81,44 @@ class Distill(Transform):
             device=context.device,
             label="distill",
         )
-        loss = MultiExitLoss(
+        answers = MultiExitLoss(
             teacher,
             alpha=self.alpha,
             temperature=self.temperature,
             from_last=self.from_last,
             weights=self.exit_weights,
         )
+        loss = GatedLoss(answers, self._budget(network, context)) if network.units else answers
         network.gradient_equilibrium = self.gradient_equilibrium
         rows = train(network, data, loss, plan, context.progress)
         network.gradient_equilibrium = False
         exits = ", ".join(f"{accuracy:.1%}" for accuracy in rows[-1]["calibration_accuracy"])
-        resolved = self.model_copy(update={"precision": "bfloat16" if bf16 else "float32"})
+        found: dict[str, object] = {"precision": "bfloat16" if bf16 else "float32"}
+        if network.units:
+            found["gate_budget"] = self._target
+        resolved = self.model_copy(update=found)
         return Applied(network, resolved, [f"accuracy of each exit on the calibration images: {exits}"])
+
+    @property
+    def _target(self) -> float:
+        return _DEFAULT_BUDGET if self.gate_budget is None else self.gate_budget
+
+    def _budget(self, network: DynamicNetwork, context: Context) -> BudgetLoss:
+        counted = exit_costs(network)
+        always = float((counted.segments + counted.heads).sum())
+        paths: list[list[float]] = [list(unit.path_macs) for unit in network.units]
+        whole = count_macs(network.plain, blank(network.plain, 1, *network.input_shape))
+        if self.gate_cost == "ms":
+            paths, always, whole = path_latency(network, context.backend, context.device)
+        fixed = always - sum(costs[-1] for costs in paths)
+        budget = BudgetLoss(network, self._target, paths, fixed, whole)
+        cheapest, dearest = budget.reachable
+        if not cheapest < self._target <= dearest:
+            raise DynamizeError(
+                f"distill: gate_budget {self._target:g} cannot be reached: with all gates closed the network costs "
+                f"{cheapest:.3f} of the original's {self.gate_cost}, with all open {dearest:.3f}. Ask for a value between."
+            )
+        return budget
 
     def _check(self, network: DynamicNetwork) -> None:
         if self.exit_weights is not None and len(self.exit_weights) != network.exit_count:
@@ -86,5 +126,7 @@ class Distill(Transform):
                 f"distill: exit_weights has {len(self.exit_weights)} entries, the network {network.exit_count} exits "
                 "(its own classifier is the last)"
             )
+        if self.gate_budget is not None and not network.units:
+            raise DynamizeError("distill: gate_budget, but the network has no gates: put `skip_gates` before")
         if self.train == "heads" and network.exit_count == 1:
             raise DynamizeError("distill: train: heads, but the network has no exit heads: put an `exits` step before")

@@ -10,11 +10,12 @@ from torch import fx, nn
 
 from dynamize.errors import DynamizeError
 from dynamize.graph.cuts import CutPoint, cut_points, find_cut
-from dynamize.graph.extract import extract
+from dynamize.graph.segments import build_segments
 from dynamize.graph.tails import tail
 from dynamize.graph.trace import annotate, blank
 from dynamize.measure.macs import count_macs
 from dynamize.nn.confidence import ConfidenceName
+from dynamize.nn.gated import Unit
 from dynamize.nn.heads import ExitHead, conv_body, linear_classifier, zero_fusion
 from dynamize.nn.network import DynamicNetwork
 from dynamize.training.probe import probe
@@ -58,9 +59,9 @@ class Exits(Transform):
     def apply(self, network: DynamicNetwork, context: Context) -> Applied:
         if network.exit_count != 1:
             raise DynamizeError("the network has exits already: give all of them in one `exits` step")
-        traced = cast(fx.GraphModule, network.segments[0])
+        traced = network.plain
         annotate(traced, network.input_shape)
-        cuts = cut_points(traced)
+        cuts = _outside_units(traced, cut_points(traced), network.units)
         if len(cuts) < 2:
             raise DynamizeError(
                 "the network has no cut point before its last layers, so an exit has no place: some value from its "
@@ -70,21 +71,21 @@ class Exits(Transform):
         with torch.random.fork_rng():  # initialising layers draws from the global generator
             heads, sizes = self._build_heads(traced, chosen)
             fusion = zero_fusion(_context_width(heads, chosen), _classes(traced)) if self.chain else None
+        names = [cut.name for cut in chosen]
         exits = DynamicNetwork(
-            self._segments(traced, chosen),
+            build_segments(traced, names, {unit.region: unit for unit in network.units}),
             heads,
             input_shape=network.input_shape,
             fusion=None if fusion is None else fusion.to(blank(traced)),
             confidence=self.confidence,
+            plain=traced,
+            cuts=names,
+            memory=network.memory,
         )
         note = self._cost_note(exits, chosen, traced)
         exits.train(network.training)
-        resolved = self.model_copy(update={"at": [c.name for c in chosen], "size": sizes, "count": len(chosen)})
+        resolved = self.model_copy(update={"at": names, "size": sizes, "count": len(chosen)})
         return Applied(exits, resolved, [note])
-
-    def _segments(self, traced: fx.GraphModule, chosen: Sequence[CutPoint]) -> list[nn.Module]:
-        borders = [None, *(cut.name for cut in chosen), None]
-        return [extract(traced, first, last) for first, last in zip(borders, borders[1:], strict=False)]
 
     def _place(self, traced: fx.GraphModule, cuts: list[CutPoint], context: Context) -> list[CutPoint]:
         if self.at != "auto":
@@ -176,6 +177,13 @@ class Exits(Transform):
         heads = sum(_head_macs(cast(ExitHead, h), c) for h, c in zip(exits.heads, chosen, strict=True))
         places = ", ".join(f"{cut.module or cut.name} ({cut.macs / total:.0%} of MACs)" for cut in chosen)
         return f"exits after {places}; all heads together cost {heads / total:.1%} of the network"
+
+
+def _outside_units(traced: fx.GraphModule, cuts: list[CutPoint], units: Sequence[Unit]) -> list[CutPoint]:
+    """The cut points that no gated unit has inside."""
+    position = {node.name: i for i, node in enumerate(traced.graph.nodes)}
+    spans = [(position[after], position[upto]) for after, upto in (unit.region for unit in units)]
+    return [cut for cut in cuts if not any(start < position[cut.name] < end for start, end in spans)]
 
 
 def _nearest(costs: torch.Tensor, wanted: Sequence[float]) -> list[int]:

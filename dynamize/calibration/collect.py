@@ -1,9 +1,11 @@
 """Filling the table: one pass over the calibration images, and one timing of the exits."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from dynamize.calibration.points import OperatingPoints, operating_points
@@ -11,11 +13,11 @@ from dynamize.calibration.table import ConfidenceTable
 from dynamize.calibration.temperature import fit_temperature
 from dynamize.conversion import wrap
 from dynamize.data import Images, LoaderSet
-from dynamize.measure.accuracy import answers, exit_logits
-from dynamize.measure.costs import exit_costs
+from dynamize.measure.accuracy import answers, everything
+from dynamize.measure.costs import ExitCosts, exit_costs
 from dynamize.nn.network import DynamicNetwork
 from dynamize.runtime.compiled import default_backend
-from dynamize.runtime.profile import exit_latency
+from dynamize.runtime.profile import exit_latency, path_latency
 
 
 def calibrate(
@@ -47,21 +49,72 @@ def confidence_table(
     backend: str,
     latency_batch: int = 1,
 ) -> ConfidenceTable:
-    """Run all exits over ``images`` once, fit the temperatures of ``network``, and time each exit on ``backend``."""
-    logits, labels_N = exit_logits(network, images, device)
-    labels = labels_N.numpy()
-    for k in range(len(network.heads)):
-        network.temperatures[k] = fit_temperature(logits[k].numpy(), labels)
-    scores = [network.scores(one.to(device), k).cpu() for k, one in enumerate(logits[:-1])]
-    static = wrap(teacher, network.input_shape)
-    milliseconds, static_ms = exit_latency(network, static, backend, device, latency_batch)
-    costs = exit_costs(network)
-    return ConfidenceTable(
-        scores=torch.stack([*scores, torch.zeros(len(labels))]).double().numpy(),
-        answers=np.stack([one.argmax(1).numpy() for one in logits]),
-        labels=labels,
-        reference=answers(teacher, images, device)[0].numpy(),
-        costs={"macs": costs.cumulative(), "ms": milliseconds},
-        static_cost={"macs": float(exit_costs(static).cumulative()[-1]), "ms": static_ms},
-        head_costs={} if costs.chained else {"macs": costs.heads[:-1]},
-    )
+    """Run all exits over ``images`` once, fit the temperatures of ``network``, and time each exit on ``backend``.
+
+    Gates stand where they are."""
+    return TableMaker(network, images, teacher, device, backend, latency_batch).table()
+
+
+class TableMaker:
+    """Makes tables of one network at several gate offsets; what does not depend on the offset is found once.
+
+    The temperatures of the exits are fitted here, at the offset at which the network stands.
+    """
+
+    def __init__(
+        self,
+        network: DynamicNetwork,
+        images: Images,
+        teacher: nn.Module,
+        device: torch.device,
+        backend: str,
+        latency_batch: int = 1,
+    ) -> None:
+        self.network, self.images, self.device = network, images, device
+        self.reference = answers(teacher, images, device)[0].numpy()
+        static = wrap(teacher, network.input_shape)
+        milliseconds, static_ms = exit_latency(network, static, backend, device, latency_batch)
+        self.costs, self.milliseconds = exit_costs(network), milliseconds
+        self.static_cost = {"macs": float(exit_costs(static).cumulative()[-1]), "ms": static_ms}
+        self.saved_ms: list[NDArray[np.float64]] = []
+        if network.units:
+            paths, _, _ = path_latency(network, backend, device)
+            self.saved_ms = [costs[-1] - np.array(costs) for costs in paths]
+        logits, labels = everything(network, images, device)[:2]
+        for k in range(len(network.heads)):
+            network.temperatures[k] = fit_temperature(logits[k].numpy(), labels.numpy())
+
+    def table(self) -> ConfidenceTable:
+        """The table at the network's gate offset."""
+        network = self.network
+        logits, labels, choices = everything(network, self.images, self.device)
+        scores = [network.scores(one.to(self.device), k).cpu() for k, one in enumerate(logits[:-1])]
+        costs, image_costs = {"macs": self.costs.cumulative(), "ms": self.milliseconds}, {}
+        if network.units:
+            image_costs = {
+                "macs": _for_each(costs["macs"], self.costs.savings(choices.numpy()), self.costs),
+                "ms": _for_each(self.milliseconds, _lookup(self.saved_ms, choices.numpy()), self.costs),
+            }
+            costs = {name: cost.mean(axis=1) for name, cost in image_costs.items()}
+        return ConfidenceTable(
+            scores=torch.stack([*scores, torch.zeros(len(labels))]).double().numpy(),
+            answers=np.stack([one.argmax(1).numpy() for one in logits]),
+            labels=labels.numpy(),
+            reference=self.reference,
+            costs=costs,
+            static_cost=self.static_cost,
+            head_costs={} if self.costs.chained else {"macs": self.costs.heads[:-1]},
+            image_costs=image_costs,
+        )
+
+
+def _for_each(open_K: NDArray[np.float64], saved_NU: NDArray[np.float64], costs: ExitCosts) -> NDArray[np.float64]:
+    """Cost (K, n) of each image at each exit: that with all gates open less what its gates up to there save."""
+    stages = np.array(costs.stages)
+    saved = np.stack([saved_NU[:, stages <= k].sum(axis=1) for k in range(len(open_K))])
+    found: NDArray[np.float64] = np.maximum(open_K[:, None] - saved, 1e-3 * open_K[:, None])
+    return found
+
+
+def _lookup(saved: Sequence[NDArray[np.float64]], choices_NU: NDArray[np.int64]) -> NDArray[np.float64]:
+    return np.stack([one[choices_NU[:, u]] for u, one in enumerate(saved)], axis=1)

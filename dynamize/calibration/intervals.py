@@ -97,7 +97,7 @@ def apply_folds(
         taken = table.route(setting)
         exits[fold.held_out] = taken[fold.held_out]
         for measure, cost in costs.items():
-            cost[fold.held_out] = table.cost_at(measure, setting)[taken[fold.held_out]]
+            cost[fold.held_out] = table.spent(measure, setting, taken)[fold.held_out]
         for name, mean in _means(table, setting, taken).items():
             moved[name] += (mean - wholly[name]) ** 2 / folds
     correct = table.correct[exits, np.arange(table.images)]
@@ -145,5 +145,5 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
 
 def _means(table: ConfidenceTable, thresholds: Thresholds, exits: NDArray[np.int64]) -> dict[str, float]:
     accuracy = float(table.correct[exits, np.arange(table.images)].mean())
-    costs = {measure: float(table.cost_at(measure, thresholds)[exits].mean()) for measure in table.costs}
+    costs = {measure: float(table.spent(measure, thresholds, exits).mean()) for measure in table.costs}
     return {**costs, "accuracy": accuracy, "drop": table.reference_accuracy - accuracy}

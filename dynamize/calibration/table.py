@@ -40,7 +40,9 @@ class ConfidenceTable:
     cost (K,) of leaving at exit k, all heads passed on the way included; positive, not necessarily
     increasing. static_cost: the static network's cost under the same measures. head_costs: under some
     measures, what each early exit's head (K-1,) costs and, if its exit is off, does not; the solver takes it as
-    spent, the stated costs do not. Raises DynamizeError where the parts do not fit together.
+    spent, the stated costs do not. image_costs: under some measures, the cost (K, n) for each image by itself, where
+    gates make it differ; stated costs are exact then, and the search uses ``costs``, a mean. Raises DynamizeError where
+    the parts do not fit together.
     """
 
     scores: NDArray[np.float64]
@@ -50,6 +52,7 @@ class ConfidenceTable:
     costs: Mapping[str, NDArray[np.float64]]
     static_cost: Mapping[str, float]
     head_costs: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+    image_costs: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
     cache: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -120,13 +123,17 @@ class ConfidenceTable:
             )
         return self.costs[measure]
 
-    def cost_at(self, measure: str, thresholds: Sequence[float | None]) -> NDArray[np.float64]:
-        """Cumulative cost (K,) without the heads of exits that are off."""
-        cost = self.cost(measure)
+    def spent(
+        self, measure: str, thresholds: Sequence[float | None], exits: NDArray[np.int64]
+    ) -> NDArray[np.float64]:
+        """What each image (n,) costs if it leaves at ``exits`` (n,), without the heads of exits that are off."""
+        cost = self.cost(measure)[exits]
+        if measure in self.image_costs:
+            cost = self.image_costs[measure][exits, np.arange(self.images)]
         if measure not in self.head_costs:
             return cost
         saved = np.where([threshold is None for threshold in thresholds], self.head_costs[measure], 0.0)
-        without: NDArray[np.float64] = cost - np.concatenate([[0.0], np.cumsum(saved)])
+        without: NDArray[np.float64] = cost - np.concatenate([[0.0], np.cumsum(saved)])[exits]
         return without
 
     def subset(self, index: ArrayLike) -> "ConfidenceTable":
@@ -140,6 +147,7 @@ class ConfidenceTable:
             self.costs,
             self.static_cost,
             self.head_costs,
+            {name: cost[:, chosen] for name, cost in self.image_costs.items()},
         )
 
     def route(self, thresholds: Sequence[float | None]) -> NDArray[np.int64]:
@@ -155,9 +163,9 @@ class ConfidenceTable:
     def evaluate(self, thresholds: Sequence[float | None], measure: str = "macs") -> Evaluation:
         """Accuracy, mean cost and exit shares of this setting on the images of the table."""
         taken = self.route(thresholds)
-        cost, left = self.cost_at(measure, thresholds), np.bincount(taken, minlength=self.exits)
+        cost, left = self.spent(measure, thresholds, taken), np.bincount(taken, minlength=self.exits)
         accuracy = self.correct[taken, np.arange(self.images)].mean()
-        return Evaluation(float(accuracy), float(left @ cost / self.images), left / self.images)
+        return Evaluation(float(accuracy), float(cost.mean()), left / self.images)
 
     def _check(self, thresholds: Sequence[float | None]) -> None:
         if len(thresholds) != self.exits - 1:

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from dynamize.data import Images
+from dynamize.nn.gated import GatedSegment
 from dynamize.nn.network import DynamicNetwork
-from dynamize.nn.routing import record_routing
+from dynamize.nn.routing import Routing, record_routing
 
 _BATCH = 256
 
@@ -32,15 +33,27 @@ def exit_outputs(network: DynamicNetwork, images: Images, device: torch.device) 
 
 def exit_logits(network: DynamicNetwork, images: Images, device: torch.device) -> tuple[list[Tensor], Tensor]:
     """Logits of every exit, K tensors (n, classes) on the CPU, and labels (n,)."""
+    return everything(network, images, device)[:2]
+
+
+def everything(
+    network: DynamicNetwork, images: Images, device: torch.device
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Logits of every exit, K tensors (n, classes) on the CPU, labels (n,), and the path through every gated unit (n, U)
+    of images that all go to the end."""
     network.to(device).eval()
     found: list[list[Tensor]] = [[] for _ in range(network.exit_count)]
     labels: list[Tensor] = []
+    choices: list[Tensor] = []
+    gated = [segment for segment in network.segments if isinstance(segment, GatedSegment)]
     with torch.no_grad():
         for batch, truth in images.batches(_BATCH, device):
             for kept, one in zip(found, network.all_exits(_fast(batch)), strict=True):
                 kept.append(one.float().cpu())
             labels.append(truth.cpu())
-    return [torch.cat(one) for one in found], torch.cat(labels)
+            taken = [segment.choices.cpu() for segment in gated if segment.choices is not None]
+            choices.append(torch.cat(taken, 1) if taken else torch.empty(len(truth), 0, dtype=torch.int64))
+    return [torch.cat(one) for one in found], torch.cat(labels), torch.cat(choices)
 
 
 def exit_accuracies(network: DynamicNetwork, images: Images, device: torch.device) -> list[float]:
@@ -60,11 +73,11 @@ def answers(network: nn.Module, images: Images, device: torch.device) -> tuple[T
     return torch.cat(found), torch.cat(labels)
 
 
-def routed_answers(network: DynamicNetwork, images: Images, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Answers (n,), labels (n,) and the exit index each image left at (n,)."""
+def routed_answers(network: DynamicNetwork, images: Images, device: torch.device) -> tuple[Tensor, Tensor, Routing]:
+    """Answers (n,), labels (n,) and which exits and paths the images took."""
     with record_routing(network) as routing:
         found, labels = answers(network, images, device)
-    return found, labels, routing.exits
+    return found, labels, routing
 
 
 def _fast(images_NCHW: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -19,8 +18,8 @@ def counting_macs() -> Iterator[Callable[[], float]]:
         yield lambda: counter.get_total_flops() / 2
 
 
-def count_macs(module: nn.Module, *inputs: object) -> float:
-    """MACs of one forward of ``module`` on ``inputs``, over the whole batch."""
+def count_macs(module: Callable[..., object], *inputs: object) -> float:
+    """MACs of one call of ``module`` on ``inputs``, over the whole batch."""
     with torch.no_grad(), counting_macs() as counted:
         module(*inputs)
     return counted()

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from dynamize.errors import DynamizeError
 from dynamize.nn.confidence import CONFIDENCES, ConfidenceName
+from dynamize.nn.gated import GatedSegment, Piece, Unit
 from dynamize.nn.heads import ExitHead, extend_context
 from dynamize.nn.routing import Routing, StageOutput, run_stages
 
@@ -29,8 +30,12 @@ class DynamicNetwork(nn.Module):
         fusion: lets the last exit build on what the heads saw, (N, D) -> (N, classes).
         confidence: what the thresholds are compared with.
         input_shape: (C, H, W).
+        plain: the original network's graph, of which the segments are parts.
+        cuts: the K - 1 cut points of ``plain`` that the heads stand at.
+        memory: what recurrent gates share.
 
     Attributes:
+        gate_offset: moves all gates towards their dearer (positive) or cheaper (negative) paths; inf opens them.
         thresholds: one score for each early exit, None where it is off; set by :meth:`set_operating_point`.
         operating_points: what calibration found, or None before.
         history: the resolved transforms that made this network, as plain data.
@@ -47,15 +52,22 @@ class DynamicNetwork(nn.Module):
         input_shape: Sequence[int],
         fusion: nn.Linear | None = None,
         confidence: ConfidenceName = "top_probability",
+        plain: fx.GraphModule | None = None,
+        cuts: Sequence[str] = (),
+        memory: nn.Module | None = None,
     ) -> None:
         super().__init__()
         if len(segments) != len(heads) + 1:
             raise ValueError(f"{len(segments)} segments need {len(segments) - 1} heads, given {len(heads)}")
         self.segments = nn.ModuleList(segments)
+        self._gate_offset = 0.0
         self.heads = nn.ModuleList(heads)
         self.fusion = fusion
         self.confidence: ConfidenceName = confidence
         self.input_shape = tuple(input_shape)
+        self._plain = (plain,)  # a tuple: its modules are those of the segments, which hold them already
+        self.cuts = list(cuts)
+        self.memory = memory
         self.register_buffer("temperatures", torch.ones(len(heads)))
         self.thresholds: list[float | None] = [None] * len(heads)
         self.operating_points: OperatingPoints | None = None
@@ -64,6 +76,30 @@ class DynamicNetwork(nn.Module):
         self.history: list[dict[str, Any]] = []
         self.source: SourceSpec | None = None
         self.routing: Routing | None = None
+
+    @property
+    def plain(self) -> fx.GraphModule:
+        """The original network's graph; it shares its modules with the segments."""
+        (plain,) = self._plain
+        if plain is None:
+            raise ValueError("a network made by hand has no original graph: make it with dynamize.convert")
+        return plain
+
+    @property
+    def units(self) -> list[Unit]:
+        """All gated units in order of execution."""
+        return [unit for segment in self.segments if isinstance(segment, GatedSegment) for unit in segment.units]
+
+    @property
+    def gate_offset(self) -> float:
+        return self._gate_offset
+
+    @gate_offset.setter
+    def gate_offset(self, offset: float) -> None:
+        self._gate_offset = offset
+        for segment in self.segments:
+            if isinstance(segment, GatedSegment):
+                segment.offset = offset
 
     @property
     def exit_count(self) -> int:
@@ -79,10 +115,10 @@ class DynamicNetwork(nn.Module):
         if self.training:
             logits = self.all_exits(images_NCHW)
             return logits if len(logits) > 1 else logits[0]
-        logits_NK, exits_N = run_stages(self.stages(), self.thresholds, images_NCHW)
+        routed = run_stages(self.stages(), self.thresholds, images_NCHW)
         if self.routing is not None:
-            self.routing.batches.append(exits_N)
-        return logits_NK
+            self.routing.add(routed)
+        return routed.logits
 
     def all_exits(self, images_NCHW: Tensor) -> list[Tensor]:
         """Logits of all K exits for every image, each (N, classes), in either mode."""
@@ -123,6 +159,7 @@ class DynamicNetwork(nn.Module):
                 "calibrate this network again"
             )
         self.thresholds, self.operating_point = cast(list[float | None], thresholds), point
+        self.gate_offset = 0.0 if point is None or point.gate_offset is None else point.gate_offset
 
     def scores(self, logits: Tensor, exit_index: int) -> Tensor:
         """Confidence of one early exit after its temperature: (N, classes) -> (N,), float32."""
@@ -136,8 +173,19 @@ class NetworkStage:
         self.network, self.index = network, index
 
     def __call__(self, features: Tensor, context: Tensor | None, decide: bool) -> StageOutput:
+        segment = self.network.segments[self.index]
+        features = segment(features)
+        choices = segment.choices if isinstance(segment, GatedSegment) else None
+        return self.exit(features, context, decide)._replace(choices=choices)
+
+    def pieces(self) -> list[Piece]:
+        """What a stage with gates consists of; empty without gates."""
+        segment = self.network.segments[self.index]
+        return segment.as_pieces() if isinstance(segment, GatedSegment) else []
+
+    def exit(self, features: Tensor, context: Tensor | None, decide: bool) -> StageOutput:
+        """What follows the segment."""
         network = self.network
-        features = network.segments[self.index](features)
         if self.index == network.exit_count - 1:
             logits = features if network.fusion is None else features + network.fusion(context)
             return StageOutput(None, None, logits, None)

@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from dynamize.nn.gated import Piece
     from dynamize.nn.network import DynamicNetwork
+
+_FIRST = torch.tensor([0])
 
 
 class StageOutput(NamedTuple):
@@ -20,32 +23,49 @@ class StageOutput(NamedTuple):
         context: (N, D) that later exits build on, or None.
         logits: (N, classes), or None where the exit was not asked for.
         score: (N,) confidence, or None for the last exit and where it was not asked for.
+        choices: (N, units of this stage) path that each image took through each gated unit, or None without units.
     """
 
     features: Tensor | None
     context: Tensor | None
     logits: Tensor | None
     score: Tensor | None
+    choices: Tensor | None = None
+
+
+class Routed(NamedTuple):
+    """The outcome for a batch.
+
+    Attributes:
+        logits: (N, classes).
+        exits: (N,), int64, the exit that each answer came from.
+        choices: (N, U), int64, the path taken through each gated unit, -1 where the image left before.
+    """
+
+    logits: Tensor
+    exits: Tensor
+    choices: Tensor
 
 
 class Stage(Protocol):
-    """A segment with the exit behind it, on any backend."""
+    """A segment of ``network`` with the exit behind it, on any backend."""
+
+    network: "DynamicNetwork"
 
     def __call__(self, features: Tensor, context: Tensor | None, decide: bool) -> StageOutput: ...
 
+    def pieces(self) -> "list[Piece]":
+        """What a stage with gates consists of; empty without gates."""
+        ...
 
-def run_stages(
-    stages: Sequence[Stage], thresholds: Sequence[float | None], images_NCHW: Tensor
-) -> tuple[Tensor, Tensor]:
+
+def run_stages(stages: Sequence[Stage], thresholds: Sequence[float | None], images_NCHW: Tensor) -> Routed:
     """Answer each image from the first exit whose score reaches its threshold.
 
     Args:
         stages: K stages; the last one answers whoever reaches it.
         thresholds: one for each of the K - 1 early exits; None switches an exit off.
         images_NCHW: the batch.
-
-    Returns:
-        logits (N, classes) and the index of the exit that each came from (N,), int64.
     """
     if len(images_NCHW) == 1:
         return _run_one(stages, thresholds, images_NCHW)
@@ -53,10 +73,13 @@ def run_stages(
     exits_N = torch.zeros(len(images_NCHW), dtype=torch.int64)
     logits_NK: Tensor | None = None
     waiting = torch.arange(len(images_NCHW))  # row r of `features` belongs to image waiting[r]
+    chosen: list[tuple[Tensor, Tensor]] = []
     for k, stage in enumerate(stages):
         last = k == len(stages) - 1
         threshold = None if last else thresholds[k]
         output = stage(features, context, last or threshold is not None)
+        if output.choices is not None:
+            chosen.append((waiting.clone(), output.choices))
         if output.logits is None:
             assert output.features is not None
             features, context = output.features, output.context
@@ -69,7 +92,7 @@ def run_stages(
             leaves_N = output.score.cpu().double() >= threshold  # in float32 the threshold would be rounded
         leaving = leaves_N.nonzero().flatten()
         if len(leaving) == len(images_NCHW):
-            return output.logits, exits_N.fill_(k)
+            return Routed(output.logits, exits_N.fill_(k), _all_choices(chosen, len(images_NCHW)))
         if len(leaving):
             if logits_NK is None:
                 logits_NK = output.logits.new_empty(len(images_NCHW), output.logits.shape[1])
@@ -80,24 +103,41 @@ def run_stages(
         assert output.features is not None
         features, context, waiting = _compact(output.features, output.context, waiting, leaves_N)
     assert logits_NK is not None
-    return logits_NK, exits_N
+    return Routed(logits_NK, exits_N, _all_choices(chosen, len(images_NCHW)))
 
 
-def _run_one(stages: Sequence[Stage], thresholds: Sequence[float | None], image: Tensor) -> tuple[Tensor, Tensor]:
+def _run_one(stages: Sequence[Stage], thresholds: Sequence[float | None], image: Tensor) -> Routed:
     """The same for a batch of one, without the bookkeeping, which a small network would feel."""
     features, context = image, None
-    for k, (stage, threshold) in enumerate(zip(stages, thresholds, strict=False)):
-        output = stage(features, context, threshold is not None)
+    chosen: list[tuple[Tensor, Tensor]] = []
+    for k, stage in enumerate(stages):
+        last = k == len(stages) - 1
+        threshold = None if last else thresholds[k]
+        output = stage(features, context, last or threshold is not None)
+        if output.choices is not None:
+            chosen.append((_FIRST, output.choices))
+        if last:
+            break
         if threshold is not None:
-            assert output.logits is not None
             assert output.score is not None
             if output.score.item() >= threshold:
-                return output.logits, torch.tensor([k])
+                break
         assert output.features is not None
         features, context = output.features, output.context
-    logits = stages[-1](features, context, True).logits
-    assert logits is not None
-    return logits, torch.tensor([len(stages) - 1])
+    assert output.logits is not None
+    return Routed(output.logits, torch.tensor([k]), _all_choices(chosen, 1))
+
+
+def _all_choices(chosen: list[tuple[Tensor, Tensor]], images: int) -> Tensor:
+    """Side by side for all images, -1 for those that a stage did not see."""
+    if not chosen:
+        return torch.empty(images, 0, dtype=torch.int64)
+    whole = torch.full((images, sum(choices.shape[1] for _, choices in chosen)), -1)
+    start = 0
+    for rows, choices in chosen:
+        whole[rows, start : start + choices.shape[1]] = choices.cpu()
+        start += choices.shape[1]
+    return whole
 
 
 def _compact(
@@ -134,14 +174,29 @@ def _move_rows(rows: Tensor, targets: Tensor, sources: Tensor) -> None:
 
 @dataclass
 class Routing:
-    """Which exit each image left at, batch after batch."""
+    """Which exit each image left at and which path it took through each gated unit, batch after batch."""
 
     batches: list[Tensor] = field(default_factory=list)
+    paths: list[Tensor] = field(default_factory=list)
+
+    def add(self, routed: Routed) -> None:
+        """Keep the routing of a batch."""
+        self.batches.append(routed.exits)
+        self.paths.append(routed.choices)
 
     @property
     def exits(self) -> Tensor:
         """Exit index of every image seen, in order, (N,), int64."""
         return torch.cat(self.batches) if self.batches else torch.zeros(0, dtype=torch.int64)
+
+    @property
+    def choices(self) -> Tensor:
+        """Path index of every image through every gated unit, (N, U), int64; -1 where it left before."""
+        if not self.paths:
+            return torch.zeros(0, 0, dtype=torch.int64)
+        units = max(path.shape[1] for path in self.paths)  # fewer where a whole batch left early
+        padded = [torch.nn.functional.pad(path, (0, units - path.shape[1]), value=-1) for path in self.paths]
+        return torch.cat(padded)
 
     def shares(self, count: int) -> list[float]:
         """Share of the images that left at each of ``count`` exits."""

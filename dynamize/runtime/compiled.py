@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dynamize.errors import DynamizeError, closest
 from dynamize.nn.network import DynamicNetwork
-from dynamize.nn.routing import Stage, run_stages
+from dynamize.nn.routing import Routed, Stage, run_stages
 from dynamize.runtime.eager import eager_stages
 from dynamize.runtime.onnx import onnx_stages
 
@@ -16,7 +16,8 @@ BACKENDS: dict[str, Compiler] = {"eager": eager_stages, "onnxruntime": onnx_stag
 
 
 class CompiledNetwork:
-    """A frozen copy of a network's weights on a backend; thresholds are read from the network at each call.
+    """A frozen copy of a network's weights on a backend; thresholds and gate offset are read from the network at each
+    call.
 
     ``compiled(images)`` takes (N, C, H, W) and returns (N, classes) as the network in eval mode does.
     """
@@ -25,10 +26,12 @@ class CompiledNetwork:
         self.network, self.backend, self.stages, self.device = network, backend, stages, device
 
     def __call__(self, images_NCHW: Tensor) -> Tensor:
-        return self.run(images_NCHW)[0]
+        return self.run(images_NCHW).logits
 
-    def run(self, images_NCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (N, classes) and the exit that each image left at (N,)."""
+    def run(self, images_NCHW: Tensor) -> Routed:
+        """Logits (N, classes), the exit that each image left at (N,) and its path through each gated unit (N, U)."""
+        if self.network.units:
+            self.stages[0].network.gate_offset = self.network.gate_offset
         with torch.inference_mode():
             return run_stages(self.stages, self.network.thresholds, images_NCHW)
 

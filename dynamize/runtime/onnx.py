@@ -4,9 +4,9 @@ import copy
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnxruntime as ort
@@ -17,20 +17,23 @@ from torch.nn import functional
 
 from dynamize.errors import DynamizeError
 from dynamize.graph.trace import blank
+from dynamize.nn.gated import GatedSegment, Piece, Run, Unit, make_pieces, run_pieces
+from dynamize.nn.gates import Gate, pool
 from dynamize.nn.network import DynamicNetwork, NetworkStage
-from dynamize.nn.routing import StageOutput
+from dynamize.nn.routing import Stage, StageOutput
 
 _OPSET = 18
 _BLOCK = 16  # channels; ONNX Runtime's blocked layout holds 8 or 16 together
 _INPUTS = ["features", "context"]
 
 
-def onnx_stages(network: DynamicNetwork, device: torch.device) -> list["OnnxStage"]:
-    """Every stage of ``network`` as an ONNX Runtime session on the CPU."""
+def onnx_stages(network: DynamicNetwork, device: torch.device) -> list[Stage]:
+    """Every stage of ``network`` as ONNX Runtime sessions on the CPU: one, or one for each way through its gates."""
     if device.type != "cpu":
         raise DynamizeError(f"backend onnxruntime runs on the CPU here, not on {device}: use --backend eager")
     network = copy.deepcopy(network).cpu().eval()
-    return [OnnxStage(stage, inputs) for stage, inputs in stages_with_inputs(network)]
+    gated = [isinstance(segment, GatedSegment) for segment in network.segments]
+    return [(GatedOnnxStage if gated[stage.index] else OnnxStage)(stage, inputs) for stage, inputs in stages_with_inputs(network)]
 
 
 def stages_with_inputs(network: DynamicNetwork) -> Iterator[tuple[NetworkStage, list[Tensor]]]:
@@ -57,7 +60,7 @@ class OnnxStage:
     """One stage as a session; a second session without the head is made when an exit is switched off."""
 
     def __init__(self, stage: NetworkStage, inputs: list[Tensor]) -> None:
-        network = stage.network
+        self.network = network = stage.network
         self._stage, self._inputs = stage, inputs
         self._last = stage.index == network.exit_count - 1
         self._chained = network.chained
@@ -77,6 +80,70 @@ class OnnxStage:
         logits, score = (found[1], found[2]) if decide else (None, None)
         return StageOutput(found[0], context, logits, score)
 
+    def pieces(self) -> list[Piece]:
+        """None: there are no gates."""
+        return []
+
+
+class GatedOnnxStage:
+    """One stage with gates: a session for each way through each piece and one for the exit; the small products of the
+    gates stay in torch."""
+
+    def __init__(self, stage: NetworkStage, inputs: list[Tensor]) -> None:
+        self.network = network = stage.network
+        self._stage, self._chained = stage, network.chained
+        self._segment = cast(GatedSegment, network.segments[stage.index])
+        self._given = _inputs_of_pieces(self._segment, inputs[0])
+        self._pieces = make_pieces(list(self._segment.pieces), self._way, self._description)
+        self._exit: ort.InferenceSession | None = None
+        if stage.index < network.exit_count - 1:
+            with torch.no_grad():
+                features = self._segment(inputs[0])
+            outputs = ["logits", "score", *(["next_context"] if self._chained else [])]
+            self._exit = _session(export_onnx(_Exit(stage), [features, *inputs[1:]], outputs))
+
+    def __call__(self, features: Tensor, context: Tensor | None, decide: bool) -> StageOutput:
+        features, choices = run_pieces(self._pieces, self._segment.offset, features)
+        if self._exit is None:
+            return self._stage.exit(features, context, decide)._replace(choices=choices)
+        if not decide and not self._chained:
+            return StageOutput(features, None, None, None, choices)
+        found = _run(self._exit, [features] if context is None else [features, context])
+        context = found[2] if self._chained else None
+        logits, score = (found[0], found[1]) if decide else (None, None)
+        return StageOutput(features, context, logits, score, choices)
+
+    def pieces(self) -> list[Piece]:
+        """Each way as a session."""
+        return self._pieces
+
+    def _way(self, module: nn.Module, pooled: bool) -> Run:
+        outputs = ["next_features", "means"] if pooled else ["next_features"]
+        session = _session(export_onnx(_Way(module, pooled), [self._given[id(module)]], outputs))
+
+        def run(features: Tensor) -> tuple[Tensor, Tensor | None]:
+            found = _run(session, [features])
+            return found[0], found[1] if pooled else None
+
+        return run
+
+    def _description(self, gate: Gate) -> Callable[[Tensor], Tensor]:
+        if gate.pooled:
+            return gate.describe
+        session = _session(export_onnx(_Description(gate), [self._given[id(gate)]], ["description"]))
+        return lambda features: _run(session, [features])[0]
+
+
+def _inputs_of_pieces(segment: GatedSegment, features: Tensor) -> dict[int, Tensor]:
+    """What each static piece, way and gate of a segment takes, by id of the module."""
+    given: dict[int, Tensor] = {}
+    for piece in segment.pieces:
+        modules = [*piece.paths(), piece.gate] if isinstance(piece, Unit) else [piece]
+        given.update({id(module): features for module in modules if module is not None})
+        with torch.no_grad():
+            features = piece(features)
+    return given
+
 
 class _Deciding(nn.Module):
     """A stage as a plain module: features, logits, score and, if chained, context; logits only for the last."""
@@ -91,6 +158,40 @@ class _Deciding(nn.Module):
             return output.logits
         found = (output.features, output.logits, output.score)
         return found if output.context is None else (*found, output.context)
+
+
+class _Exit(nn.Module):
+    """The exit of a stage without its segment: logits, score and, if chained, context."""
+
+    def __init__(self, stage: NetworkStage) -> None:
+        super().__init__()
+        self.network, self.index = stage.network, stage.index
+
+    def forward(self, features: Tensor, context: Tensor | None = None) -> Any:
+        output = NetworkStage(self.network, self.index).exit(features, context, True)
+        found = (output.logits, output.score)
+        return found if output.context is None else (*found, output.context)
+
+
+class _Way(nn.Module):
+    """A way through a piece, with the channel means of what it gives if a gate reads them."""
+
+    def __init__(self, module: nn.Module, pooled: bool) -> None:
+        super().__init__()
+        self.module, self.pooled = module, pooled
+
+    def forward(self, features: Tensor) -> Any:
+        features = self.module(features)
+        return (features, pool(features)) if self.pooled else features
+
+
+class _Description(nn.Module):
+    def __init__(self, gate: Gate) -> None:
+        super().__init__()
+        self.gate = gate
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.gate.describe(features)
 
 
 def _run(session: ort.InferenceSession, inputs: list[Tensor]) -> list[Tensor]:

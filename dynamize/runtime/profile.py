@@ -1,11 +1,17 @@
 """How long leaving at each exit takes on a backend."""
 
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from dynamize.measure.latency import Contender, interleave
+from dynamize.nn.gated import Run
+from dynamize.nn.gates import ALL_OPEN
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.routing import run_stages
 from dynamize.runtime.compiled import CompiledNetwork, compile_network
@@ -23,10 +29,11 @@ def exit_latency(
 ) -> tuple[NDArray[np.float64], float]:
     """Milliseconds per image of leaving at each exit (K,), decisions included, and of the static network.
 
-    Random images are forced through; all contenders take turns in one process.
+    Random images are forced through, gates open; all contenders take turns in one process.
     """
     compiled, plain = compile_network(network, backend, device), compile_network(static, backend, device)
     contenders: dict[str, Contender] = {f"exit {k}": _leaving_at(compiled, k) for k in range(network.exit_count)}
+    compiled.stages[0].network.gate_offset = ALL_OPEN
     contenders["static"] = plain
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(batch, *network.input_shape, generator=generator).to(device) for _ in range(4)]
@@ -41,6 +48,97 @@ def _leaving_at(compiled: CompiledNetwork, index: int) -> Contender:
 
     def run(images: Tensor) -> Tensor:
         with torch.inference_mode():
-            return run_stages(compiled.stages, thresholds, images)[0]
+            return run_stages(compiled.stages, thresholds, images).logits
+
+    return run
+
+
+@dataclass(frozen=True)
+class GatePrice:
+    """Milliseconds at batch 1: of one gate with all it entails, and of all blocks that gates may skip."""
+
+    gate_ms: float
+    blocks_ms: float
+
+
+def gate_price(
+    network: DynamicNetwork,
+    insert: Callable[[DynamicNetwork], None],
+    backend: str,
+    device: torch.device,
+    seconds: float = 3.0,
+) -> GatePrice:
+    """What gates cost and could save on a backend.
+
+    Args:
+        network: without gates.
+        insert: puts a gate before each block, into a copy.
+    """
+    gated = copy.deepcopy(network)
+    insert(gated)
+    plain, compiled = (compile_network(one, backend, device) for one in (network, gated))
+    contenders: dict[str, Contender] = {"static": plain}
+    contenders |= {"open": _with_gates(compiled, ALL_OPEN), "closed": _with_gates(compiled, -ALL_OPEN)}
+    image = torch.randn(1, *network.input_shape, generator=torch.Generator().manual_seed(0)).to(device)
+    times = interleave(contenders, [image], device, seconds)
+    static, opened, closed = (times.median_ms(name) for name in ("static", "open", "closed"))
+    return GatePrice(max(0.0, opened - static) / len(gated.units), max(1e-6, opened - closed))
+
+
+def _with_gates(compiled: CompiledNetwork, offset: float) -> Contender:
+    def run(images: Tensor) -> Tensor:
+        compiled.network.gate_offset = offset
+        return compiled(images)
+
+    return run
+
+
+def path_latency(
+    network: DynamicNetwork, backend: str, device: torch.device, seconds: float = 4.0
+) -> tuple[list[list[float]], float, float]:
+    """Milliseconds per image at batch 1: of the paths of each gated unit, of the whole network with all gates open, and
+    of the original network.
+
+    Each path is timed by itself, in turns with the others, on what reaches it from a random image.
+    """
+    compiled = compile_network(network, backend, device)
+    static = compile_network(DynamicNetwork([network.plain], input_shape=network.input_shape), backend, device)
+    image = torch.randn(1, *network.input_shape, generator=torch.Generator().manual_seed(0)).to(device)
+    contenders: dict[str, Contender] = {"static": static, "open": _with_gates(compiled, ALL_OPEN)}
+    units = _unit_ways(compiled, image)
+    for u, (ways, features) in enumerate(units):
+        contenders |= {f"{u}/{p}": _on(way, features) for p, way in enumerate(ways) if way is not None}
+    times = interleave(contenders, [image], device, seconds)
+    paths = [
+        [times.median_ms(f"{u}/{p}") if way is not None else 0.0 for p, way in enumerate(ways)]
+        for u, (ways, _) in enumerate(units)
+    ]
+    return paths, times.median_ms("open"), times.median_ms("static")
+
+
+def _unit_ways(compiled: CompiledNetwork, image: Tensor) -> list[tuple[list[Run | None], Tensor]]:
+    """The ways through each gated unit, and the features that reach it while all gates are open."""
+    found: list[tuple[list[Run | None], Tensor]] = []
+    features, context = image, None
+    compiled.stages[0].network.gate_offset = ALL_OPEN
+    with torch.inference_mode():
+        for stage in compiled.stages:
+            reached = features
+            for piece in stage.pieces():
+                if piece.unit is not None:
+                    found.append((piece.ways, reached))
+                original = piece.ways[-1]
+                assert original is not None
+                reached, _ = original(reached)
+            output = stage(features.clone(), context, False)
+            if output.features is not None:
+                features, context = output.features, output.context
+    return found
+
+
+def _on(way: Run, features: Tensor) -> Contender:
+    def run(_: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return way(features)[0]
 
     return run

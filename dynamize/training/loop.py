@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from accelerate import Accelerator
@@ -26,6 +26,14 @@ from dynamize.transform import Progress, quiet
 
 Loss = Callable[[Any, Tensor, Tensor], Tensor]
 _STEPS_BETWEEN_CHECKS = 20  # reading a loss waits for the device
+
+
+@runtime_checkable
+class Advancing(Protocol):
+    """A loss that changes in the course of the training."""
+
+    def advance(self, progress: float) -> None:
+        """Told before each step how much is over, 0 to 1."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +146,8 @@ class _Run:
 
     def _step(self, epoch: int, step: int, images: Tensor, labels: Tensor) -> Tensor:
         plan = self.plan
+        if isinstance(self.loss, Advancing):
+            self.loss.advance((epoch * self.steps + step) / (plan.epochs * self.steps))
         seed = hash((plan.seed, epoch, step, self.accelerator.process_index)) % 2**62
         torch.manual_seed(seed)  # dropout and stochastic depth
         generator = torch.Generator().manual_seed(seed)

@@ -31,7 +31,7 @@ def test_same_answers_and_routing_for_any_batch_size(backend: str, fields: dict)
     for count in (1, 2, 7, 64):
         split_at(dynamic, images(count), [0.4, 0.5])
         wanted = dense(dynamic, images(count))
-        logits, exits = compiled.run(images(count))
+        logits, exits, _ = compiled.run(images(count))
         thresholds = torch.tensor(dynamic.thresholds)[:, None]
         clear = ((wanted.scores_KN - thresholds).abs() > 1e-5 * wanted.scores_KN.abs().amax(1, keepdim=True)).all(0)
         assert clear.float().mean() > 0.9
@@ -50,7 +50,7 @@ def test_torchvision_networks_with_exits_on_and_off(backend: str, name: str) -> 
         assert close(compiled(batch), network(batch))
         for k in range(2):
             dynamic.thresholds = [float("-inf") if j == k else float("inf") for j in range(2)]
-            logits, exits = compiled.run(batch)
+            logits, exits, _ = compiled.run(batch)
             assert exits.tolist() == [k] * 5
             assert close(logits, dynamic.all_exits(batch)[k], 2e-5)
 
@@ -64,7 +64,7 @@ def test_an_exit_that_is_off(backend: str, chain: bool) -> None:
     for thresholds in ([None, dynamic.thresholds[1]], [dynamic.thresholds[0], None], [None, None]):
         dynamic.thresholds = thresholds
         wanted = dense(dynamic, images(16))
-        logits, exits = compiled.run(images(16))
+        logits, exits, _ = compiled.run(images(16))
         assert torch.equal(exits, wanted.exits_N)
         assert close(logits, wanted.answers_NC)
 
@@ -95,7 +95,7 @@ def test_onnxruntime_runs_no_head_that_is_off() -> None:
 def test_a_static_network(backend: str) -> None:
     network = small_resnet()
     compiled = compile_network(wrap(network, SmallResNet.shape), backend)
-    logits, exits = compiled.run(images(3))
+    logits, exits, _ = compiled.run(images(3))
     assert close(logits, network(images(3)).detach())
     assert exits.tolist() == [0, 0, 0]
 
@@ -149,7 +149,7 @@ def test_double_precision_runs_eagerly_and_is_refused_by_onnxruntime() -> None:
     dynamic, batch = with_exits(chain=True).double(), images(9).double()
     split_at(dynamic, batch, [0.4, 0.5])
     wanted = dense(dynamic, batch)
-    logits, exits = compile_network(dynamic, "eager").run(batch)
+    logits, exits, _ = compile_network(dynamic, "eager").run(batch)
     assert torch.equal(exits, wanted.exits_N)
     assert close(logits, wanted.answers_NC)
     with pytest.raises(DynamizeError, match="ONNX Runtime refuses a segment: .*Use --backend eager"):

@@ -1,0 +1,110 @@
+"""Operating points of a network with gates: one offset added to all gate scores moves it along its whole curve.
+
+Under each offset images take other paths, so each has a table of its own; exits are solved within each table.
+"""
+
+from collections.abc import Callable, Sequence
+
+from dynamize.calibration.collect import TableMaker
+from dynamize.calibration.points import OperatingPoint, OperatingPoints, operating_points
+from dynamize.calibration.table import ConfidenceTable
+from dynamize.errors import DynamizeError
+from dynamize.nn.gates import ALL_OPEN
+
+OFFSETS = (-4.0, -2.5, -1.5, -1.0, -0.5, -0.25, 0.0, 0.25, 0.5, 1.0, 1.5, 2.5, 4.0, ALL_OPEN)
+_REFINEMENTS = 2
+_POINTS_EACH = 8  # exits' settings per offset on the curve
+
+Solver = Callable[[ConfidenceTable], OperatingPoint]
+
+
+class GateTables:
+    """Tables by offset, made when they are first asked for; a network without gates has one, at None."""
+
+    def __init__(self, maker: TableMaker) -> None:
+        self.maker = maker
+        self._tables: dict[float | None, ConfidenceTable] = {}
+
+    def offsets(self) -> list[float | None]:
+        """The grid, the cheapest first."""
+        return list(OFFSETS) if self.maker.network.units else [None]
+
+    def at(self, offset: float | None) -> ConfidenceTable:
+        """The table at this offset."""
+        if offset not in self._tables:
+            network = self.maker.network
+            before = network.gate_offset
+            network.gate_offset = 0.0 if offset is None else offset
+            self._tables[offset] = self.maker.table()
+            network.gate_offset = before
+        return self._tables[offset]
+
+
+def best_point(tables: GateTables, solve: Solver, cheapest: bool) -> OperatingPoint:
+    """The point that ``solve`` finds at the best offset: of the fewest MACs, or else of the highest accuracy.
+
+    The grid of offsets is refined around the best one.
+
+    Raises:
+        DynamizeError: no offset meets the limit; the error is that of the nearest.
+    """
+    found: dict[float | None, OperatingPoint] = {}
+    refused: list[DynamizeError] = []
+
+    def consider(offset: float | None) -> None:
+        try:
+            found[offset] = solve(tables.at(offset)).model_copy(update={"gate_offset": offset})
+        except DynamizeError as error:
+            refused.append(error)
+
+    for offset in tables.offsets():
+        consider(offset)
+    if not found:
+        raise refused[-1 if cheapest else 0]
+    for _ in range(_REFINEMENTS):
+        best = _best(found, cheapest)
+        for offset in _between(list(found), best):
+            consider(offset)
+    return found[_best(found, cheapest)]
+
+
+def curve(tables: GateTables, count: int, seed: int) -> OperatingPoints:
+    """Up to ``count`` points along the whole curve, none of which another one beats in both accuracy and MACs."""
+    offsets = tables.offsets()
+    if offsets == [None]:
+        return operating_points(tables.at(None), count, seed=seed)
+    every = [
+        point.model_copy(update={"gate_offset": offset})
+        for offset in offsets
+        for point in operating_points(tables.at(offset), _POINTS_EACH, seed=seed)
+    ]
+    front = _front(every)
+    picked = [front[round(i * (len(front) - 1) / max(1, count - 1))] for i in range(count)] if front else []
+    names: dict[str, OperatingPoint] = {}
+    for point in picked:
+        names.setdefault(f"macs-{point.macs_ratio:.2f}", point)
+    return OperatingPoints(tuple(point.model_copy(update={"name": name}) for name, point in names.items()))
+
+
+def _front(points: Sequence[OperatingPoint]) -> list[OperatingPoint]:
+    front: list[OperatingPoint] = []
+    for point in sorted(points, key=lambda one: (one.macs, -one.accuracy)):
+        if not front or point.accuracy > front[-1].accuracy:
+            front.append(point)
+    return front
+
+
+def _best(found: dict[float | None, OperatingPoint], cheapest: bool) -> float | None:
+    if cheapest:
+        return min(found, key=lambda offset: (found[offset].macs, -found[offset].accuracy))
+    return max(found, key=lambda offset: (found[offset].accuracy, -found[offset].macs))
+
+
+def _between(offsets: Sequence[float | None], best: float | None) -> list[float]:
+    """Midpoints to both neighbours of an offset."""
+    known = sorted(offset for offset in offsets if offset is not None)
+    if best is None or best not in known:
+        return []
+    place = known.index(best)
+    neighbours = [one for one in (known[place - 1 : place] + known[place + 1 : place + 2]) if abs(one) < ALL_OPEN]
+    return [(best + one) / 2 for one in neighbours if abs(best) < ALL_OPEN]

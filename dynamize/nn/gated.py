@@ -1,0 +1,282 @@
+"""Segments with gates inside: pieces that always run, and units that offer each image several ways through.
+
+Training is dense: all paths of a unit are computed and mixed by hard decisions, so that gradients reach the gates. In
+eval mode each path runs for the images that chose it, and for no others.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from dynamize.nn.gates import Gate, State, choose, pool, sample_paths
+
+Run = Callable[[Tensor], tuple[Tensor, Tensor | None]]  # features -> features and their channel means, if asked for
+
+
+class Unit(nn.Module, ABC):
+    """A region of the network with P paths through it, the cheapest first and the original one last.
+
+    Attributes:
+        label: for people, e.g. "layer1.2".
+        region: the two cut points that it lies between.
+        gate: picks a path for each image.
+        path_macs: MACs per image of each path, (P,).
+        gate_macs: MACs per image of the gate.
+    """
+
+    path_costs: Tensor
+
+    def __init__(
+        self, label: str, region: tuple[str, str], gate: Gate, path_macs: Sequence[float], gate_macs: float
+    ) -> None:
+        super().__init__()
+        self.label, self.region = label, region
+        self.gate = gate
+        self.path_macs, self.gate_macs = tuple(path_macs), gate_macs
+        costs = torch.tensor(self.path_macs, dtype=torch.float32) / self.path_macs[-1]
+        self.register_buffer("path_costs", costs, persistent=False)
+
+    @abstractmethod
+    def paths(self) -> list[nn.Module | None]:
+        """A module for each path, None for one that changes nothing."""
+
+    @abstractmethod
+    def blend(self, features_NCHW: Tensor, shares_NP: Tensor) -> Tensor:
+        """All paths, weighted: dense and differentiable."""
+
+    def forward(self, features_NCHW: Tensor) -> Tensor:
+        """The original path, for everyone."""
+        original = self.paths()[-1]
+        assert original is not None
+        return cast(Tensor, original(features_NCHW))
+
+
+class SkipUnit(Unit):
+    """A residual block, or a run of them, that an image may skip (SkipNet, Wang et al. 2018, eq. 1).
+
+    Args:
+        body: the block.
+        bypass: what an image that skips it goes through (a projection shortcut); None changes nothing.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        region: tuple[str, str],
+        gate: Gate,
+        body: nn.Module,
+        bypass: nn.Module | None,
+        path_macs: Sequence[float],
+        gate_macs: float,
+    ) -> None:
+        super().__init__(label, region, gate, path_macs, gate_macs)
+        self.body, self.bypass = body, bypass
+
+    def paths(self) -> list[nn.Module | None]:
+        return [self.bypass, self.body]
+
+    def blend(self, features_NCHW: Tensor, shares_NP: Tensor) -> Tensor:
+        kept = features_NCHW if self.bypass is None else self.bypass(features_NCHW)
+        computed = self.body(features_NCHW)
+        skips, runs = shares_NP.to(computed.dtype)[:, :, None, None, None].unbind(1)
+        return runs * computed + skips * kept
+
+
+class _FrozenUnit(Unit):
+    """A unit whose ways were compiled one by one."""
+
+    def __init__(self, unit: Unit, ways: Sequence[nn.Module | None]) -> None:
+        super().__init__(unit.label, unit.region, unit.gate, unit.path_macs, unit.gate_macs)
+        self.ways = nn.ModuleList([nn.Identity() if way is None else way for way in ways])
+        self.unchanged = [way is None for way in ways]
+
+    def paths(self) -> list[nn.Module | None]:
+        return [None if same else way for way, same in zip(self.ways, self.unchanged, strict=True)]
+
+    def blend(self, features_NCHW: Tensor, shares_NP: Tensor) -> Tensor:
+        raise RuntimeError("a compiled network is not trained")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A piece as a backend runs it: one way for everybody, or a unit's paths."""
+
+    ways: list[Run | None]
+    unit: Unit | None = None  # its gate and costs
+    describe: Callable[[Tensor], Tensor] | None = None  # reads the gate's description from features
+
+
+class GatedSegment(nn.Module):
+    """A segment as a row of static modules and :class:`Unit`.
+
+    ``forward`` returns features. In train mode it leaves the decisions of each unit in ``shares``, a list of (N, P)
+    that carry gradients; in eval mode the chosen paths in ``choices``, (N, U), int64.
+
+    Attributes:
+        offset: added to the score of each path times its relative cost; ALL_OPEN opens all gates.
+        noise: whether decisions are sampled in train mode.
+        forced: paths that the images of the next batches take whatever the gates say, (N, U); None lets gates decide.
+    """
+
+    def __init__(self, pieces: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.pieces = nn.ModuleList(pieces)
+        self.offset = 0.0
+        self.noise = True
+        self.forced: Tensor | None = None
+        self.shares: list[Tensor] = []
+        self.choices: Tensor | None = None
+
+    @property
+    def units(self) -> list[Unit]:
+        """In order of execution."""
+        return [piece for piece in self.pieces if isinstance(piece, Unit)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the last batch's decisions, whose gradients cannot be copied."""
+        return {**self.__dict__, "shares": [], "choices": None}
+
+    def forward(self, features_NCHW: Tensor) -> Tensor:
+        if self.training:
+            return self._blend(features_NCHW)
+        features, self.choices = run_pieces(self.as_pieces(), self.offset, features_NCHW, self.forced)
+        return features
+
+    def _blend(self, features: Tensor) -> Tensor:
+        state: State = None
+        self.shares = []
+        for piece in self.pieces:
+            if isinstance(piece, Unit):
+                scores, state = piece.gate.decide(piece.gate.describe(features), state)
+                self.shares.append(sample_paths(scores, self.noise))
+                features = piece.blend(features, self.shares[-1])
+            else:
+                features = piece(features)
+        return features
+
+    def as_pieces(self) -> list[Piece]:
+        """What :func:`run_pieces` runs."""
+        return make_pieces(list(self.pieces), eager_run, lambda gate: gate.describe)
+
+    def compiled(self, compile_way: Callable[[nn.Module], nn.Module]) -> "GatedSegment":
+        """A segment for eval mode only, each of whose ways is what ``compile_way`` makes of it."""
+        pieces: list[nn.Module] = []
+        for piece in self.pieces:
+            if isinstance(piece, Unit):
+                pieces.append(_FrozenUnit(piece, [None if way is None else compile_way(way) for way in piece.paths()]))
+            else:
+                pieces.append(compile_way(piece))
+        frozen = GatedSegment(pieces).eval()
+        frozen.offset = self.offset
+        return frozen
+
+
+def eager_run(module: nn.Module, pooled: bool) -> Run:
+    """A module as a way through a piece, with the channel means of its output if a gate wants them."""
+
+    def run(features: Tensor) -> tuple[Tensor, Tensor | None]:
+        features = module(features)
+        return features, pool(features) if pooled else None
+
+    return run
+
+
+def make_pieces(
+    modules: Sequence[nn.Module],
+    compile_way: Callable[[nn.Module, bool], Run],
+    compile_gate: Callable[[Gate], Callable[[Tensor], Tensor]],
+) -> list[Piece]:
+    """The pieces of a segment with each way compiled by itself; a way hands on the channel means only where the next
+    unit's gate reads them."""
+    pieces = []
+    for module, following in zip(modules, [*modules[1:], None], strict=True):
+        pooled = isinstance(following, Unit) and following.gate.pooled
+        if not isinstance(module, Unit):
+            pieces.append(Piece([compile_way(module, pooled)]))
+            continue
+        ways = [None if way is None else compile_way(way, pooled) for way in module.paths()]
+        pieces.append(Piece(ways, module, compile_gate(module.gate)))
+    return pieces
+
+
+def run_pieces(
+    pieces: Sequence[Piece], offset: float, features_NCHW: Tensor, forced_NU: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Run each piece for the images that need it, where its gate or ``forced_NU`` says so.
+
+    Returns:
+        features, and the path that each image took through each unit, (N, U), int64. The features given are not
+        written to unless the segment begins with a unit, and then only without autograd.
+    """
+    features, means, state = features_NCHW, None, None
+    chosen: list[Tensor] = []
+    for piece in pieces:
+        unit = piece.unit
+        if unit is None:
+            assert piece.ways[0] is not None
+            features, means = piece.ways[0](features)
+            continue
+        assert piece.describe is not None
+        described = means if means is not None and unit.gate.pooled else piece.describe(features)
+        scores, state = unit.gate.decide(described, state)
+        choice_N = choose(scores, unit.path_costs, offset) if forced_NU is None else forced_NU[:, len(chosen)]
+        features, means = _dispatch(piece.ways, choice_N, features, described if unit.gate.pooled else None)
+        chosen.append(choice_N)
+    return features, torch.stack(chosen, 1)
+
+
+def _dispatch(
+    ways: Sequence[Run | None], choice_N: Tensor, features: Tensor, means: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Send each image its way. Rows are gathered, computed and written back in place; nothing is concatenated."""
+    taken = choice_N.tolist()
+    first = taken[0]
+    if all(one == first for one in taken):
+        way = ways[first]
+        return (features, means) if way is None else way(features)
+    if torch.is_grad_enabled():
+        features, means = features.clone(), None if means is None else means.clone()
+    source = features
+    target = features if None in ways else None
+    target_means = means if None in ways else None
+    known = means is not None or None not in ways  # else the means of those who pass unchanged are missing
+    for path in sorted(set(taken)):
+        way = ways[path]
+        if way is None:
+            continue
+        rows = torch.tensor([row for row, one in enumerate(taken) if one == path])
+        found, found_means = way(take_rows(source, rows))
+        if target is None:
+            target = source if found.shape[1:] == source.shape[1:] else found.new_empty(len(taken), *found.shape[1:])
+        put_rows(target, rows, found)
+        if found_means is not None and known:
+            if target_means is None:
+                target_means = found_means.new_empty(len(taken), found_means.shape[1])
+            put_rows(target_means, rows, found_means)
+    assert target is not None
+    return target, target_means if known else None
+
+
+def take_rows(values: Tensor, rows: Tensor) -> Tensor:
+    """Copies of these rows. numpy where it can: a parallel region of torch would leave its threads spinning against
+    those of ONNX Runtime."""
+    if _by_numpy(values):
+        return torch.from_numpy(values.numpy().take(rows.numpy(), axis=0))
+    return values[rows]
+
+
+def put_rows(values: Tensor, rows: Tensor, found: Tensor) -> None:
+    """Write rows in place."""
+    if _by_numpy(values) and _by_numpy(found):
+        values.numpy()[rows.numpy()] = found.numpy()
+    else:
+        values[rows] = found
+
+
+def _by_numpy(values: Tensor) -> bool:
+    cpu = values.device.type == "cpu" and not values.requires_grad
+    return cpu and values.is_contiguous() and values.dtype in (torch.float32, torch.float64)

@@ -1,0 +1,120 @@
+"""Gates: small modules that score, for each image, the ways through a unit of the network."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+ALL_OPEN = 1e6  # an offset that no score outweighs; finite, so that it survives JSON
+OPEN = 3.0  # initial advantage of the original path: every gate is open, and a gradient still reaches it
+_MEMORY = 10  # size of the recurrent gate's state (SkipNet, sec. 4.1)
+
+State = tuple[Tensor, Tensor] | None
+
+
+class Gate(nn.Module):
+    """Scores P paths, the cheapest first and the original last, in two halves.
+
+    ``describe`` reads the feature map and is the part that a backend compiles; ``decide`` is a few small products. A
+    gate that is ``pooled`` describes a map by its channel means, which an image that skipped a unit keeps.
+    """
+
+    pooled = True
+
+    def describe(self, features_NCHW: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, D)."""
+        return pool(features_NCHW)
+
+    def decide(self, described_ND: Tensor, state: State = None) -> tuple[Tensor, State]:
+        """(N, D) and the state that the gate before left -> scores (N, P) and the next state."""
+        raise NotImplementedError
+
+
+class LinearGate(Gate):
+    """Batch norm and a linear layer on pooled features; starts open (Veit & Belongie 2018, ConvNet-AIG, sec. 3.2)."""
+
+    def __init__(self, channels: int, paths: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(channels, affine=False)
+        self.linear = open_linear(channels, paths)
+
+    def decide(self, described_ND: Tensor, state: State = None) -> tuple[Tensor, State]:
+        return self.linear(self.norm(described_ND.float())), state
+
+
+class ConvGate(Gate):
+    """A stride-2 convolution before the pooling: SkipNet's FFGate-II (Wang et al. 2018, sec. 4.1), a quarter as wide."""
+
+    pooled = False
+
+    def __init__(self, channels: int, paths: int) -> None:
+        super().__init__()
+        width = max(8, channels // 4)
+        self.conv = nn.Conv2d(channels, width, 3, stride=2, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(width)
+        self.linear = open_linear(width, paths)
+
+    def describe(self, features_NCHW: Tensor) -> Tensor:
+        return pool(torch.relu(self.norm(self.conv(features_NCHW))))
+
+    def decide(self, described_ND: Tensor, state: State = None) -> tuple[Tensor, State]:
+        return self.linear(described_ND.float()), state
+
+
+class RecurrentMemory(nn.Module):
+    """What all recurrent gates of a network share: an LSTM cell and the scores read from it."""
+
+    def __init__(self, paths: int) -> None:
+        super().__init__()
+        self.cell = nn.LSTMCell(_MEMORY, _MEMORY)
+        self.linear = open_linear(_MEMORY, paths)
+
+
+class RecurrentGate(Gate):
+    """SkipNet's recurrent gate (Wang et al. 2018, sec. 4.1): pooled features, projected, through a shared LSTM.
+
+    The state starts anew in each segment, so that it need not be carried through an exit.
+    """
+
+    def __init__(self, channels: int, memory: RecurrentMemory) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(channels, affine=False)
+        self.project = nn.Linear(channels, _MEMORY)
+        self._memory = (memory,)  # a tuple: the network registers it once, not every gate again
+
+    def decide(self, described_ND: Tensor, state: State = None) -> tuple[Tensor, State]:
+        (memory,) = self._memory
+        state = memory.cell(self.project(self.norm(described_ND.float())), state)
+        assert state is not None
+        return memory.linear(state[0]), state
+
+
+def pool(features_NCHW: Tensor) -> Tensor:
+    """Channel means, (N, C, H, W) -> (N, C)."""
+    return functional.adaptive_avg_pool2d(features_NCHW, 1).flatten(1)
+
+
+def open_linear(inputs: int, paths: int) -> nn.Linear:
+    """A linear layer that prefers the last path whatever it sees, until it is trained."""
+    linear = nn.Linear(inputs, paths)
+    nn.init.zeros_(linear.weight)
+    with torch.no_grad():
+        linear.bias.zero_()[-1] = OPEN
+    return linear
+
+
+def sample_paths(scores_NP: Tensor, noise: bool) -> Tensor:
+    """One path for each image as a one-hot row with the gradient of a softmax (straight-through).
+
+    With ``noise`` the path is drawn from the softmax by the Gumbel trick (Jang et al. 2017; Verelst & Tuytelaars 2020,
+    DynConv, sec. 3.2), else it is the best one.
+    """
+    if noise:
+        return functional.gumbel_softmax(scores_NP.float(), hard=True)
+    soft = scores_NP.float().softmax(1)
+    hard = functional.one_hot(soft.argmax(1), scores_NP.shape[1]).to(soft)
+    return hard + soft - soft.detach()
+
+
+def choose(scores_NP: Tensor, costs_P: Tensor, offset: float) -> Tensor:
+    """Path index of each image, (N,): the best score after ``offset`` times the path's relative cost is added."""
+    return (scores_NP + offset * costs_P if offset else scores_NP).argmax(1)

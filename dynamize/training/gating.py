@@ -1,0 +1,82 @@
+"""What gates are trained towards, beside the answers: a mean cost."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dynamize.nn.gated import GatedSegment
+from dynamize.nn.network import DynamicNetwork
+
+_WEIGHT = 10.0  # of the cost, against a cross entropy of 1 (DynConv; LAUDNet)
+_ANNEALED = 1 / 3  # of the training, in which the target falls and the bounds widen
+_QUIET = 0.8  # from here on decisions are no longer sampled, as in eval mode (DynConv, sec. 3.2)
+
+
+class BudgetLoss:
+    """The squared distance of the mean cost to a target, for networks with gates.
+
+    With E the mean cost of a batch under its decisions, relative to the original network: (E - t)^2 plus, averaged over
+    the units, max(0, r - u)^2 + max(0, l - r)^2 for each unit's relative cost r (Verelst & Tuytelaars 2020, DynConv,
+    eq. 8 and 9). t falls from 1 to ``target`` in the first third of the training, as a pretrained network has to be led
+    away from its open gates; meanwhile the bounds widen from t to [0, 1].
+
+    Args:
+        network: whose train-mode forward leaves the decisions.
+        target: mean cost as a share of the original network's, gates, heads and what always runs included.
+        costs: for each unit the cost of its paths (P,).
+        fixed: cost of all that always runs.
+        whole: cost of the original network.
+    """
+
+    def __init__(
+        self, network: DynamicNetwork, target: float, costs: Sequence[Sequence[float]], fixed: float, whole: float
+    ) -> None:
+        self.network, self.target = network, target
+        self.costs = [torch.tensor(path_costs, dtype=torch.float32) / whole for path_costs in costs]
+        self.fixed = fixed / whole
+        self.progress = 0.0
+
+    @property
+    def reachable(self) -> tuple[float, float]:
+        """Relative mean cost with all gates closed and with all open."""
+        cheapest = self.fixed + sum(float(costs.min()) for costs in self.costs)
+        return cheapest, self.fixed + sum(float(costs[-1]) for costs in self.costs)
+
+    def advance(self, progress: float) -> None:
+        """Tell how much of the training is over, 0 to 1."""
+        self.progress = progress
+        for segment in self._segments():
+            segment.noise = progress < _QUIET
+
+    def __call__(self) -> Tensor:
+        """The loss of the decisions of the last batch, a scalar."""
+        shares = [one for segment in self._segments() for one in segment.shares]
+        spent = [share.mean(0) @ costs.to(share) for share, costs in zip(shares, self.costs, strict=True)]
+        fall = min(1.0, self.progress / _ANNEALED)
+        target = 1 - (1 - self.target) * fall
+        tight = math.cos(math.pi / 2 * fall) ** 2
+        low, high = target * tight, 1 - (1 - target) * tight
+        rates = [one / costs[-1].to(one) for one, costs in zip(spent, self.costs, strict=True)]
+        outside = [torch.relu(rate - high) ** 2 + torch.relu(low - rate) ** 2 for rate in rates]
+        mean = torch.stack(spent).sum() + self.fixed
+        return _WEIGHT * ((mean - target) ** 2 + torch.stack(outside).mean())
+
+    def _segments(self) -> list[GatedSegment]:
+        return [segment for segment in self.network.segments if isinstance(segment, GatedSegment)]
+
+
+class GatedLoss:
+    """Another loss plus the budget of the gates, for ``loss(logits, images, labels)`` in any loop."""
+
+    def __init__(self, answers: Any, budget: BudgetLoss) -> None:
+        self.answers, self.budget = answers, budget
+
+    def advance(self, progress: float) -> None:
+        self.budget.advance(progress)
+
+    def __call__(self, logits: Any, images: Tensor, labels: Tensor) -> Tensor:
+        loss: Tensor = self.answers(logits, images, labels) + self.budget()
+        return loss

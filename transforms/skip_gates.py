@@ -1,0 +1,183 @@
+"""`skip_gates`: residual blocks that each image runs or skips."""
+
+import math
+from collections.abc import Sequence
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field, PositiveInt
+from torch import fx
+
+from dynamize.errors import DynamizeError, closest
+from dynamize.graph.extract import extract
+from dynamize.graph.residual import ResidualBlock, bypass, residual_blocks
+from dynamize.graph.segments import build_segments
+from dynamize.graph.trace import annotate, blank
+from dynamize.measure.macs import count_macs
+from dynamize.nn.gated import SkipUnit
+from dynamize.nn.gates import ConvGate, Gate, LinearGate, RecurrentGate, RecurrentMemory
+from dynamize.nn.network import DynamicNetwork
+from dynamize.runtime.profile import gate_price
+from dynamize.transform import Applied, Context, Transform
+
+_PATHS = 2  # skip, run
+_SKIPPED = 0.5  # share of images for which a gate has to pay
+_LONGEST = 4  # blocks under one gate: more leave too little to decide
+
+Run = Annotated[list[str], Field(min_length=1)]
+
+
+class SkipGates(Transform):
+    """Put a gate before residual blocks (SkipNet, Wang et al. 2018; ConvNet-AIG, Veit & Belongie 2018).
+
+    A skipped block costs nothing but its projection shortcut, if it has one. All gates start open.
+    """
+
+    pass_name: Literal["skip_gates"] = Field("skip_gates", alias="pass")
+    blocks: Literal["auto"] | list[Run] = Field(
+        "auto", description="lists of neighbouring blocks under one gate each, by module path or node name; or auto"
+    )
+    gate: Literal["linear", "recurrent", "conv"] = Field(
+        "linear",
+        description="linear: on pooled features; recurrent: an LSTM over pooled features, shared by all gates "
+        "(SkipNet); conv: a strided convolution (SkipNet's FFGate-II)",
+    )
+    group: Literal["auto"] | PositiveInt = Field(
+        "auto",
+        description="blocks under one gate, for `blocks: auto`; auto: as few as make up for the gate's own time on the "
+        "backend when half of the images skip them",
+    )
+    keep: list[str] = Field([], description="blocks that always run, for `blocks: auto`")
+    keep_first: bool = Field(True, description="the first block always runs, for `blocks: auto`")
+
+    once: ClassVar[bool] = True
+    before: ClassVar[tuple[str, ...]] = ("distill", "calibrate")
+
+    def apply(self, network: DynamicNetwork, context: Context) -> Applied:
+        annotate(network.plain, network.input_shape)
+        found = residual_blocks(network.plain)
+        if not found:
+            raise DynamizeError(
+                "skip_gates: the network has no residual block, that is, no sum of a shortcut and a branch between two "
+                "cut points. `dynamize inspect MODEL` says why for each block; `exits` works without."
+            )
+        notes: list[str] = []
+        if self.blocks == "auto":
+            runs, notes = self._group(network, self._gateable(found), context)
+        else:
+            runs = [[_find(found, name) for name in names] for names in self.blocks]
+            _check_runs(network, runs)
+        self._insert(network, runs)
+        resolved = self.model_copy(
+            update={"blocks": [[b.upto for b in run] for run in runs], "group": max(map(len, runs)), "keep": []}
+        )
+        share = sum(unit.path_macs[-1] - unit.path_macs[0] for unit in network.units) / _macs(network.plain)
+        notes = [f"{len(runs)} gates over {sum(map(len, runs))} blocks, {share:.0%} of the MACs", *notes]
+        return Applied(network, resolved, notes)
+
+    def _gateable(self, found: list[ResidualBlock]) -> list[ResidualBlock]:
+        kept = {_find(found, name).upto for name in self.keep} | ({found[0].upto} if self.keep_first else set())
+        gateable = [block for block in found if block.upto not in kept]
+        if not gateable:
+            raise DynamizeError(
+                f"skip_gates: all {len(found)} residual blocks are kept open: shorten `keep` or set keep_first: false"
+            )
+        return gateable
+
+    def _group(
+        self, network: DynamicNetwork, blocks: list[ResidualBlock], context: Context
+    ) -> tuple[list[list[ResidualBlock]], list[str]]:
+        if self.group != "auto":
+            return _runs(blocks, self.group, network.cuts), []
+        trial = _runs(blocks, 1, network.cuts)
+        price = gate_price(network, lambda one: self._insert(one, trial), context.backend, context.device)
+        per_mac = price.blocks_ms / sum(block.macs - block.bypass_macs for block in blocks)
+        mean_ms = per_mac * sum(block.macs for block in blocks) / len(blocks)
+        length = min(_LONGEST, max(1, math.ceil(price.gate_ms / (_SKIPPED * mean_ms))))
+        notes = [
+            f"on {context.backend} at batch 1 a gate takes {1e3 * price.gate_ms:.0f} us and a block "
+            f"{1e3 * mean_ms:.0f} us, so one gate governs up to {length} blocks"
+        ]
+        if price.gate_ms > _SKIPPED * mean_ms * length:
+            notes.append("even so, gates take longer here than skipping half of the blocks saves at batch 1")
+        return _runs(blocks, length, network.cuts), notes
+
+    def _insert(self, network: DynamicNetwork, runs: Sequence[Sequence[ResidualBlock]]) -> None:
+        """Rebuild the segments of ``network`` with a unit in the place of each run."""
+        plain = network.plain
+        with torch.random.fork_rng():  # initialising layers draws from the global generator
+            torch.manual_seed(0)
+            memory = RecurrentMemory(_PATHS) if self.gate == "recurrent" else None
+            units = [self._unit(plain, run, memory) for run in runs]
+        network.memory = memory
+        network.segments = torch.nn.ModuleList(
+            build_segments(plain, network.cuts, {unit.region: unit for unit in units})
+        )
+        network.to(blank(plain)).train(network.training)
+
+    def _unit(self, plain: fx.GraphModule, run: Sequence[ResidualBlock], memory: RecurrentMemory | None) -> SkipUnit:
+        first, last = run[0], run[-1]
+        gate = self._make_gate(first.shape[0], memory)
+        label = first.module if len(run) == 1 else f"{first.module} to {last.module}"
+        macs = sum(block.macs for block in run)
+        return SkipUnit(
+            label,
+            (first.after, last.upto),
+            gate,
+            extract(plain, first.after, last.upto),
+            bypass(plain, first) if len(run) == 1 else None,
+            [first.bypass_macs if len(run) == 1 else 0.0, macs],
+            _gate_macs(gate, first.shape),
+        )
+
+    def _make_gate(self, channels: int, memory: RecurrentMemory | None) -> Gate:
+        if memory is not None:
+            return RecurrentGate(channels, memory)
+        return (LinearGate if self.gate == "linear" else ConvGate)(channels, _PATHS)
+
+
+def _runs(blocks: Sequence[ResidualBlock], length: int, cuts: Sequence[str]) -> list[list[ResidualBlock]]:
+    """Neighbours of one shape that return their input when skipped, at most ``length`` together, none across an exit."""
+    runs: list[list[ResidualBlock]] = []
+    for block in blocks:
+        last = runs[-1][-1] if runs else None
+        joins = last is not None and last.upto == block.after and last.upto not in cuts
+        if joins and last is not None and last.identity and block.identity and last.shape == block.shape:
+            if len(runs[-1]) < length:
+                runs[-1].append(block)
+                continue
+        runs.append([block])
+    return runs
+
+
+def _check_runs(network: DynamicNetwork, runs: Sequence[Sequence[ResidualBlock]]) -> None:
+    for run in runs:
+        if len(_runs(run, len(run), network.cuts)) != 1:
+            raise DynamizeError(
+                f"skip_gates: the blocks {[block.upto for block in run]} cannot share a gate: they must follow each "
+                "other without an exit between them, have one shape and no projection. Give each a list of its own."
+            )
+    names = [block.upto for run in runs for block in run]
+    if len(set(names)) < len(names):
+        raise DynamizeError(f"skip_gates: a block is named twice in {names}: name each once")
+
+
+def _find(blocks: Sequence[ResidualBlock], name: str) -> ResidualBlock:
+    for block in blocks:
+        if name in (block.upto, block.module):
+            return block
+    known = [block.module for block in blocks]
+    raise DynamizeError(
+        f"skip_gates: '{name}' is no residual block of this network. {closest(name, known)}Known: {', '.join(known)}."
+    )
+
+
+def _gate_macs(gate: Gate, shape: tuple[int, ...]) -> float:
+    gate = gate.eval()
+    features = blank(gate, 1, *shape)
+    described = gate.describe(features)
+    return count_macs(gate.describe, features) + count_macs(gate.decide, described)
+
+
+def _macs(plain: fx.GraphModule) -> float:
+    return float(sum(node.meta["macs"] for node in plain.graph.nodes))
