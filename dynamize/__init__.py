@@ -18,12 +18,14 @@ if TYPE_CHECKING:
     from dynamize.sources import source as source
     from dynamize.training.objectives import MultiExitLoss as MultiExitLoss
     from dynamize.transforms import Calibrate as Calibrate
+    from dynamize.transforms import ChannelGates as ChannelGates
     from dynamize.transforms import Distill as Distill
     from dynamize.transforms import Exits as Exits
     from dynamize.transforms import SkipGates as SkipGates
 
 _HOMES = {
     "Calibrate": "transforms",
+    "ChannelGates": "transforms",
     "Distill": "transforms",
     "DynamicNetwork": "nn.network",
     "DynamizeError": "errors",

@@ -42,7 +42,7 @@ class Calibrate(Transform):
 
     structural: ClassVar[bool] = False
     exact: ClassVar[bool] = False
-    after: ClassVar[tuple[str, ...]] = ("exits", "skip_gates")
+    after: ClassVar[tuple[str, ...]] = ("exits", "skip_gates", "channel_gates")
 
     @model_validator(mode="after")
     def _one_budget(self) -> Self:
@@ -53,7 +53,7 @@ class Calibrate(Transform):
 
     def apply(self, network: DynamicNetwork, context: Context) -> Applied:
         if not network.heads and not network.units:
-            raise DynamizeError("calibrate: the network has neither exits nor gates: put `exits` or `skip_gates` before")
+            raise DynamizeError("calibrate: the network has neither exits nor gates: put `exits`, `skip_gates` or `channel_gates` before")
         data = context.needs_data(self)
         teacher = context.needs_teacher(self)
         maker = TableMaker(network, data.calibration, teacher, context.device, context.backend, self.latency_batch)

@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from dynamize.errors import DynamizeError
 from dynamize.graph.cuts import CutPoint, cut_points, find_cut
-from dynamize.graph.segments import build_segments
+from dynamize.nn.segments import build_segments
 from dynamize.graph.tails import tail
 from dynamize.graph.trace import annotate, blank
 from dynamize.measure.macs import count_macs

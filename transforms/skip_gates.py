@@ -11,11 +11,10 @@ from torch import fx
 from dynamize.errors import DynamizeError, closest
 from dynamize.graph.extract import extract
 from dynamize.graph.residual import ResidualBlock, bypass, residual_blocks
-from dynamize.graph.segments import build_segments
+from dynamize.nn.segments import build_segments
 from dynamize.graph.trace import annotate, blank
-from dynamize.measure.macs import count_macs
 from dynamize.nn.gated import SkipUnit
-from dynamize.nn.gates import ConvGate, Gate, LinearGate, RecurrentGate, RecurrentMemory
+from dynamize.nn.gates import RecurrentMemory, gate_macs, make_gate
 from dynamize.nn.network import DynamicNetwork
 from dynamize.runtime.profile import gate_price
 from dynamize.transform import Applied, Context, Transform
@@ -109,15 +108,15 @@ class SkipGates(Transform):
             torch.manual_seed(0)
             memory = RecurrentMemory(_PATHS) if self.gate == "recurrent" else None
             units = [self._unit(plain, run, memory) for run in runs]
-        network.memory = memory
+        network.memory = memory or network.memory
         network.segments = torch.nn.ModuleList(
-            build_segments(plain, network.cuts, {unit.region: unit for unit in units})
+            build_segments(plain, network.cuts, {unit.region: unit for unit in [*network.units, *units]})
         )
         network.to(blank(plain)).train(network.training)
 
     def _unit(self, plain: fx.GraphModule, run: Sequence[ResidualBlock], memory: RecurrentMemory | None) -> SkipUnit:
         first, last = run[0], run[-1]
-        gate = self._make_gate(first.shape[0], memory)
+        gate = make_gate(self.gate, first.shape[0], _PATHS, memory)
         label = first.module if len(run) == 1 else f"{first.module} to {last.module}"
         macs = sum(block.macs for block in run)
         return SkipUnit(
@@ -127,13 +126,8 @@ class SkipGates(Transform):
             extract(plain, first.after, last.upto),
             bypass(plain, first) if len(run) == 1 else None,
             [first.bypass_macs if len(run) == 1 else 0.0, macs],
-            _gate_macs(gate, first.shape),
+            gate_macs(gate, blank(plain, 1, *first.shape)),
         )
-
-    def _make_gate(self, channels: int, memory: RecurrentMemory | None) -> Gate:
-        if memory is not None:
-            return RecurrentGate(channels, memory)
-        return (LinearGate if self.gate == "linear" else ConvGate)(channels, _PATHS)
 
 
 def _runs(blocks: Sequence[ResidualBlock], length: int, cuts: Sequence[str]) -> list[list[ResidualBlock]]:
@@ -170,13 +164,6 @@ def _find(blocks: Sequence[ResidualBlock], name: str) -> ResidualBlock:
     raise DynamizeError(
         f"skip_gates: '{name}' is no residual block of this network. {closest(name, known)}Known: {', '.join(known)}."
     )
-
-
-def _gate_macs(gate: Gate, shape: tuple[int, ...]) -> float:
-    gate = gate.eval()
-    features = blank(gate, 1, *shape)
-    described = gate.describe(features)
-    return count_macs(gate.describe, features) + count_macs(gate.decide, described)
 
 
 def _macs(plain: fx.GraphModule) -> float:

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dynamize.measure.macs import count_macs
+
 ALL_OPEN = 1e6  # an offset that no score outweighs; finite, so that it survives JSON
 OPEN = 3.0  # initial advantage of the original path: every gate is open, and a gradient still reaches it
 _MEMORY = 10  # size of the recurrent gate's state (SkipNet, sec. 4.1)
@@ -61,7 +63,7 @@ class ConvGate(Gate):
 
 
 class RecurrentMemory(nn.Module):
-    """What all recurrent gates of a network share: an LSTM cell and the scores read from it."""
+    """What all recurrent gates of a network share: an LSTM cell and the scores of the most ``paths`` that any has."""
 
     def __init__(self, paths: int) -> None:
         super().__init__()
@@ -75,8 +77,9 @@ class RecurrentGate(Gate):
     The state starts anew in each segment, so that it need not be carried through an exit.
     """
 
-    def __init__(self, channels: int, memory: RecurrentMemory) -> None:
+    def __init__(self, channels: int, paths: int, memory: RecurrentMemory) -> None:
         super().__init__()
+        self.paths = paths
         self.norm = nn.BatchNorm1d(channels, affine=False)
         self.project = nn.Linear(channels, _MEMORY)
         self._memory = (memory,)  # a tuple: the network registers it once, not every gate again
@@ -85,7 +88,7 @@ class RecurrentGate(Gate):
         (memory,) = self._memory
         state = memory.cell(self.project(self.norm(described_ND.float())), state)
         assert state is not None
-        return memory.linear(state[0]), state
+        return memory.linear(state[0])[:, -self.paths :], state
 
 
 def pool(features_NCHW: Tensor) -> Tensor:
@@ -118,3 +121,17 @@ def sample_paths(scores_NP: Tensor, noise: bool) -> Tensor:
 def choose(scores_NP: Tensor, costs_P: Tensor, offset: float) -> Tensor:
     """Path index of each image, (N,): the best score after ``offset`` times the path's relative cost is added."""
     return (scores_NP + offset * costs_P if offset else scores_NP).argmax(1)
+
+
+def make_gate(kind: str, channels: int, paths: int, memory: RecurrentMemory | None) -> Gate:
+    """A gate of a kind: linear, conv or recurrent, which needs the memory."""
+    if kind == "recurrent":
+        assert memory is not None
+        return RecurrentGate(channels, paths, memory)
+    return (LinearGate if kind == "linear" else ConvGate)(channels, paths)
+
+
+def gate_macs(gate: Gate, features: Tensor) -> float:
+    """MACs of a gate on these features."""
+    gate = gate.eval()
+    return count_macs(gate.describe, features) + count_macs(gate.decide, gate.describe(features))
