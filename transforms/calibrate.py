@@ -14,6 +14,7 @@ from dynamize.calibration import (
 from dynamize.calibration.collect import TableMaker
 from dynamize.calibration.gates import GateTables, best_point, curve
 from dynamize.errors import DynamizeError
+from dynamize.measure.controls import adaptivity
 from dynamize.nn.network import DynamicNetwork
 from dynamize.transform import Applied, Context, Transform
 
@@ -21,8 +22,8 @@ _DEFAULT_DROP = 0.2
 
 
 class Calibrate(Transform):
-    """Fit a temperature to each head, solve the thresholds of exits and the offset of gates for a budget, and list points
-    along the whole curve.
+    """Fit a temperature to each head, solve the thresholds of exits and the offset of gates for a budget, and list
+    points along the whole curve.
 
     At most one of ``max_drop``, ``macs_ratio``, ``macs`` and ``latency_ms``; none means ``max_drop: 0.2``. The
     others stay reachable without retraining through ``set_operating_point`` and ``predict --budget``.
@@ -53,7 +54,10 @@ class Calibrate(Transform):
 
     def apply(self, network: DynamicNetwork, context: Context) -> Applied:
         if not network.heads and not network.units:
-            raise DynamizeError("calibrate: the network has neither exits nor gates: put `exits`, `skip_gates` or `channel_gates` before")
+            raise DynamizeError(
+                "calibrate: the network has neither exits nor gates: put `exits`, `skip_gates` or `channel_gates` "
+                "before"
+            )
         data = context.needs_data(self)
         teacher = context.needs_teacher(self)
         maker = TableMaker(network, data.calibration, teacher, context.device, context.backend, self.latency_batch)
@@ -66,7 +70,10 @@ class Calibrate(Transform):
         points = OperatingPoints(tuple(sorted([*along, chosen], key=lambda point: point.macs)))
         network.operating_points = points
         network.set_operating_point(chosen)
-        return Applied(network, resolved, [*data.warnings, _promise(chosen)])
+        notes = [*data.warnings, _promise(chosen)]
+        if network.units:
+            notes.append(adaptivity(network, data.calibration, context.device, context.seed).verdict())
+        return Applied(network, resolved, notes)
 
     def _given(self) -> bool:
         return any(v is not None for v in (self.max_drop, self.macs_ratio, self.macs, self.latency_ms))

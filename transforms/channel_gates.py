@@ -71,7 +71,9 @@ class ChannelGates(Transform):
         resolved = self.model_copy(update={"blocks": [cut.name for cut in found]})
         saved = sum(units[borders[cut.name], cut.name].path_macs[-1] for cut in found)
         least = sum(units[borders[cut.name], cut.name].path_macs[0] for cut in found)
-        return Applied(network, resolved, [f"{len(found)} gates; {(saved - least) / _macs(plain):.0%} of the MACs can be left out"])
+        return Applied(
+            network, resolved, [f"{len(found)} gates; {(saved - least) / _macs(plain):.0%} of the MACs can be left out"]
+        )
 
     def _regions(self, network: DynamicNetwork) -> dict[CutPoint, list[Chain]]:
         """Blocks between neighbouring cut points with channels to split, by the cut that ends them."""
@@ -79,10 +81,14 @@ class ChannelGates(Transform):
         taken = [unit.region for unit in network.units]
         position = {node.name: i for i, node in enumerate(plain.graph.nodes)}
         found: dict[CutPoint, list[Chain]] = {}
+        everywhere = {
+            chain.producers for chain in private_chains(plain)
+        }  # a region does not see who else uses a module
         cuts = {cut.name: cut for cut in cut_points(plain)}
         for upto, after in _borders(network):
             inside = any(position[a] <= position[after] and position[upto] <= position[b] for a, b in taken)
-            chains = [chain for chain in private_chains(extract(plain, after, upto)) if len(self._widths(chain)) > 1]
+            private = [one for one in private_chains(extract(plain, after, upto)) if one.producers in everywhere]
+            chains = [chain for chain in private if len(self._widths(chain)) > 1]
             saving = sum(chain.macs for chain in chains) / 2
             if chains and not inside and saving >= _LEAST * whole / 2:
                 found[cuts[upto]] = chains

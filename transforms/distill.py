@@ -10,8 +10,8 @@ from dynamize.measure.costs import exit_costs
 from dynamize.measure.macs import count_macs
 from dynamize.nn.network import DynamicNetwork
 from dynamize.runtime.profile import path_latency
-from dynamize.training.loop import Plan, bf16_helps, train
 from dynamize.training.gating import BudgetLoss, GatedLoss
+from dynamize.training.loop import Plan, bf16_helps, train
 from dynamize.training.objectives import MultiExitLoss
 from dynamize.transform import Applied, Context, Transform
 
@@ -116,7 +116,7 @@ class Distill(Transform):
         if not cheapest < self._target <= dearest:
             raise DynamizeError(
                 f"distill: gate_budget {self._target:g} cannot be reached: with all gates closed the network costs "
-                f"{cheapest:.3f} of the original's {self.gate_cost}, with all open {dearest:.3f}. Ask for a value between."
+                f"{cheapest:.3f} of the original's {self.gate_cost}, with all open {dearest:.3f}. Ask for one between."
             )
         return budget
 

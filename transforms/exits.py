@@ -10,7 +10,6 @@ from torch import fx, nn
 
 from dynamize.errors import DynamizeError
 from dynamize.graph.cuts import CutPoint, cut_points, find_cut
-from dynamize.nn.segments import build_segments
 from dynamize.graph.tails import tail
 from dynamize.graph.trace import annotate, blank
 from dynamize.measure.macs import count_macs
@@ -18,6 +17,7 @@ from dynamize.nn.confidence import ConfidenceName
 from dynamize.nn.gated import Unit
 from dynamize.nn.heads import ExitHead, conv_body, linear_classifier, zero_fusion
 from dynamize.nn.network import DynamicNetwork
+from dynamize.nn.segments import build_segments
 from dynamize.training.probe import probe
 from dynamize.transform import Applied, Context, Transform
 

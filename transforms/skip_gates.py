@@ -11,11 +11,11 @@ from torch import fx
 from dynamize.errors import DynamizeError, closest
 from dynamize.graph.extract import extract
 from dynamize.graph.residual import ResidualBlock, bypass, residual_blocks
-from dynamize.nn.segments import build_segments
 from dynamize.graph.trace import annotate, blank
 from dynamize.nn.gated import SkipUnit
 from dynamize.nn.gates import RecurrentMemory, gate_macs, make_gate
 from dynamize.nn.network import DynamicNetwork
+from dynamize.nn.segments import build_segments
 from dynamize.runtime.profile import gate_price
 from dynamize.transform import Applied, Context, Transform
 
@@ -131,17 +131,19 @@ class SkipGates(Transform):
 
 
 def _runs(blocks: Sequence[ResidualBlock], length: int, cuts: Sequence[str]) -> list[list[ResidualBlock]]:
-    """Neighbours of one shape that return their input when skipped, at most ``length`` together, none across an exit."""
+    """Neighbours of one shape that return their input when skipped: ``length`` at most, none across an exit."""
     runs: list[list[ResidualBlock]] = []
     for block in blocks:
-        last = runs[-1][-1] if runs else None
-        joins = last is not None and last.upto == block.after and last.upto not in cuts
-        if joins and last is not None and last.identity and block.identity and last.shape == block.shape:
-            if len(runs[-1]) < length:
-                runs[-1].append(block)
-                continue
-        runs.append([block])
+        if runs and len(runs[-1]) < length and _joins(runs[-1][-1], block) and block.after not in cuts:
+            runs[-1].append(block)
+        else:
+            runs.append([block])
     return runs
+
+
+def _joins(last: ResidualBlock, block: ResidualBlock) -> bool:
+    alike = last.identity and block.identity and last.shape == block.shape
+    return alike and last.upto == block.after
 
 
 def _check_runs(network: DynamicNetwork, runs: Sequence[Sequence[ResidualBlock]]) -> None:

@@ -123,9 +123,7 @@ class ConfidenceTable:
             )
         return self.costs[measure]
 
-    def spent(
-        self, measure: str, thresholds: Sequence[float | None], exits: NDArray[np.int64]
-    ) -> NDArray[np.float64]:
+    def spent(self, measure: str, thresholds: Sequence[float | None], exits: NDArray[np.int64]) -> NDArray[np.float64]:
         """What each image (n,) costs if it leaves at ``exits`` (n,), without the heads of exits that are off."""
         cost = self.cost(measure)[exits]
         if measure in self.image_costs:

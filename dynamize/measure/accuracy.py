@@ -36,11 +36,9 @@ def exit_logits(network: DynamicNetwork, images: Images, device: torch.device) -
     return everything(network, images, device)[:2]
 
 
-def everything(
-    network: DynamicNetwork, images: Images, device: torch.device
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Logits of every exit, K tensors (n, classes) on the CPU, labels (n,), and the path through every gated unit (n, U)
-    of images that all go to the end."""
+def everything(network: DynamicNetwork, images: Images, device: torch.device) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Logits of every exit, K tensors (n, classes) on the CPU, labels (n,), and the path through every gated unit (n, U);
+    all images go to the end."""
     network.to(device).eval()
     found: list[list[Tensor]] = [[] for _ in range(network.exit_count)]
     labels: list[Tensor] = []

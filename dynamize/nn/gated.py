@@ -163,10 +163,12 @@ class GatedSegment(nn.Module):
         return make_pieces(list(self.pieces), eager_run, lambda gate: gate.describe)
 
     def compiled(self, compile_way: Callable[[nn.Module], nn.Module]) -> "GatedSegment":
-        """A segment for eval mode only, each of whose ways is what ``compile_way`` makes of it."""
+        """A segment for eval mode only, each of whose ways is what ``compile_way`` makes of it. Its gates, which it shares
+        with this one, are folded."""
         pieces: list[nn.Module] = []
         for piece in self.pieces:
             if isinstance(piece, Unit):
+                piece.gate.fold()
                 pieces.append(_FrozenUnit(piece, [None if way is None else compile_way(way) for way in piece.paths()]))
             else:
                 pieces.append(compile_way(piece))

@@ -1,5 +1,7 @@
 """Gates: small modules that score, for each image, the ways through a unit of the network."""
 
+import copy
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -30,21 +32,27 @@ class Gate(nn.Module):
         """(N, D) and the state that the gate before left -> scores (N, P) and the next state."""
         raise NotImplementedError
 
+    def fold(self) -> None:
+        """Fold what can be folded, for execution only."""
+
 
 class LinearGate(Gate):
     """Batch norm and a linear layer on pooled features; starts open (Veit & Belongie 2018, ConvNet-AIG, sec. 3.2)."""
 
     def __init__(self, channels: int, paths: int) -> None:
         super().__init__()
-        self.norm = nn.BatchNorm1d(channels, affine=False)
+        self.norm: nn.Module = nn.BatchNorm1d(channels, affine=False)
         self.linear = open_linear(channels, paths)
 
     def decide(self, described_ND: Tensor, state: State = None) -> tuple[Tensor, State]:
         return self.linear(self.norm(described_ND.float())), state
 
+    def fold(self) -> None:
+        self.norm, self.linear = nn.Identity(), _folded(self.norm, self.linear)
+
 
 class ConvGate(Gate):
-    """A stride-2 convolution before the pooling: SkipNet's FFGate-II (Wang et al. 2018, sec. 4.1), a quarter as wide."""
+    """A stride-2 convolution before the pooling: FFGate-II of SkipNet (Wang et al. 2018, sec. 4.1), narrower."""
 
     pooled = False
 
@@ -80,7 +88,7 @@ class RecurrentGate(Gate):
     def __init__(self, channels: int, paths: int, memory: RecurrentMemory) -> None:
         super().__init__()
         self.paths = paths
-        self.norm = nn.BatchNorm1d(channels, affine=False)
+        self.norm: nn.Module = nn.BatchNorm1d(channels, affine=False)
         self.project = nn.Linear(channels, _MEMORY)
         self._memory = (memory,)  # a tuple: the network registers it once, not every gate again
 
@@ -89,6 +97,9 @@ class RecurrentGate(Gate):
         state = memory.cell(self.project(self.norm(described_ND.float())), state)
         assert state is not None
         return memory.linear(state[0])[:, -self.paths :], state
+
+    def fold(self) -> None:
+        self.norm, self.project = nn.Identity(), _folded(self.norm, self.project)
 
 
 def pool(features_NCHW: Tensor) -> Tensor:
@@ -103,6 +114,20 @@ def open_linear(inputs: int, paths: int) -> nn.Linear:
     with torch.no_grad():
         linear.bias.zero_()[-1] = OPEN
     return linear
+
+
+def _folded(norm: nn.Module, linear: nn.Linear) -> nn.Linear:
+    """The linear layer with the normalisation before it, in eval mode."""
+    if not isinstance(norm, nn.BatchNorm1d):
+        return linear
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    scale = (norm.running_var + norm.eps).rsqrt()
+    folded = copy.deepcopy(linear)
+    with torch.no_grad():
+        folded.weight.copy_(linear.weight * scale)
+        folded.bias.copy_(linear.bias - linear.weight @ (norm.running_mean * scale))
+    return folded
 
 
 def sample_paths(scores_NP: Tensor, noise: bool) -> Tensor:

@@ -28,10 +28,15 @@ class CompiledNetwork:
     def __call__(self, images_NCHW: Tensor) -> Tensor:
         return self.run(images_NCHW).logits
 
-    def run(self, images_NCHW: Tensor) -> Routed:
-        """Logits (N, classes), the exit that each image left at (N,) and its path through each gated unit (N, U)."""
+    def run(self, images_NCHW: Tensor, forced_NU: Tensor | None = None) -> Routed:
+        """Logits (N, classes), the exit that each image left at (N,) and its path through each gated unit (N, U).
+
+        ``forced_NU`` are paths to take whatever the gates say; only while all exits are off.
+        """
         if self.network.units:
-            self.stages[0].network.gate_offset = self.network.gate_offset
+            frozen = self.stages[0].network
+            frozen.gate_offset = self.network.gate_offset
+            frozen.force_paths(forced_NU)
         with torch.inference_mode():
             return run_stages(self.stages, self.network.thresholds, images_NCHW)
 

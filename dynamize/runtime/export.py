@@ -45,8 +45,8 @@ def export(
     """
     if network.units:
         raise DynamizeError(
-            "a network with gates cannot be exported yet: its sessions live inside dynamize. Use `dynamize predict`, or "
-            "dz.compile_network in Python"
+            "a network with gates cannot be exported yet: its sessions live inside dynamize. Use `dynamize predict`, "
+            "or dz.compile_network in Python"
         )
     if folder.exists() and (not folder.is_dir() or not _replaceable(folder)):
         raise DynamizeError(f"{folder} is not an empty folder: export to a new one. Nothing was changed.")

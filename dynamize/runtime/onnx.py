@@ -33,7 +33,10 @@ def onnx_stages(network: DynamicNetwork, device: torch.device) -> list[Stage]:
         raise DynamizeError(f"backend onnxruntime runs on the CPU here, not on {device}: use --backend eager")
     network = copy.deepcopy(network).cpu().eval()
     gated = [isinstance(segment, GatedSegment) for segment in network.segments]
-    return [(GatedOnnxStage if gated[stage.index] else OnnxStage)(stage, inputs) for stage, inputs in stages_with_inputs(network)]
+    return [
+        (GatedOnnxStage if gated[stage.index] else OnnxStage)(stage, inputs)
+        for stage, inputs in stages_with_inputs(network)
+    ]
 
 
 def stages_with_inputs(network: DynamicNetwork) -> Iterator[tuple[NetworkStage, list[Tensor]]]:
@@ -93,6 +96,8 @@ class GatedOnnxStage:
         self.network = network = stage.network
         self._stage, self._chained = stage, network.chained
         self._segment = cast(GatedSegment, network.segments[stage.index])
+        for unit in self._segment.units:
+            unit.gate.fold()
         self._given = _inputs_of_pieces(self._segment, inputs[0])
         self._pieces = make_pieces(list(self._segment.pieces), self._way, self._description)
         self._exit: ort.InferenceSession | None = None
@@ -103,7 +108,7 @@ class GatedOnnxStage:
             self._exit = _session(export_onnx(_Exit(stage), [features, *inputs[1:]], outputs))
 
     def __call__(self, features: Tensor, context: Tensor | None, decide: bool) -> StageOutput:
-        features, choices = run_pieces(self._pieces, self._segment.offset, features)
+        features, choices = run_pieces(self._pieces, self._segment.offset, features, self._segment.forced)
         if self._exit is None:
             return self._stage.exit(features, context, decide)._replace(choices=choices)
         if not decide and not self._chained:
