@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dynamize.artifact import load as load
     from dynamize.artifact import save as save
-    from dynamize.calibration.collect import calibrate as calibrate
+    from dynamize.calibration.gates import calibrate as calibrate
     from dynamize.conversion import convert as convert
     from dynamize.errors import DynamizeError as DynamizeError
     from dynamize.nn.network import DynamicNetwork as DynamicNetwork
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from dynamize.transforms import ChannelGates as ChannelGates
     from dynamize.transforms import Distill as Distill
     from dynamize.transforms import Exits as Exits
+    from dynamize.transforms import HybridGates as HybridGates
+    from dynamize.transforms import QGates as QGates
     from dynamize.transforms import SkipGates as SkipGates
 
 _HOMES = {
@@ -30,9 +32,11 @@ _HOMES = {
     "DynamicNetwork": "nn.network",
     "DynamizeError": "errors",
     "Exits": "transforms",
+    "HybridGates": "transforms",
+    "QGates": "transforms",
     "SkipGates": "transforms",
     "MultiExitLoss": "training.objectives",
-    "calibrate": "calibration.collect",
+    "calibrate": "calibration.gates",
     "compile_network": "runtime.compiled",
     "convert": "conversion",
     "load": "artifact",

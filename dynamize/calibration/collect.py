@@ -1,43 +1,20 @@
 """Filling the table: one pass over the calibration images, and one timing of the exits."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from dynamize.calibration.points import OperatingPoints, operating_points
 from dynamize.calibration.table import ConfidenceTable
 from dynamize.calibration.temperature import fit_temperature
 from dynamize.conversion import wrap
-from dynamize.data import Images, LoaderSet
+from dynamize.data import Images
 from dynamize.measure.accuracy import answers, everything
 from dynamize.measure.costs import ExitCosts, exit_costs
 from dynamize.nn.network import DynamicNetwork
-from dynamize.runtime.compiled import default_backend
 from dynamize.runtime.profile import exit_latency, path_latency
-
-
-def calibrate(
-    network: DynamicNetwork, loader: Any, teacher: nn.Module, *, count: int = 20, seed: int = 0
-) -> OperatingPoints:
-    """Operating points of ``network`` along its whole curve, also kept on it; which one it stands at is not changed.
-
-    Args:
-        network: trained, with exits; their temperatures are fitted here.
-        loader: calibration images that ``teacher`` was not trained on, under the test-time transform: an iterable of
-            (images (N, C, H, W), labels (N,)).
-        teacher: the original network, which accuracy drops refer to.
-        count: how many points.
-        seed: of the cross-fitting folds.
-    """
-    device = next(network.parameters()).device
-    images = loader if hasattr(loader, "batches") else LoaderSet("calibration", loader)
-    table = confidence_table(network, images, teacher=teacher, device=device, backend=default_backend(device))
-    network.operating_points = operating_points(table, count, seed=seed)
-    return network.operating_points
 
 
 def confidence_table(

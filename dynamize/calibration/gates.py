@@ -1,21 +1,47 @@
-"""Operating points of a network with gates: one offset added to all gate scores moves it along its whole curve.
+"""Operating points of a network, with gates or without: one offset added to all gate scores moves it along its curve.
 
 Under each offset images take other paths, so each has a table of its own; exits are solved within each table.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
 
 from dynamize.calibration.collect import TableMaker
 from dynamize.calibration.points import OperatingPoint, OperatingPoints, operating_points
 from dynamize.calibration.table import ConfidenceTable
+from dynamize.data import LoaderSet
 from dynamize.errors import DynamizeError
 from dynamize.nn.gates import ALL_OPEN
+from dynamize.nn.network import DynamicNetwork
+from dynamize.runtime.compiled import default_backend
 
 OFFSETS = (-4.0, -2.5, -1.5, -1.0, -0.5, -0.25, 0.0, 0.25, 0.5, 1.0, 1.5, 2.5, 4.0, ALL_OPEN)
 _REFINEMENTS = 2
 _POINTS_EACH = 8  # exits' settings per offset on the curve
 
 Solver = Callable[[ConfidenceTable], OperatingPoint]
+
+
+def calibrate(
+    network: DynamicNetwork, loader: Any, teacher: nn.Module, *, count: int = 20, seed: int = 0
+) -> OperatingPoints:
+    """Operating points of ``network`` along its whole curve, also kept on it; which one it stands at is not changed.
+
+    Args:
+        network: trained, with exits or gates; the temperatures of exits are fitted here.
+        loader: calibration images that ``teacher`` was not trained on, under the test-time transform: an iterable of
+            (images (N, C, H, W), labels (N,)).
+        teacher: the original network, which accuracy drops refer to.
+        count: how many points.
+        seed: of the cross-fitting folds.
+    """
+    device = next(network.parameters()).device
+    images = loader if hasattr(loader, "batches") else LoaderSet("calibration", loader)
+    maker = TableMaker(network, images, teacher, device, default_backend(device))
+    network.operating_points = curve(GateTables(maker), count, seed)
+    return network.operating_points
 
 
 class GateTables:
@@ -35,8 +61,10 @@ class GateTables:
             network = self.maker.network
             before = network.gate_offset
             network.gate_offset = 0.0 if offset is None else offset
-            self._tables[offset] = self.maker.table()
-            network.gate_offset = before
+            try:
+                self._tables[offset] = self.maker.table()
+            finally:
+                network.gate_offset = before
         return self._tables[offset]
 
 
@@ -48,10 +76,12 @@ def best_point(tables: GateTables, solve: Solver, cheapest: bool) -> OperatingPo
     Raises:
         DynamizeError: no offset meets the limit; the error is that of the nearest.
     """
+    tried: list[float | None] = []
     found: dict[float | None, OperatingPoint] = {}
     refused: list[DynamizeError] = []
 
     def consider(offset: float | None) -> None:
+        tried.append(offset)
         try:
             found[offset] = solve(tables.at(offset)).model_copy(update={"gate_offset": offset})
         except DynamizeError as error:
@@ -63,7 +93,7 @@ def best_point(tables: GateTables, solve: Solver, cheapest: bool) -> OperatingPo
         raise refused[-1 if cheapest else 0]
     for _ in range(_REFINEMENTS):
         best = _best(found, cheapest)
-        for offset in _between(list(found), best):
+        for offset in _between(tried, best):
             consider(offset)
     return found[_best(found, cheapest)]
 

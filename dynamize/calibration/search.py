@@ -43,14 +43,19 @@ class Search:
             self._coarse = self._compress()
             self._supported: list[Setting] = []
             self._known = [self.full.setting(position) for position in _leave_at_one(self.full)]
-            self._peak = self.solve(WithinCost(math.inf))
-            assert self._peak is not None
-            self._known.append(self._peak)
+            peak = self._search(WithinCost(math.inf))
+            assert peak is not None
+            self._known.append(peak)
 
     def solve(self, goal: Goal) -> Setting | None:
         """The best setting found for the goal, None where no setting meets it."""
         if self.exact:
             return self._enumerate(goal)
+        best = self._search(goal)
+        return None if best is None else self.full.polish(best, goal)
+
+    def _search(self, goal: Goal) -> Setting | None:
+        """The best of the supported settings and of those between the two around the goal."""
         self._support(goal)
         met = [setting for setting in self._known if goal.meets(setting.correct, setting.cost)]
         if not met:
@@ -62,7 +67,7 @@ class Search:
         if bracket is not None:
             missed = next(end for end in bracket if not goal.meets(end.correct, end.cost))
             best = self._bisect(best, missed, goal)
-        return self.full.polish(best, goal)
+        return best
 
     def thresholds(self, positions: Positions) -> Thresholds:
         """Numbers that separate the groups: the midpoint in float32 where that still separates them, so
