@@ -1,5 +1,6 @@
 """`channel_gates`: channels in groups, of which each image computes the first few."""
 
+from collections.abc import Iterable
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -8,7 +9,7 @@ from torch import fx
 
 from dynamize.errors import DynamizeError, closest
 from dynamize.graph.chains import Chain, private_chains
-from dynamize.graph.cuts import CutPoint, cut_points
+from dynamize.graph.cuts import cut_points
 from dynamize.graph.extract import extract
 from dynamize.graph.narrow import importance, reorder
 from dynamize.graph.trace import annotate, blank
@@ -18,7 +19,7 @@ from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.segments import Region, build_segments
 from dynamize.transform import Applied, Context, Transform
 
-_LEAST = 0.02  # of the network's MACs: a unit with less to save is not worth a gate
+_LEAST = 0.005  # of the network's MACs: a unit with fewer is not worth a gate
 
 Groups = Annotated[int, Field(ge=2, le=8)]
 
@@ -50,51 +51,53 @@ class ChannelGates(Transform):
         annotate(plain, network.input_shape)
         found = self._regions(network)
         if self.blocks != "auto":
-            found = {cut: chains for cut, chains in found.items() if cut in [_find(found, n) for n in self.blocks]}
+            found = {region: found[region] for region in (_find(plain, found, name) for name in self.blocks)}
         if not found:
             raise DynamizeError(
                 "channel_gates: the network has no private channels wide enough to be split, that is, channels that "
                 f"only convolutions after them read, at least two times {self.multiple} of them. "
                 "`dynamize inspect MODEL` lists them; a smaller `multiple` finds more."
             )
-        borders = dict(_borders(network))
         units = {unit.region: unit for unit in network.units}
         with torch.random.fork_rng():  # initialising layers draws from the global generator
             torch.manual_seed(0)
             if self.gate == "recurrent" and network.memory is None:
                 network.memory = RecurrentMemory(self.groups)
-            for cut, chains in found.items():
-                region = borders[cut.name], cut.name
-                units[region] = self._unit(network, region, cut, chains)
-        network.segments = torch.nn.ModuleList(build_segments(plain, network.cuts, units))
+            added = {region: self._unit(network, region, chains) for region, chains in found.items()}
+        network.segments = torch.nn.ModuleList(build_segments(plain, network.cuts, {**units, **added}))
         network.to(blank(plain)).train(network.training)
-        resolved = self.model_copy(update={"blocks": [cut.name for cut in found]})
-        saved = sum(units[borders[cut.name], cut.name].path_macs[-1] for cut in found)
-        least = sum(units[borders[cut.name], cut.name].path_macs[0] for cut in found)
-        return Applied(
-            network, resolved, [f"{len(found)} gates; {(saved - least) / _macs(plain):.0%} of the MACs can be left out"]
-        )
+        resolved = self.model_copy(update={"blocks": [upto for _, upto in found]})
+        share = sum(unit.path_macs[-1] - unit.path_macs[0] for unit in added.values()) / _macs(plain)
+        return Applied(network, resolved, [f"{len(found)} gates; {share:.0%} of the MACs can be left out"])
 
-    def _regions(self, network: DynamicNetwork) -> dict[CutPoint, list[Chain]]:
-        """Blocks between neighbouring cut points with channels to split, by the cut that ends them."""
-        plain, whole = network.plain, _macs(network.plain)
-        taken = [unit.region for unit in network.units]
+    def _regions(self, network: DynamicNetwork) -> dict[Region, list[Chain]]:
+        """Where a gate can stand, in order of execution: from the cut point before a chain to the one that follows it.
+
+        Of regions that overlap the shorter one is taken, so in a chain of convolutions every second has a gate.
+        """
+        plain = network.plain
         position = {node.name: i for i, node in enumerate(plain.graph.nodes)}
-        found: dict[CutPoint, list[Chain]] = {}
-        everywhere = {
-            chain.producers for chain in private_chains(plain)
-        }  # a region does not see who else uses a module
-        cuts = {cut.name: cut for cut in cut_points(plain)}
-        for upto, after in _borders(network):
-            inside = any(position[a] <= position[after] and position[upto] <= position[b] for a, b in taken)
-            private = [one for one in private_chains(extract(plain, after, upto)) if one.producers in everywhere]
+        taken = [tuple(position[end] for end in unit.region) for unit in network.units]
+        exits = [position[name] for name in network.cuts]
+        everywhere = {chain.producers: chain for chain in private_chains(plain)}  # sees who else uses a module
+        regions = {_region(plain, chain) for chain in everywhere.values()}
+        spans = sorted(
+            (position[one[1]] - position[one[0]], position[one[0]], one) for one in regions if one is not None
+        )
+        found: dict[Region, list[Chain]] = {}
+        for _, _, region in spans:
+            start, end = position[region[0]], position[region[1]]
+            if any(start < b and a < end for a, b in taken) or any(start < cut < end for cut in exits):
+                continue
+            private = [one for one in private_chains(extract(plain, *region)) if one.producers in everywhere]
             chains = [chain for chain in private if len(self._widths(chain)) > 1]
-            saving = sum(chain.macs for chain in chains) / 2
-            if chains and not inside and saving >= _LEAST * whole / 2:
-                found[cuts[upto]] = chains
-        if self.keep_first and self.blocks == "auto" and len(found) > 1:
-            found.pop(next(iter(found)))
-        return found
+            if sum(chain.macs for chain in chains) >= _LEAST * _macs(plain):
+                found[region] = chains
+                taken.append((start, end))
+        ordered = dict(sorted(found.items(), key=lambda item: position[item[0][0]]))
+        if self.keep_first and self.blocks == "auto" and len(ordered) > 1:
+            ordered.pop(next(iter(ordered)))
+        return ordered
 
     def _widths(self, chain: Chain) -> list[int]:
         """Ascending widths of a chain, the last one whole."""
@@ -102,7 +105,7 @@ class ChannelGates(Transform):
         wanted = {-(-chain.channels * m // (self.groups * step)) * step for m in range(1, self.groups + 1)}
         return sorted({min(width, chain.channels) for width in wanted})
 
-    def _unit(self, network: DynamicNetwork, region: Region, cut: CutPoint, chains: list[Chain]) -> ChannelUnit:
+    def _unit(self, network: DynamicNetwork, region: Region, chains: list[Chain]) -> ChannelUnit:
         body = extract(network.plain, *region)
         for chain in chains:
             reorder(body, chain, importance(body, chain).argsort(descending=True, stable=True))
@@ -113,7 +116,7 @@ class ChannelGates(Transform):
         gate = make_gate(self.gate, shape[1], paths, memory)
         example = blank(body, *shape)
         return ChannelUnit(
-            cut.module or cut.name,
+            _label(network.plain, region[1]),
             region,
             gate,
             body,
@@ -128,19 +131,32 @@ def _spread(widths: list[int], paths: int) -> list[int]:
     return [widths[-(-(p + 1) * len(widths) // paths) - 1] for p in range(paths)]
 
 
-def _borders(network: DynamicNetwork) -> list[tuple[str, str]]:
-    """Each cut point and the one before it."""
-    names = [cut.name for cut in cut_points(network.plain)]
-    return list(zip(names[1:], names, strict=False))
+def _region(plain: fx.GraphModule, chain: Chain) -> Region | None:
+    """The nearest cut points around a chain; None at either end of the network."""
+    layers = {*chain.producers, *chain.consumers}
+    places = [i for i, node in enumerate(plain.graph.nodes) if node.op == "call_module" and node.target in layers]
+    position = {node.name: i for i, node in enumerate(plain.graph.nodes)}
+    names = [cut.name for cut in cut_points(plain)]
+    before = [name for name in names if position[name] < min(places)]
+    behind = [name for name in names if position[name] >= max(places)]
+    return (before[-1], behind[0]) if before and behind else None
 
 
-def _find(found: dict[CutPoint, list[Chain]], name: str) -> CutPoint:
-    for cut in found:
-        if name in (cut.name, cut.module):
-            return cut
-    known = [cut.module or cut.name for cut in found]
+def _label(plain: fx.GraphModule, name: str) -> str:
+    return next(cut.module for cut in cut_points(plain) if cut.name == name) or name
+
+
+def _find(plain: fx.GraphModule, found: Iterable[Region], name: str) -> Region:
+    known = {region[1]: region for region in found}
+    labels = [_label(plain, upto) for upto in known]
+    if name in known:
+        return known[name]
+    if labels.count(name) == 1:
+        return list(known.values())[labels.index(name)]
+    names = [label if labels.count(label) == 1 else upto for label, upto in zip(labels, known, strict=True)]
     raise DynamizeError(
-        f"channel_gates: '{name}' is no block with channels to split. {closest(name, known)}Known: {', '.join(known)}."
+        f"channel_gates: '{name}' is no block with channels to split, or several. {closest(name, names)}"
+        f"Known: {', '.join(names)}."
     )
 
 

@@ -40,7 +40,7 @@ class ChannelUnit(Unit):
         self.body = region
         self.widths = {name: tuple(each) for name, each in widths.items()}
         self._masked = (masked(region, list(self.widths)),)  # a tuple: its modules are those of the body
-        self._narrowed: tuple[tuple[int, ...], list[nn.Module | None]] | None = None
+        self._narrowed: tuple[object, list[nn.Module | None]] | None = None
         for index, each in enumerate(self.widths.values()):
             kept = torch.arange(each[-1]) < torch.tensor(each)[:, None]
             self.register_buffer(f"masks_{index}", kept.float(), persistent=False)
@@ -49,7 +49,8 @@ class ChannelUnit(Unit):
         return {**self.__dict__, "_narrowed": None}
 
     def paths(self) -> list[nn.Module | None]:
-        versions = tuple(tensor._version for tensor in [*self.body.parameters(), *self.body.buffers()])
+        tensors = [*self.body.parameters(), *self.body.buffers()]
+        versions = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
         if self._narrowed is None or self._narrowed[0] != versions:
             paths = len(self.path_macs)
             narrowed = [

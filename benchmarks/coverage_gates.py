@@ -1,0 +1,179 @@
+"""Which networks take gates: promises 1, 2 and 6 of skip gates and channel gates, as benchmarks/coverage.py for exits.
+
+    python benchmarks/coverage_gates.py --library torchvision --out coverage-gates-torchvision.md
+    python benchmarks/coverage_gates.py --library timm --out coverage-gates-timm.md
+
+Each network is built with random weights and the batch-norm statistics of a few small images. Promise 1: with gates
+open its answers are bit-equal (channel gates, whose sums run in another order: within 1e-5 of the largest, in float64,
+because random networks multiply rounding errors). Promise 2: with random gates, images get what computing every path
+and mixing by the decisions gives, and exactly the multiply-accumulates of their paths are executed. Promise 6: saved,
+and loaded in another process, it answers and decides as before. A network without anything to gate is refused with a reason, which is "none" in the table.
+"""
+
+import gc
+import multiprocessing
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from coverage import SIDES, Library, networks, settle
+from torch import Tensor
+from torch.nn import functional
+
+import dynamize as dz
+from dynamize import artifact
+from dynamize.conversion import apply, wrap
+from dynamize.measure.costs import exit_costs
+from dynamize.measure.macs import count_macs
+from dynamize.nn.gated import GatedSegment, Unit
+from dynamize.nn.network import DynamicNetwork
+from dynamize.transform import Context, Transform
+
+IMAGES, SIDE = 4, 96
+TOLERANCE = 1e-5  # of the largest logit
+NOTHING = ("no residual block", "no private channels")
+GATES: dict[str, Transform] = {
+    "skip": dz.SkipGates(group=1, keep_first=False),
+    "channels": dz.ChannelGates(keep_first=False),
+}
+
+
+@dataclass
+class Row:
+    """One line: for each kind of gate the number of units and which promises hold, and why not."""
+
+    network: str
+    cells: dict[str, str] = field(default_factory=dict)
+    why_not: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def markdown(self) -> str:
+        why = "; ".join(self.why_not).replace("|", "\\|").replace("\n", " ")
+        return f"| {self.network} | {' | '.join(self.cells.values())} | {self.seconds:.0f} | {why} |"
+
+
+HEADER = "| network | skip gates | channel gates | s | why not |\n|---|---|---|---|---|"
+
+
+def check(library: Library, name: str, folder: Path, other: ProcessPoolExecutor) -> Row:
+    """Both kinds of gates on one network; what fails is in the row."""
+    row, started = Row(name), time.monotonic()
+    for kind, transform in GATES.items():
+        try:
+            with torch.no_grad():
+                row.cells[kind] = _check(row, f"{library}:{name}", transform, folder, other)
+        except Exception as error:  # whatever a network does, the table says it and goes on
+            first = str(error).splitlines()[0] if str(error) else ""
+            nothing = isinstance(error, dz.DynamizeError) and any(words in first for words in NOTHING)
+            row.cells[kind] = "none" if nothing else "NO"
+            row.why_not += [] if nothing else [f"{kind}: {type(error).__name__}: {first}"]
+    row.seconds = time.monotonic() - started
+    return row
+
+
+def _check(row: Row, source: str, transform: Transform, folder: Path, other: ProcessPoolExecutor) -> str:
+    torch.manual_seed(0)
+    network = dz.source(source)
+    side = SIDES.get(row.network, SIDE)
+    images = torch.randn(IMAGES, 3, side, side) * torch.tensor([0.5, 1.0, 1.5, 2.0])[:, None, None, None]
+    settle(network, images)
+    if not transform.exact:
+        network, images = network.double(), images.double()
+    dynamic, _ = apply(wrap(network, (3, side, side)), transform, Context())
+    wanted = network(images)
+    opened = dynamic(images)
+    first = torch.equal(opened, wanted) if transform.exact else near(opened, wanted)
+    del network
+    images = images.float()
+    dynamic.float()
+    scatter(dynamic)
+    with dz.record_routing(dynamic) as routing:
+        found = dynamic(images)
+    dense = masked(dynamic, images, routing.choices)
+    listed = exit_costs(dynamic).executed(routing.exits.numpy(), routing.choices.numpy(), dynamic.thresholds).sum()
+    executed = count_macs(dynamic, images)
+    second = near(found, dense) and abs(executed - listed) <= 1e-6 * listed
+    if not second:
+        row.why_not.append(f"differs from masked by {float((found - dense).abs().max()):.1e}, {executed} of {listed}")
+    units = len(dynamic.units)
+    artifact.save(dynamic, folder)
+    choices = routing.choices.numpy()
+    del dynamic
+    gc.collect()
+    again = other.submit(answers, folder, images.numpy(), torch.get_num_threads()).result()
+    last = bool(np.array_equal(again[0], found.numpy()) and np.array_equal(again[1], choices))
+    kept = [{True: "yes", False: "NO"}[one] for one in (first, second, last)]
+    return f"{units} units: {', '.join(kept)}"
+
+
+def scatter(dynamic: DynamicNetwork) -> None:
+    """Random gates that decide differently for different images."""
+    generator = torch.Generator().manual_seed(0)
+    for unit in dynamic.units:
+        for parameter in unit.gate.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+
+
+def masked(dynamic: DynamicNetwork, images: Tensor, choices_NU: Tensor) -> Tensor:
+    """Every path for every image, mixed by these decisions."""
+    (segment,) = dynamic.segments
+    assert isinstance(segment, GatedSegment)
+    features, taken = images, iter(choices_NU.unbind(1))
+    for piece in segment.pieces:
+        if isinstance(piece, Unit):
+            features = piece.blend(features, functional.one_hot(next(taken), len(piece.path_macs)).to(features))
+        else:
+            features = piece(features)
+    return features
+
+
+def near(found: Tensor, wanted: Tensor) -> bool:
+    return float((found - wanted).abs().max()) <= TOLERANCE * float(wanted.abs().max())
+
+
+def answers(folder: Path, images: np.ndarray, threads: int) -> tuple[np.ndarray, np.ndarray]:
+    """In another process: load the artifact, and say what it answers and decides."""
+    torch.set_num_threads(threads)
+    dynamic = artifact.load(folder)
+    with torch.no_grad(), dz.record_routing(dynamic) as routing:
+        logits = dynamic(torch.from_numpy(images))
+    return logits.numpy(), routing.choices.numpy()
+
+
+def main(
+    library: Annotated[Library, typer.Option(help="where the networks come from")] = Library.torchvision,
+    names: Annotated[str, typer.Option(help="comma-separated; empty: all")] = "",
+    out: Annotated[Path | None, typer.Option(help="Markdown file to write as well")] = None,
+) -> None:
+    """Print the table; exit code 1 if a network fails."""
+    wanted = [name.strip() for name in names.split(",") if name.strip()] or networks(library)
+    lines = [HEADER]
+    typer.echo(HEADER)
+    bad = 0
+    spawn = multiprocessing.get_context("spawn")
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=10) as other,
+    ):
+        for name in wanted:
+            row = check(library, name, Path(folder), other)
+            bad += "NO" in "".join(row.cells.values())
+            lines.append(row.markdown())
+            typer.echo(lines[-1])
+            gc.collect()
+    lines += ["", f"{len(wanted) - bad} of {len(wanted)} networks keep all promises, or have nothing to gate."]
+    typer.echo("\n".join(lines[-2:]))
+    if out is not None:
+        out.write_text("\n".join([*lines, ""]), encoding="utf-8")
+    if bad:
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)
