@@ -4,10 +4,11 @@
     python benchmarks/coverage_gates.py --library timm --out coverage-gates-timm.md
 
 Each network is built with random weights and the batch-norm statistics of a few small images. Promise 1: with gates
-open its answers are bit-equal (channel gates, whose sums run in another order: within 1e-5 of the largest, in float64,
-because random networks multiply rounding errors). Promise 2: with random gates, images get what computing every path
-and mixing by the decisions gives, and exactly the multiply-accumulates of their paths are executed. Promise 6: saved,
-and loaded in another process, it answers and decides as before. A network without anything to gate is refused with a reason, which is "none" in the table.
+open its answers are bit-equal (channel gates, whose sums run in another order: within 1e-5 of the largest, in
+float64, because random networks multiply rounding errors). Promise 2: with random gates, images get what computing
+every path and mixing by the decisions gives, and exactly the multiply-accumulates of their paths are executed.
+Promise 6: saved, and loaded in another process, it answers and decides as before. A network without anything to gate
+is refused with a reason, which is "none" in the table.
 """
 
 import gc

@@ -4,6 +4,7 @@ import inspect
 import json
 import math
 from collections.abc import Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -13,12 +14,13 @@ from rich.text import Text
 from rich.tree import Tree
 
 from dynamize.report import Point
-from dynamize.report.cells import ABSENT, count, point_columns, shares, three_digits
+from dynamize.report.cells import ABSENT, count, path_name, point_columns, shares, three_digits
 
 if TYPE_CHECKING:
     from dynamize.benchmark import Benchmark, Comparison
+    from dynamize.graph.gateable import GateableBlock
     from dynamize.graph.tree import Block, NetworkTree, Stage
-    from dynamize.inspection import Inspection
+    from dynamize.inspection import GatedUnit, Inspection
     from dynamize.prediction import Prediction
     from dynamize.run import Failure
     from dynamize.transform import Transform
@@ -38,14 +40,21 @@ def table(*columns: tuple[str, str]) -> Table:
 def inspection(found: "Inspection") -> Group:
     """The tree of a network; for an artifact also its steps, exits and operating points."""
     parts: list[RenderableType] = [network(found.tree, found.source)]
+    if found.gates:
+        parts += [Text("\nGates possible", style="bold"), _gates_possible(found.gates)]
+        parts.append(Text("channels: hidden ones that `channel_gates` can split; skip: for `skip_gates`.", style="dim"))
     if found.history:
         parts += [Text("\nSteps", style="bold"), *(Text(_step(step)) for step in found.history)]
     if len(found.exits) > 1:
         parts += [Text("\nExits", style="bold"), _exits(found)]
+        parts += [Text("MACs to leave: with all gates open.", style="dim")] if found.units else []
+    if found.units:
+        parts += [Text("\nGates", style="bold"), _units(found.units)]
     if found.operating_points is not None:
         points = [Point.model_validate(point) for point in found.operating_points]
         parts += [Text("\nOperating points", style="bold"), _points(points)]
-        parts.append(Text(f"It stands at {found.operating_point or 'none of them: all exits are off'}.", style="dim"))
+        where = "none of them: all exits are off" + (", gates decide as trained" if found.units else "")
+        parts.append(Text(f"It stands at {found.operating_point or where}.", style="dim"))
     return Group(*parts)
 
 
@@ -60,7 +69,7 @@ def network(tree: "NetworkTree", source: str) -> Group:
         branch = drawn.add(_stage(stage, number, tree.macs, width))
         for block in stage.blocks:
             branch.add(_block(block, tree.macs, width))
-    legend = "Each block ends in a cut point, which takes an exit. =: keeps its shape, so a gate could skip it."
+    legend = "Each block ends in a cut point, which takes an exit."
     columns = "Columns: shape (C x H x W), MACs, their share, parameters."
     return Group(drawn, Text(f"{legend} {columns}", style="dim"))
 
@@ -74,7 +83,7 @@ def _stage(stage: "Stage", number: int, total: float, width: int) -> Text:
 
 def _block(block: "Block", total: float, width: int) -> Text:
     name = block.cut or "classifier"
-    return Text(f"{name:<{width}} {_figures(block, total)}{' =' if block.keeps_shape else ''}")
+    return Text(f"{name:<{width}} {_figures(block, total)}")
 
 
 def _figures(part: "Stage | Block", total: float) -> str:
@@ -84,6 +93,40 @@ def _figures(part: "Stage | Block", total: float) -> str:
 
 def _shape(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape))
+
+
+def _gates_possible(blocks: "Sequence[GateableBlock]") -> Table:
+    """A row for each run of blocks of which the same can be said."""
+    made = table(("blocks", "left"), ("", "right"), ("skip", "left"), ("channels", "left"))
+    modules = [block.module or block.block for block in blocks]
+    for (skip, channels), group in groupby(blocks, key=lambda block: (_skip(block), _channels(block))):
+        same = list(group)
+        ends = [one.module if modules.count(one.module) == 1 else one.block for one in (same[0], same[-1])]
+        made.add_row(*map(Text, [" to ".join(dict.fromkeys(ends)), str(len(same)), skip, channels]))
+    return made
+
+
+def _skip(block: "GateableBlock") -> str:
+    if block.why_not is not None:
+        return f"no: {block.why_not}"
+    if not block.bypass_macs:
+        return "yes"
+    return f"yes, but its shortcut runs: {100 * block.bypass_macs / block.macs:.0f} % of it"
+
+
+def _channels(block: "GateableBlock") -> str:
+    """Widths of its chains, neighbours of one width together: 64, 2 x 128."""
+    groups = [(width, len(list(same))) for width, same in groupby(chain.channels for chain in block.chains)]
+    return ", ".join(str(width) if many == 1 else f"{many} x {width}" for width, many in groups) or ABSENT
+
+
+def _units(units: "Sequence[GatedUnit]") -> Table:
+    """Each gate with the paths that it chooses from."""
+    made = table(("block", "left"), ("MACs on each path", "left"), ("gate MACs", "right"))
+    for unit in units:
+        paths = ", ".join(f"{path_name(path.width)} {count(path.macs)}" for path in unit.paths)
+        made.add_row(*map(Text, [unit.label, paths, count(unit.gate_macs)]))
+    return made
 
 
 def _step(step: dict[str, Any]) -> str:

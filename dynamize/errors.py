@@ -5,6 +5,14 @@ class DynamizeError(Exception):
     """Something the user can repair. The command line prints it as one red line and exits with code 2."""
 
 
+class InfeasibleError(DynamizeError):
+    """A budget that cannot be met. ``nearest`` is the least value that could be asked for instead."""
+
+    def __init__(self, message: str, nearest: float) -> None:
+        super().__init__(message)
+        self.nearest = nearest
+
+
 def closest(name: str, known: list[str]) -> str:
     """'Did you mean a, b? ' for an error message, or nothing where no known name is near."""
     from difflib import get_close_matches

@@ -1,4 +1,4 @@
-"""What the report shows beside the ledger: the curve, the exits, and the images that leave first and last."""
+"""What the report shows beside the ledger: the curve, the exits, the gates, and the images at either end."""
 
 import base64
 import io
@@ -9,11 +9,12 @@ from PIL import Image
 from torch import Tensor
 
 from dynamize.data import ImageSet, Splits
-from dynamize.evaluation import Evaluator, gather
-from dynamize.measure.accuracy import exit_logits
+from dynamize.evaluation import Evaluator, Judgement, gather
+from dynamize.measure.accuracy import everything
 from dynamize.measure.costs import exit_costs
 from dynamize.nn.network import DynamicNetwork
-from dynamize.report import Gallery, GalleryImage, Ledger, Network, ReportData
+from dynamize.nn.widths import path_widths
+from dynamize.report import Gallery, GalleryImage, GateUse, Ledger, Network, PathUse, ReportData, UnitUse
 
 _SHOWN = 12
 _LARGEST = 96  # pixels of a gallery image
@@ -38,49 +39,93 @@ def report_data(ledger: Ledger, network: DynamicNetwork, evaluator: Evaluator, d
         selected=network.operating_point.name if network.operating_point else None,
         class_names=list(data.classes),
     )
-    if network.exit_count == 1:
+    if network.exit_count == 1 and not network.units:
         return report
-    logits, labels = exit_logits(network, evaluator.images, evaluator.device)
-    costs = exit_costs(network).cumulative()
-    report.anytime = [
-        Network(name=_name(k, len(logits)), macs=float(cost), accuracy=float((one.argmax(1) == labels).double().mean()))
-        for k, (one, cost) in enumerate(zip(logits, costs, strict=True))
-    ]
+    logits, labels, choices = everything(network, evaluator.images, evaluator.device)
+    judged = evaluator.judge(network)
+    if network.exit_count > 1:
+        report.anytime = _anytime(network, logits, labels, choices)
+    if network.units:
+        report.gates = _gate_use(network, judged)
     if isinstance(data.test, ImageSet):
-        report.gallery = _gallery(network, logits, labels, evaluator, data)
+        pictures = _Pictures(data.test, labels)
+        if network.exit_count > 1:
+            report.gallery = [_leaving_at(k, logits, judged, pictures) for k in range(len(logits))]
+        if network.units:
+            report.gallery.append(_cheapest_and_dearest(logits, judged, pictures))
     return report
 
 
-def _gallery(
-    network: DynamicNetwork, logits: list[Tensor], labels: Tensor, evaluator: Evaluator, data: Splits
-) -> list[Gallery]:
-    exits = evaluator.judge(network).exits
-    galleries = []
-    for k, one in enumerate(logits):
-        here = (exits == k).nonzero().flatten()
-        confidence = one.softmax(1).amax(1)
-        order = here[confidence[here].argsort(descending=True)]
-        pictures = [
-            _pictures(index, one, labels, confidence, data) for index in (order[:_SHOWN], order[_SHOWN:][-_SHOWN:])
-        ]
-        galleries.append(Gallery(exit=k, name=_name(k, len(logits)), first=pictures[0], last=pictures[1]))
-    return galleries
-
-
-def _pictures(index: Tensor, logits: Tensor, labels: Tensor, confidence: Tensor, data: Splits) -> list[GalleryImage]:
-    if not len(index):
-        return []
-    assert isinstance(data.test, ImageSet)
-    normalize = data.test.normalize
-    images = gather(data.test, index, torch.device("cpu"))
-    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (normalize.mean, normalize.std))
-    pixels = ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+def _anytime(network: DynamicNetwork, logits: list[Tensor], labels: Tensor, choices: Tensor) -> list[Network]:
+    """What it costs and gives if all images leave at one exit, with gates as they stand."""
+    costs = exit_costs(network)
+    saved, stages = costs.savings(choices.numpy()).mean(axis=0), np.array(costs.stages)
+    before = [saved[stages <= k].sum() for k in range(len(logits))]
     return [
-        GalleryImage(
-            png_base64=_png(one), label=int(labels[i]), answer=int(logits[i].argmax()), confidence=float(confidence[i])
+        Network(
+            name=_name(k, len(logits)),
+            macs=float(cost - before[k]),
+            accuracy=float((one.argmax(1) == labels).double().mean()),
         )
-        for one, i in zip(pixels, index, strict=True)
+        for k, (one, cost) in enumerate(zip(logits, costs.cumulative(), strict=True))
     ]
+
+
+def _gate_use(network: DynamicNetwork, judged: Judgement) -> GateUse:
+    units = []
+    unseen = len(network.units) - judged.choices.shape[1]  # where no image came that far
+    choices = torch.nn.functional.pad(judged.choices, (0, unseen), value=-1)
+    for unit, taken in zip(network.units, choices.T, strict=True):
+        shares = [float((taken == path).double().mean()) for path in range(len(unit.path_macs))]
+        facts = zip(path_widths(unit), unit.path_macs, shares, strict=True)
+        units.append(
+            UnitUse(label=unit.label, paths=[PathUse(width=width, macs=macs, share=one) for width, macs, one in facts])
+        )
+    decisions = torch.cat([judged.exits[:, None], choices], dim=1)
+    return GateUse(units=units, images=len(decisions), routings=len(decisions.unique(dim=0)))
+
+
+def _leaving_at(exit_index: int, logits: list[Tensor], judged: Judgement, pictures: "_Pictures") -> Gallery:
+    here = (judged.exits == exit_index).nonzero().flatten()
+    answered = logits[exit_index]
+    order = here[answered[here].softmax(1).amax(1).argsort(descending=True)]
+    first, last = (pictures.show(index, answered) for index in (order[:_SHOWN], order[_SHOWN:][-_SHOWN:]))
+    return Gallery(exit=exit_index, name=_name(exit_index, len(logits)), first=first, last=last)
+
+
+def _cheapest_and_dearest(logits: list[Tensor], judged: Judgement, pictures: "_Pictures") -> Gallery:
+    answered = torch.stack(logits)[judged.exits, torch.arange(len(judged.exits))]
+    order = judged.macs.argsort(stable=True)
+    cheapest, dearest = order[:_SHOWN], order[_SHOWN:][-_SHOWN:].flip(0)
+    first, last = (pictures.show(index, answered, judged.macs) for index in (cheapest, dearest))
+    return Gallery(exit=None, name="all images", first=first, last=last)
+
+
+class _Pictures:
+    """The images of the test split as they are shown, with labels (n,)."""
+
+    def __init__(self, images: ImageSet, labels: Tensor) -> None:
+        self.images, self.labels = images, labels
+
+    def show(self, index: Tensor, logits_NC: Tensor, macs_N: Tensor | None = None) -> list[GalleryImage]:
+        """The images at ``index`` with the answers among ``logits_NC``, and what they cost if it is given."""
+        if not len(index):
+            return []
+        normalize = self.images.normalize
+        images = gather(self.images, index, torch.device("cpu"))
+        mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (normalize.mean, normalize.std))
+        pixels = ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+        confidence, answers = logits_NC[index].softmax(1).max(1)
+        return [
+            GalleryImage(
+                png_base64=_png(one),
+                label=int(self.labels[i]),
+                answer=int(answer),
+                confidence=float(sure),
+                macs=None if macs_N is None else float(macs_N[i]),
+            )
+            for one, i, answer, sure in zip(pixels, index, answers, confidence, strict=True)
+        ]
 
 
 def _png(pixels_HWC: np.ndarray) -> str:

@@ -24,7 +24,8 @@ class Prediction:
     """The answer for one file, or why there is none.
 
     ``exit`` counts from 1; ``macs`` are those executed for this image; ``confidence`` is the probability of the
-    answer after the exit's temperature. With an ``error`` they are all None.
+    answer after the exit's temperature; ``paths`` are the indexes of the paths taken through the gated units, the
+    cheapest being 0, up to the exit. With an ``error`` all are None.
     """
 
     file: str
@@ -32,6 +33,7 @@ class Prediction:
     confidence: float | None = None
     exit: int | None = None
     macs: float | None = None
+    paths: list[int] | None = None
     error: str | None = None
 
 
@@ -119,16 +121,16 @@ class Predictor:
             logits, exits, choices = compiled.run(torch.stack(list(read.values())).to(self.device))
             macs = costs.executed(exits.numpy(), choices.numpy(), self.network.thresholds)
             answers = {
-                i: self._prediction(paths[i], one, int(k), float(cost))
-                for i, one, k, cost in zip(read, logits.cpu(), exits, macs, strict=True)
+                i: self._prediction(paths[i], one, int(k), float(cost), [path for path in taken if path >= 0])
+                for i, one, k, cost, taken in zip(read, logits.cpu(), exits, macs, choices.tolist(), strict=True)
             }
         for i in index:
             yield answers[i] if i in answers else Prediction(paths[i], error=failed[i])
 
-    def _prediction(self, file: str, logits: Tensor, index: int, macs: float) -> Prediction:
+    def _prediction(self, file: str, logits: Tensor, index: int, macs: float, taken: list[int]) -> Prediction:
         early = index < len(self.network.heads)
         temperature = float(self.network.temperatures[index]) if early else 1.0
         confidence, answer = (logits.float() / temperature).softmax(0).max(0)
         names = self.manifest.classes
         name = names[int(answer)] if int(answer) < len(names) else str(int(answer))
-        return Prediction(file, name, round(float(confidence), 6), index + 1, macs)
+        return Prediction(file, name, round(float(confidence), 6), index + 1, macs, taken)

@@ -88,13 +88,14 @@ class Distill(Transform):
             from_last=self.from_last,
             weights=self.exit_weights,
         )
-        loss = GatedLoss(answers, self._budget(network, context)) if network.units else answers
+        gated = bool(network.units) and self.train == "all"  # heads alone are trained with the gates as they are
+        loss = GatedLoss(answers, self._budget(network, context)) if gated else answers
         network.gradient_equilibrium = self.gradient_equilibrium
         rows = train(network, data, loss, plan, context.progress)
         network.gradient_equilibrium = False
         exits = ", ".join(f"{accuracy:.1%}" for accuracy in rows[-1]["calibration_accuracy"])
         found: dict[str, object] = {"precision": "bfloat16" if bf16 else "float32"}
-        if network.units:
+        if gated:
             found["gate_budget"] = self._target
         resolved = self.model_copy(update=found)
         return Applied(network, resolved, [f"accuracy of each exit on the calibration images: {exits}"])
@@ -128,5 +129,7 @@ class Distill(Transform):
             )
         if self.gate_budget is not None and not network.units:
             raise DynamizeError("distill: gate_budget, but the network has no gates: put `skip_gates` before")
+        if self.gate_budget is not None and self.train == "heads":
+            raise DynamizeError("distill: gate_budget, but train: heads leaves the gates as they are: use train: all")
         if self.train == "heads" and network.exit_count == 1:
             raise DynamizeError("distill: train: heads, but the network has no exit heads: put an `exits` step before")

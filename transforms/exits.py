@@ -54,19 +54,22 @@ class Exits(Transform):
     confidence: ConfidenceName = Field("top_probability", description="what the thresholds are compared with")
 
     once: ClassVar[bool] = True
-    before: ClassVar[tuple[str, ...]] = ("distill", "calibrate")
+    before: ClassVar[tuple[str, ...]] = ("distill", "hybrid_gates", "q_gates", "calibrate")
 
     def apply(self, network: DynamicNetwork, context: Context) -> Applied:
         if network.exit_count != 1:
             raise DynamizeError("the network has exits already: give all of them in one `exits` step")
         traced = network.plain
         annotate(traced, network.input_shape)
-        cuts = _outside_units(traced, cut_points(traced), network.units)
+        every = cut_points(traced)
+        cuts = _outside_units(traced, every, network.units)
         if len(cuts) < 2:
             raise DynamizeError(
                 "the network has no cut point before its last layers, so an exit has no place: some value from its "
                 "beginning is used until its end"
             )
+        if self.at != "auto":
+            _refuse_inside_units(self.at, every, cuts)
         chosen = self._place(traced, cuts, context)
         with torch.random.fork_rng():  # initialising layers draws from the global generator
             heads, sizes = self._build_heads(traced, chosen)
@@ -184,6 +187,15 @@ def _outside_units(traced: fx.GraphModule, cuts: list[CutPoint], units: Sequence
     position = {node.name: i for i, node in enumerate(traced.graph.nodes)}
     spans = [(position[after], position[upto]) for after, upto in (unit.region for unit in units)]
     return [cut for cut in cuts if not any(start < position[cut.name] < end for start, end in spans)]
+
+
+def _refuse_inside_units(names: Sequence[str], every: list[CutPoint], outside: list[CutPoint]) -> None:
+    for name in names:
+        if find_cut(every, name) not in outside:
+            raise DynamizeError(
+                f"exits: '{name}' lies between blocks that share a gate, so an exit has no place there: put `exits` "
+                "before `skip_gates`, which then parts the blocks there, or give these blocks a gate each"
+            )
 
 
 def _nearest(costs: torch.Tensor, wanted: Sequence[float]) -> list[int]:

@@ -33,7 +33,7 @@ class SkipGates(Transform):
     """
 
     pass_name: Literal["skip_gates"] = Field("skip_gates", alias="pass")
-    blocks: Literal["auto"] | list[Run] = Field(
+    blocks: Literal["auto"] | Annotated[list[Run], Field(min_length=1)] = Field(
         "auto", description="lists of neighbouring blocks under one gate each, by module path or node name; or auto"
     )
     gate: Literal["linear", "recurrent", "conv"] = Field(
@@ -50,7 +50,7 @@ class SkipGates(Transform):
     keep_first: bool = Field(True, description="the first block always runs, for `blocks: auto`")
 
     once: ClassVar[bool] = True
-    before: ClassVar[tuple[str, ...]] = ("distill", "calibrate")
+    before: ClassVar[tuple[str, ...]] = ("distill", "hybrid_gates", "q_gates", "calibrate")
 
     def apply(self, network: DynamicNetwork, context: Context) -> Applied:
         annotate(network.plain, network.input_shape)

@@ -12,7 +12,7 @@ from dynamize.calibration.collect import TableMaker
 from dynamize.calibration.points import OperatingPoint, OperatingPoints, operating_points
 from dynamize.calibration.table import ConfidenceTable
 from dynamize.data import LoaderSet
-from dynamize.errors import DynamizeError
+from dynamize.errors import InfeasibleError
 from dynamize.nn.gates import ALL_OPEN
 from dynamize.nn.network import DynamicNetwork
 from dynamize.runtime.compiled import default_backend
@@ -74,23 +74,23 @@ def best_point(tables: GateTables, solve: Solver, cheapest: bool) -> OperatingPo
     The grid of offsets is refined around the best one.
 
     Raises:
-        DynamizeError: no offset meets the limit; the error is that of the nearest.
+        InfeasibleError: no offset meets the limit; the error is that of the offset which comes nearest.
     """
     tried: list[float | None] = []
     found: dict[float | None, OperatingPoint] = {}
-    refused: list[DynamizeError] = []
+    refused: list[InfeasibleError] = []
 
     def consider(offset: float | None) -> None:
         tried.append(offset)
         try:
             found[offset] = solve(tables.at(offset)).model_copy(update={"gate_offset": offset})
-        except DynamizeError as error:
+        except InfeasibleError as error:
             refused.append(error)
 
     for offset in tables.offsets():
         consider(offset)
     if not found:
-        raise refused[-1 if cheapest else 0]
+        raise min(refused, key=lambda error: error.nearest)
     for _ in range(_REFINEMENTS):
         best = _best(found, cheapest)
         for offset in _between(tried, best):

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, RootModel
 from dynamize.calibration.intervals import CrossFit, Interval, Solve, apply_folds, cross_fit, folds_of
 from dynamize.calibration.solver import frontier_budgets, solve_budget
 from dynamize.calibration.table import ConfidenceTable, Thresholds
-from dynamize.errors import DynamizeError
+from dynamize.errors import DynamizeError, InfeasibleError
 
 FOLDS = 10
 DROP_STEPS = 12  # bisections of the budget: the curve's width / 4096
@@ -186,10 +186,11 @@ def point_for_drop(
     met = [found for found in tried if found[1].drop.mean() <= max_drop * SLACK + 1e-12]
     if not met:
         nearest = min(float(fit.drop.mean()) for _, fit in tried)
-        raise DynamizeError(
+        raise InfeasibleError(
             f"no thresholds are expected to lose at most {max_drop:g} of accuracy: the least expected drop "
             f"is {nearest:.4f} ({100 * nearest:.2f} points). "
-            f"Ask for max_drop={math.ceil(nearest * 1e4) / 1e4:g} or more, or distil the exits further first."
+            f"Ask for max_drop={math.ceil(nearest * 1e4) / 1e4:g} or more, or distil the exits further first.",
+            nearest,
         )
     thresholds, fit = min(met, key=lambda found: float(found[1].costs[measure].mean()))
     return _point(table, label, thresholds, fit)

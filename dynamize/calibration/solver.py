@@ -8,7 +8,7 @@ import numpy as np
 from dynamize.calibration.problem import AtLeastCorrect, WithinCost
 from dynamize.calibration.search import Search
 from dynamize.calibration.table import ConfidenceTable, Thresholds
-from dynamize.errors import DynamizeError
+from dynamize.errors import DynamizeError, InfeasibleError
 
 
 def solve_budget(table: ConfidenceTable, budget: float, measure: str = "macs") -> Thresholds:
@@ -29,10 +29,11 @@ def solve_budget(table: ConfidenceTable, budget: float, measure: str = "macs") -
     found = search.solve(WithinCost(float(budget) / search.unit * table.images))
     if found is None:
         static = table.static_cost[measure]
-        raise DynamizeError(
+        raise InfeasibleError(
             f"a mean of {budget:g} {measure} per image cannot be reached: every image leaving at the "
             f"cheapest exit costs {cheapest:g} ({cheapest / static:.3f} of the static network). "
-            f"Ask for budget={_rounded_up(cheapest)} or more, or insert an earlier exit."
+            f"Ask for budget={_rounded_up(cheapest)} or more, or insert an earlier exit.",
+            cheapest,
         )
     return search.thresholds(found.positions)
 
@@ -58,10 +59,11 @@ def solve_drop(table: ConfidenceTable, max_drop: float, measure: str = "macs") -
         best = search.solve(WithinCost(math.inf))
         assert best is not None, "the unlimited budget is always met"
         nearest = (reference - best.correct) / images
-        raise DynamizeError(
+        raise InfeasibleError(
             f"an accuracy drop of at most {max_drop:g} cannot be reached: the best thresholds found still "
             f"lose {nearest:.4f} ({100 * nearest:.2f} points) against the static network. "
-            f"Ask for max_drop={_rounded_up(nearest)} or more, or distil the exits further first."
+            f"Ask for max_drop={_rounded_up(nearest)} or more, or distil the exits further first.",
+            nearest,
         )
     return search.thresholds(found.positions)
 

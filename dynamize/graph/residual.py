@@ -263,7 +263,7 @@ def _operands(region: _Region, node: fx.Node) -> list[fx.Node]:
 def _is_plain(addition: fx.Node) -> bool:
     """No alpha, also not in the old form ``torch.add(x, alpha, y)``, and no ``out``."""
     scale, out = addition.kwargs.get("alpha", 1), addition.kwargs.get("out")
-    return scale == 1 and out is None and len(addition.args) <= 2
+    return bool(scale == 1) and out is None and len(addition.args) <= 2
 
 
 def _summands(module: fx.GraphModule, region: _Region, addition: fx.Node) -> list[fx.Node]:

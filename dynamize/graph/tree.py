@@ -20,7 +20,6 @@ class Block:
         shape: (C, H, W) at its end, or (classes,).
         macs: multiply-accumulates per image.
         params: parameters that no block before it uses.
-        keeps_shape: whether its input has this shape too, so that a gate could skip it.
     """
 
     cut: str | None
@@ -28,7 +27,6 @@ class Block:
     shape: tuple[int, ...]
     macs: float
     params: int
-    keeps_shape: bool
 
 
 @dataclass(frozen=True)
@@ -79,28 +77,26 @@ class NetworkTree:
 def network_tree(traced: fx.GraphModule, input_shape: Sequence[int]) -> NetworkTree:
     """The tree of a network that :func:`dynamize.graph.trace.trace` traced for images of ``input_shape``."""
     cuts = cut_points(traced)
-    blocks = list(_blocks(traced, cuts, tuple(input_shape)))
+    blocks = list(_blocks(traced, cuts))
     resolutions = groupby(blocks, key=lambda block: block.shape[1:])
     return NetworkTree(tuple(input_shape), tuple(Stage(tuple(group)) for _, group in resolutions))
 
 
-def _blocks(traced: fx.GraphModule, cuts: Sequence[CutPoint], shape: tuple[int, ...]) -> Iterator[Block]:
+def _blocks(traced: fx.GraphModule, cuts: Sequence[CutPoint]) -> Iterator[Block]:
     nodes = {node.name: node for node in traced.graph.nodes}
     order = {name: i for i, name in enumerate(nodes)}
     ends = [order[cut.name] + 1 for cut in cuts]
     counted: set[nn.Parameter] = set()
     for cut, first, end in zip([*cuts, None], [0, *ends], [*ends, len(nodes)], strict=True):
         inside = list(nodes.values())[first:end]
-        before, shape = shape, cut.shape if cut else _answer_shape(traced)
         new = {one for node in inside for one in _parameters(traced, node)} - counted
         counted |= new
         yield Block(
             cut=cut.name if cut else None,
             module=cut.module if cut else "",
-            shape=shape,
+            shape=cut.shape if cut else _answer_shape(traced),
             macs=sum(node.meta.get("macs", 0.0) for node in inside),
             params=sum(one.numel() for one in new),
-            keeps_shape=before == shape and bool(first),
         )
 
 

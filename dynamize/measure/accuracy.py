@@ -37,8 +37,8 @@ def exit_logits(network: DynamicNetwork, images: Images, device: torch.device) -
 
 
 def everything(network: DynamicNetwork, images: Images, device: torch.device) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Logits of every exit, K tensors (n, classes) on the CPU, labels (n,), and the path through every gated unit (n, U);
-    all images go to the end."""
+    """Run all images to the end: logits of every exit, K tensors (n, classes), labels (n,), and paths through gated
+    units (n, U), all on the CPU."""
     network.to(device).eval()
     found: list[list[Tensor]] = [[] for _ in range(network.exit_count)]
     labels: list[Tensor] = []

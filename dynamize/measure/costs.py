@@ -46,7 +46,8 @@ class ExitCosts:
         return cast(NDArray[np.float64], macs - self.savings(choices_NU).sum(axis=1))
 
     def savings(self, choices_NU: NDArray[np.int64]) -> NDArray[np.float64]:
-        """MACs that each image saves in each gated unit, (N, U)."""
+        """MACs that each image saves in each gated unit, (N, U); choices may lack units that no image came to."""
+        choices_NU = np.pad(choices_NU, ((0, 0), (0, len(self.saved) - choices_NU.shape[1])), constant_values=-1)
         columns = [np.append(saved, 0.0)[choices_NU[:, u]] for u, saved in enumerate(self.saved)]
         return np.stack(columns, axis=1) if columns else np.zeros((len(choices_NU), 0))
 
@@ -78,8 +79,8 @@ def exit_costs(network: DynamicNetwork) -> ExitCosts:
 def _through(segment: nn.Module, features: torch.Tensor) -> tuple[float, torch.Tensor]:
     macs = 0.0
     for piece in segment.pieces if isinstance(segment, GatedSegment) else [segment]:
-        macs += piece.gate_macs if isinstance(piece, Unit) else 0.0
         with counting_macs() as counted:
             features = piece(features)
-        macs += counted()
+        # a unit may make its paths when it is first called, which would be counted too
+        macs += piece.gate_macs + piece.path_macs[-1] if isinstance(piece, Unit) else counted()
     return macs, features

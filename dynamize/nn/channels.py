@@ -48,6 +48,10 @@ class ChannelUnit(Unit):
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_narrowed": None}
 
+    def forward(self, features_NCHW: Tensor) -> Tensor:
+        whole: Tensor = self.body(features_NCHW)  # without building the narrower paths
+        return whole
+
     def paths(self) -> list[nn.Module | None]:
         tensors = [*self.body.parameters(), *self.body.buffers()]
         versions = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)

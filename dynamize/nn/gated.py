@@ -14,7 +14,10 @@ from torch import Tensor, nn
 
 from dynamize.nn.gates import Gate, State, choose, pool, sample_paths
 
+_BYTES = 2**24  # of feature maps that go through the units together
+
 Run = Callable[[Tensor], tuple[Tensor, Tensor | None]]  # features -> features and their channel means, if asked for
+Policy = Callable[[Tensor, Tensor], Tensor]  # features that reach a unit and its gate's scores (N, P) -> shares (N, P)
 
 
 class Unit(nn.Module, ABC):
@@ -119,6 +122,7 @@ class GatedSegment(nn.Module):
     Attributes:
         offset: added to the score of each path times its relative cost; ALL_OPEN opens all gates.
         noise: whether decisions are sampled in train mode.
+        policy: takes the decisions in train mode instead of the gates' own sampling, for reinforcement learning.
         forced: paths that the images of the next batches take whatever the gates say, (N, U); None lets gates decide.
     """
 
@@ -127,6 +131,7 @@ class GatedSegment(nn.Module):
         self.pieces = nn.ModuleList(pieces)
         self.offset = 0.0
         self.noise = True
+        self.policy: Policy | None = None
         self.forced: Tensor | None = None
         self.shares: list[Tensor] = []
         self.choices: Tensor | None = None
@@ -152,7 +157,9 @@ class GatedSegment(nn.Module):
         for piece in self.pieces:
             if isinstance(piece, Unit):
                 scores, state = piece.gate.decide(piece.gate.describe(features), state)
-                self.shares.append(sample_paths(scores, self.noise))
+                policy = self.policy
+                shares = policy(features, scores) if policy else sample_paths(scores, self.noise)
+                self.shares.append(shares)
                 features = piece.blend(features, self.shares[-1])
             else:
                 features = piece(features)
@@ -163,8 +170,10 @@ class GatedSegment(nn.Module):
         return make_pieces(list(self.pieces), eager_run, lambda gate: gate.describe)
 
     def compiled(self, compile_way: Callable[[nn.Module], nn.Module]) -> "GatedSegment":
-        """A segment for eval mode only, each of whose ways is what ``compile_way`` makes of it. Its gates, which it shares
-        with this one, are folded."""
+        """A segment for eval mode only, each of whose ways is what ``compile_way`` makes of it.
+
+        Its gates, which it shares with this one, are folded.
+        """
         pieces: list[nn.Module] = []
         for piece in self.pieces:
             if isinstance(piece, Unit):
@@ -210,11 +219,38 @@ def run_pieces(
 ) -> tuple[Tensor, Tensor]:
     """Run each piece for the images that need it, where its gate or ``forced_NU`` says so.
 
+    Large feature maps go through the units a few images at a time: what a cache holds is gathered at little cost, and
+    one image alone needs no gathering.
+
     Returns:
         features, and the path that each image took through each unit, (N, U), int64. The features given are not
         written to unless the segment begins with a unit, and then only without autograd.
     """
-    features, means, state = features_NCHW, None, None
+    features, means = features_NCHW, None
+    first = next(i for i, piece in enumerate(pieces) if piece.unit is not None)
+    for piece in pieces[:first]:
+        assert piece.ways[0] is not None
+        features, means = piece.ways[0](features)
+    rows = max(1, _BYTES // (features.shape[1:].numel() * features.element_size()))
+    if len(features) <= rows:
+        return _run_units(pieces[first:], offset, features, means, forced_NU)
+    parts = [
+        _run_units(
+            pieces[first:],
+            offset,
+            features[start : start + rows],
+            None if means is None else means[start : start + rows],
+            None if forced_NU is None else forced_NU[start : start + rows],
+        )
+        for start in range(0, len(features), rows)
+    ]
+    return torch.cat([part for part, _ in parts]), torch.cat([choices for _, choices in parts])
+
+
+def _run_units(
+    pieces: Sequence[Piece], offset: float, features: Tensor, means: Tensor | None, forced_NU: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    state: State = None
     chosen: list[Tensor] = []
     for piece in pieces:
         unit = piece.unit
@@ -236,9 +272,8 @@ def _dispatch(
 ) -> tuple[Tensor, Tensor | None]:
     """Send each image its way. Rows are gathered, computed and written back in place; nothing is concatenated."""
     taken = choice_N.tolist()
-    first = taken[0]
-    if all(one == first for one in taken):
-        way = ways[first]
+    if len(set(taken)) < 2:
+        way = ways[taken[0] if taken else -1]
         return (features, means) if way is None else way(features)
     if torch.is_grad_enabled():
         features, means = features.clone(), None if means is None else means.clone()

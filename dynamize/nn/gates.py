@@ -45,7 +45,7 @@ class LinearGate(Gate):
         self.linear = open_linear(channels, paths)
 
     def decide(self, described_ND: Tensor, state: State = None) -> tuple[Tensor, State]:
-        return self.linear(self.norm(described_ND.float())), state
+        return self.linear(self.norm(described_ND.to(self.linear.weight.dtype))), state
 
     def fold(self) -> None:
         self.norm, self.linear = nn.Identity(), _folded(self.norm, self.linear)
@@ -67,7 +67,7 @@ class ConvGate(Gate):
         return pool(torch.relu(self.norm(self.conv(features_NCHW))))
 
     def decide(self, described_ND: Tensor, state: State = None) -> tuple[Tensor, State]:
-        return self.linear(described_ND.float()), state
+        return self.linear(described_ND.to(self.linear.weight.dtype)), state
 
 
 class RecurrentMemory(nn.Module):
@@ -94,7 +94,7 @@ class RecurrentGate(Gate):
 
     def decide(self, described_ND: Tensor, state: State = None) -> tuple[Tensor, State]:
         (memory,) = self._memory
-        state = memory.cell(self.project(self.norm(described_ND.float())), state)
+        state = memory.cell(self.project(self.norm(described_ND.to(self.project.weight.dtype))), state)
         assert state is not None
         return memory.linear(state[0])[:, -self.paths :], state
 
@@ -140,7 +140,7 @@ def sample_paths(scores_NP: Tensor, noise: bool) -> Tensor:
         return functional.gumbel_softmax(scores_NP.float(), hard=True)
     soft = scores_NP.float().softmax(1)
     hard = functional.one_hot(soft.argmax(1), scores_NP.shape[1]).to(soft)
-    return hard + soft - soft.detach()
+    return hard + (soft - soft.detach())  # in this order exactly one-hot
 
 
 def choose(scores_NP: Tensor, costs_P: Tensor, offset: float) -> Tensor:
@@ -159,4 +159,5 @@ def make_gate(kind: str, channels: int, paths: int, memory: RecurrentMemory | No
 def gate_macs(gate: Gate, features: Tensor) -> float:
     """MACs of a gate on these features."""
     gate = gate.eval()
+    features = features.to(next(gate.parameters()))  # a new gate is not yet where the network is
     return count_macs(gate.describe, features) + count_macs(gate.decide, gate.describe(features))

@@ -35,7 +35,7 @@ class DynamicNetwork(nn.Module):
         memory: what recurrent gates share.
 
     Attributes:
-        gate_offset: moves all gates towards their dearer (positive) or cheaper (negative) paths; inf opens them.
+        gate_offset: moves all gates towards their dearer (positive) or cheaper (negative) paths; ALL_OPEN opens them.
         thresholds: one score for each early exit, None where it is off; set by :meth:`set_operating_point`.
         operating_points: what calibration found, or None before.
         history: the resolved transforms that made this network, as plain data.

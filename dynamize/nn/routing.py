@@ -92,7 +92,7 @@ def run_stages(stages: Sequence[Stage], thresholds: Sequence[float | None], imag
             leaves_N = output.score.cpu().double() >= threshold  # in float32 the threshold would be rounded
         leaving = leaves_N.nonzero().flatten()
         if len(leaving) == len(images_NCHW):
-            return Routed(output.logits, exits_N.fill_(k), _all_choices(chosen, len(images_NCHW)))
+            return Routed(output.logits, exits_N.fill_(k), _all_choices(chosen, stages, len(images_NCHW)))
         if len(leaving):
             if logits_NK is None:
                 logits_NK = output.logits.new_empty(len(images_NCHW), output.logits.shape[1])
@@ -103,7 +103,7 @@ def run_stages(stages: Sequence[Stage], thresholds: Sequence[float | None], imag
         assert output.features is not None
         features, context, waiting = _compact(output.features, output.context, waiting, leaves_N)
     assert logits_NK is not None
-    return Routed(logits_NK, exits_N, _all_choices(chosen, len(images_NCHW)))
+    return Routed(logits_NK, exits_N, _all_choices(chosen, stages, len(images_NCHW)))
 
 
 def _run_one(stages: Sequence[Stage], thresholds: Sequence[float | None], image: Tensor) -> Routed:
@@ -125,14 +125,12 @@ def _run_one(stages: Sequence[Stage], thresholds: Sequence[float | None], image:
         assert output.features is not None
         features, context = output.features, output.context
     assert output.logits is not None
-    return Routed(output.logits, torch.tensor([k]), _all_choices(chosen, 1))
+    return Routed(output.logits, torch.tensor([k]), _all_choices(chosen, stages, 1))
 
 
-def _all_choices(chosen: list[tuple[Tensor, Tensor]], images: int) -> Tensor:
+def _all_choices(chosen: list[tuple[Tensor, Tensor]], stages: Sequence[Stage], images: int) -> Tensor:
     """Side by side for all images, -1 for those that a stage did not see."""
-    if not chosen:
-        return torch.empty(images, 0, dtype=torch.int64)
-    whole = torch.full((images, sum(choices.shape[1] for _, choices in chosen)), -1)
+    whole = torch.full((images, len(stages[0].network.units)), -1)
     start = 0
     for rows, choices in chosen:
         whole[rows, start : start + choices.shape[1]] = choices.cpu()
@@ -194,9 +192,7 @@ class Routing:
         """Path index of every image through every gated unit, (N, U), int64; -1 where it left before."""
         if not self.paths:
             return torch.zeros(0, 0, dtype=torch.int64)
-        units = max(path.shape[1] for path in self.paths)  # fewer where a whole batch left early
-        padded = [torch.nn.functional.pad(path, (0, units - path.shape[1]), value=-1) for path in self.paths]
-        return torch.cat(padded)
+        return torch.cat(self.paths)
 
     def shares(self, count: int) -> list[float]:
         """Share of the images that left at each of ``count`` exits."""

@@ -3,18 +3,21 @@
 Each face is a module with one function, `render(report)`: `terminal`, `markdown`, `html`. None needs torch.
 """
 
-from dynamize.report.data import Gallery, GalleryImage, Network, Point, ReportData
+from dynamize.report.data import Gallery, GalleryImage, GateUse, Network, PathUse, Point, ReportData, UnitUse
 from dynamize.report.ledger import Ledger, Row, Timing, headline, share_of_saving_shown, verdicts
 
 __all__ = [
     "Gallery",
     "GalleryImage",
+    "GateUse",
     "Ledger",
     "Network",
+    "PathUse",
     "Point",
     "ReportData",
     "Row",
     "Timing",
+    "UnitUse",
     "headline",
     "share_of_saving_shown",
     "verdicts",

@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dynamize.report.data import Point
+from dynamize.report.data import GateUse, Point, UnitUse
 from dynamize.report.ledger import Interval, Ledger, Row
 
 ABSENT = "-"
+LEFT = "left before"
+_WIDTHS = 20
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,37 @@ def shares(exits: Sequence[float]) -> str:
     for index in by_rest[: max(0, 100 - sum(whole))]:
         whole[index] += 1
     return "/".join(map(str, whole))
+
+
+def path_name(width: float) -> str:
+    """What a path through a gated unit is called, by the share of the unit's channels that it computes."""
+    return {0.0: "skipped", 1.0: "whole"}.get(width, f"{100 * width:.0f} % wide")
+
+
+def path_shares(unit: UnitUse) -> dict[float, float]:
+    """Share of the images by the unit's widths, rounded to 5 %, ascending."""
+    found: dict[float, float] = {}
+    for path in unit.paths:
+        width = _rounded(path.width)
+        found[width] = found.get(width, 0.0) + path.share
+    return found
+
+
+def path_widths(gates: GateUse) -> list[float]:
+    """All widths that any unit has, rounded to 5 %, ascending."""
+    return sorted({_rounded(path.width) for unit in gates.units for path in unit.paths})
+
+
+def _rounded(width: float) -> float:
+    if width in (0.0, 1.0):
+        return width
+    return min(max(1, round(width * _WIDTHS)), _WIDTHS - 1) / _WIDTHS
+
+
+def routings(gates: GateUse) -> str:
+    """How many ways through the network there were, in one sentence."""
+    ways = "way" if gates.routings == 1 else "different ways"
+    return f"The {gates.images:,} test images took {gates.routings:,} {ways} through the network."
 
 
 def _latency(row: Row, backend: str, batch: str) -> str:
@@ -124,7 +157,23 @@ def point_columns(points: Sequence[Point]) -> list[Column]:
     if any(point.latency_ms is not None for point in points):
         times = [ABSENT if point.latency_ms is None else three_digits(point.latency_ms) for point in points]
         columns.append(Column("ms", times))
-    return [*columns, Column("exits\n%", [shares(point.exits) for point in points])]
+    leaving = [shares(point.exits) for point in points]
+    return [*columns, *([Column("exits\n%", leaving)] if any(cell != ABSENT for cell in leaving) else [])]
+
+
+def unit_columns(gates: GateUse) -> list[Column]:
+    """A row for each gated unit: what share of the images took each path, and of its MACs was executed."""
+    taken = [path_shares(unit) for unit in gates.units]
+    columns = [
+        Column("gated unit", [unit.label for unit in gates.units], right=False),
+        Column("MACs", [count(unit.paths[-1].macs) for unit in gates.units]),
+    ]
+    for width in path_widths(gates):
+        cells = [f"{100 * one[width]:.1f}" if width in one else ABSENT for one in taken]
+        columns.append(Column(f"{path_name(width)}\n%", cells))
+    if any(unit.left for unit in gates.units):
+        columns.append(Column(f"{LEFT}\n%", [f"{100 * unit.left:.1f}" for unit in gates.units]))
+    return [*columns, Column("MACs run\n%", [f"{100 * unit.executed:.1f}" for unit in gates.units])]
 
 
 def row_notes(ledger: Ledger) -> list[str]:

@@ -42,7 +42,7 @@ def _assemble(out: Path, manifest: dict[str, Any]) -> ReportData:
         ledger, extras = Ledger(rows=_finished_rows(out), **header), {}
         extras["notes"] = [f"the run is not finished: {len(ledger.rows) - 1} steps are done, --resume goes on"]
     if about.get("recalibrated"):
-        extras["gallery"] = []  # shows who left where under the thresholds of the run
+        extras |= {"gallery": [], "gates": None}  # they show who went where at the operating point of the run
         extras["notes"] = ["the operating points were solved again after the run; the rows show it as it ended"]
     points = [Point.model_validate(point) for point in manifest.get("operating_points") or []]
     return ReportData(ledger=ledger, operating_points=points, selected=chosen.get("name"), **extras)

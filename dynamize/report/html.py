@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from dynamize.report import cells
-from dynamize.report.data import Network, Point, ReportData
+from dynamize.report.data import GateUse, Network, Point, ReportData
 from dynamize.report.ledger import Row, headline, verdicts
 
 LEAST = -sys.float_info.max
@@ -45,10 +45,12 @@ def render(report: ReportData) -> str:
             columns=columns,
             groups=[group for group in groups if group[1]],
             legend=cells.legend(ledger),
+            count=cells.count,
             notes=cells.row_notes(ledger) + report.notes,
             view=_view(report),
             colors=_colors(len(report.exit_names())),
             exit_names=report.exit_names(),
+            gates=_gates(report.gates) if report.gates else None,
         )
     )
 
@@ -86,6 +88,18 @@ def _view(report: ReportData) -> dict[str, Any]:
         "latency": label,
         "selected": _selected(report, points, last),
     }
+
+
+def _gates(gates: GateUse) -> dict[str, Any]:
+    """The bars of the gated units: pieces of (name, share, colour)."""
+    kinds = [(cells.path_name(width), _shade(width)) for width in cells.path_widths(gates)]
+    units = []
+    for unit in gates.units:
+        pieces = [(cells.path_name(width), share, _shade(width)) for width, share in cells.path_shares(unit).items()]
+        units.append({"label": unit.label, "executed": unit.executed, "pieces": [*pieces, (cells.LEFT, unit.left, "")]})
+    if any(unit.left for unit in gates.units):
+        kinds.append((cells.LEFT, ""))
+    return {"units": units, "kinds": kinds, "routings": cells.routings(gates)}
 
 
 def _selected(report: ReportData, points: list[Point], last: Row) -> int:
@@ -140,3 +154,8 @@ def _colors(count: int) -> list[str]:
     """One colour for each exit, from teal (early) to violet (last)."""
     steps = max(count - 1, 1)
     return [f"hsl({176 + 86 * index / steps:.0f} 48% 42%)" for index in range(count)]
+
+
+def _shade(width: float) -> str:
+    """The wider the path the darker its blue; the page's own grey for what is skipped."""
+    return f"hsl(225 {45 + 20 * width:.0f}% {84 - 36 * width:.0f}%)" if width else ""

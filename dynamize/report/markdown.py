@@ -9,7 +9,7 @@ from dynamize.report.ledger import headline, verdicts
 
 
 def render(report: ReportData) -> str:
-    """The same facts as in the terminal, with every backend and batch size in one table.
+    """The same facts as in the terminal and every gated unit, with every backend and batch size in one table.
 
     Raises `DynamizeError` if the ledger has no rows.
     """
@@ -32,6 +32,12 @@ def render(report: ReportData) -> str:
             "## Operating points",
             _table(cells.point_columns(report.operating_points)),
             f"Expected values; ±: the longer arm of the 95 % interval.{label}",
+        ]
+    if report.gates:
+        blocks += [
+            "## Gates",
+            f"{cells.routings(report.gates)} Shares of the images on each path, and of the MACs that ran:",
+            _table(cells.unit_columns(report.gates)),
         ]
     if notes := cells.row_notes(ledger) + report.notes:
         blocks += ["## Notes", "\n".join(f"- {_plain(note)}" for note in notes)]

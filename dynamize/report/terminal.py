@@ -56,9 +56,11 @@ def _parts(report: ReportData) -> Iterator[RenderableType]:
         name, *values = cells.point_columns(report.operating_points)
         yield from (
             Text("\nOperating points", style="bold"),
-            _Fitted([name], [values[:3], values[3:-1], values[-1:]]),
+            _Fitted([name], [values[:3], values[3:6], values[6:]]),
         )
         yield Text(f"Expected values; ±: the longer arm of the 95 % interval.{label}", style="dim")
+    if report.gates:
+        yield Text("\n" + cells.routings(report.gates))
     yield Text("\n" + cells.legend(ledger), style="dim")
     yield from (Text(f"! {line}", style="yellow") for line in verdicts(ledger))
     yield from (Text(f"- {line}") for line in cells.row_notes(ledger) + report.notes)

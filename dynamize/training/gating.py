@@ -54,7 +54,7 @@ class BudgetLoss:
     def __call__(self) -> Tensor:
         """The loss of the decisions of the last batch, a scalar."""
         shares = [one for segment in self._segments() for one in segment.shares]
-        spent = [share.mean(0) @ costs.to(share) for share, costs in zip(shares, self.costs, strict=True)]
+        spent = [(share.mean(0) * costs.to(share)).sum() for share, costs in zip(shares, self.costs, strict=True)]
         fall = min(1.0, self.progress / _ANNEALED)
         target = 1 - (1 - self.target) * fall
         tight = math.cos(math.pi / 2 * fall) ** 2

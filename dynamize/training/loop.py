@@ -40,7 +40,8 @@ class Advancing(Protocol):
 class Plan:
     """How to train. ``batch_size`` is over all processes; ``lr`` is the peak of a one-cycle schedule
     (Smith & Topin 2018); SGD with Nesterov momentum 0.9. ``heads_only`` freezes the network's own layers and
-    their batch-norm statistics. ``work`` keeps checkpoints and metrics; None keeps nothing."""
+    their batch-norm statistics; ``frozen`` does so to single modules. ``work`` keeps checkpoints and metrics; None
+    keeps nothing."""
 
     epochs: int
     batch_size: int
@@ -54,6 +55,7 @@ class Plan:
     trackers: tuple[str, ...] = ()
     device: torch.device = torch.device("cpu")
     label: str = "train"
+    frozen: tuple[nn.Module, ...] = ()
 
 
 def train(
@@ -68,7 +70,7 @@ def train(
     """
     accelerator = _accelerator(plan)
     network.to(plan.device).to(memory_format=torch.channels_last).train()
-    with _trainable(network, plan.heads_only) as parameters:
+    with _trainable(network, plan) as parameters:
         run = _Run(accelerator, network, data, loss, plan, parameters)
         rows = run.all_epochs(progress)
     for buffer in network.buffers():  # batch-norm statistics differ between processes: all take the first one's
@@ -133,6 +135,8 @@ class _Run:
         self.network.train()
         if self.plan.heads_only:
             self.network.segments.eval()
+        for module in self.plan.frozen:
+            module.eval()
         waiting: list[Tensor] = []
         for step, (images, labels) in enumerate(batches, start=first):
             waiting.append(self._step(epoch, step, images, labels))
@@ -201,11 +205,15 @@ def _accelerator(plan: Plan) -> Accelerator:
 
 
 @contextmanager
-def _trainable(network: DynamicNetwork, heads_only: bool) -> Iterator[list[nn.Parameter]]:
+def _trainable(network: DynamicNetwork, plan: Plan) -> Iterator[list[nn.Parameter]]:
     """The parameters to train; the others are frozen inside the block and as they were after it."""
     before = {p: p.requires_grad for p in network.parameters()}
-    if heads_only:
+    for module in plan.frozen:
+        module.requires_grad_(False)
+    if plan.heads_only:
         network.segments.requires_grad_(False)
+        if network.memory is not None:
+            network.memory.requires_grad_(False)
     try:
         yield [p for p in network.parameters() if p.requires_grad]
     finally:

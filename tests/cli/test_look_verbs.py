@@ -16,7 +16,7 @@ def widest(text: str) -> int:
 
 def test_inspect_shows_stages_blocks_and_costs(cli: Cli) -> None:
     text = cli("inspect", "dynamize:cifar_resnet20").stdout
-    assert "dynamize:cifar_resnet20  3x32x32  40.6M MACs  270k parameters  10 cut points" in text
+    assert "dynamize:cifar_resnet20  3x32x32  40.8M MACs  270k parameters  10 cut points" in text
     assert "stage 1, 4 blocks" in text
     assert "layer3_2_relu2" in text
     assert widest(text) <= 80
@@ -31,6 +31,29 @@ def test_inspect_json_adds_up(cli: Cli) -> None:
     assert blocks[-1]["cut"] is None
     assert blocks[-1]["shape"] == [10]
     assert found["exits"] == []
+
+
+def test_inspect_says_what_gates_fit(cli: Cli) -> None:
+    text = cli("inspect", "dynamize:cifar_resnet20").stdout
+    rows = {line.split("  ")[0]: line.split() for line in text.split("Gates possible")[1].splitlines()}
+    assert rows["layer1.0 to layer1.2"][-3:] == ["3", "yes", "16"]
+    assert "shortcut runs" in " ".join(rows["layer2.0"])
+    found = json.loads(cli("inspect", "dynamize:cifar_resnet20", "--json").stdout)
+    assert found["units"] == []
+    assert len(found["gates"]) == 9
+    first = found["gates"][0]
+    assert (first["module"], first["skip"], first["identity"], first["why_not"]) == ("layer1.0", True, True, None)
+    # two 3x3 convolutions of 16 channels on 32x32 pixels
+    assert first["chains"] == [{"name": "layer1_0_conv1", "channels": 16, "macs": 2 * 32 * 32 * 16 * 16 * 9}]
+    assert not found["gates"][3]["identity"]
+
+
+def test_inspect_says_why_a_block_cannot_be_skipped(cli: Cli) -> None:
+    result = cli("inspect", "torchvision:densenet121", "--input", "3,64,64")
+    assert widest(result.stdout) <= 80
+    reason = result.stdout.split("Gates possible")[1].split()
+    assert {"features_transition1_relu", "relu", "no:", "parallel", "meet", "concatenation"} <= set(reason)
+    assert "12 x 128" in " ".join(result.stdout.split())
 
 
 def test_inspect_takes_an_input_shape(cli: Cli) -> None:

@@ -6,7 +6,18 @@ import zlib
 
 import pytest
 
-from dynamize.report import Gallery, GalleryImage, Ledger, Network, Point, ReportData, Row
+from dynamize.report import (
+    Gallery,
+    GalleryImage,
+    GateUse,
+    Ledger,
+    Network,
+    PathUse,
+    Point,
+    ReportData,
+    Row,
+    UnitUse,
+)
 
 STATIC_MACS = 126_550_000.0
 STATIC_MS = 4.4
@@ -96,12 +107,31 @@ def points() -> list[Point]:
     return found
 
 
+def unit(label: str, macs: float, *paths: tuple[float, float, float]) -> UnitUse:
+    """Paths as (width, share of the unit's MACs, share of the images)."""
+    uses = [PathUse(width=width, macs=part * macs, share=share) for width, part, share in paths]
+    return UnitUse(label=label, paths=uses)
+
+
 @pytest.fixture
-def report(ledger: Ledger, points: list[Point]) -> ReportData:
-    def image(index: int, confidence: float) -> GalleryImage:
+def gates() -> GateUse:
+    return GateUse(
+        units=[
+            unit("layer1.1 to layer1.3", 14.2e6, (0, 0, 0.125), (1, 1, 0.875)),
+            unit("layer2.0", 7.1e6, (0, 0.25, 0.3), (1, 1, 0.3)),
+            unit("layer3.1", 9.4e6, (0.26, 0.26, 0.05), (0.5, 0.5, 0.1), (0.75, 0.75, 0.05), (1, 1, 0.2)),
+        ],
+        images=10_000,
+        routings=37,
+    )
+
+
+@pytest.fixture
+def report(ledger: Ledger, points: list[Point], gates: GateUse) -> ReportData:
+    def image(index: int, confidence: float, macs: float | None = None) -> GalleryImage:
         answer = (index + 1) % 10 if index % 4 == 3 else index % 10
         picture = png(60 + 37 * index % 196, 60 + 91 * index % 196, 60 + 13 * index % 196)
-        return GalleryImage(png_base64=picture, label=index % 10, answer=answer, confidence=confidence)
+        return GalleryImage(png_base64=picture, label=index % 10, answer=answer, confidence=confidence, macs=macs)
 
     names = ["exit 1 (stage 1)", "exit 2 (stage 2)", "own classifier"]
     return ReportData(
@@ -118,6 +148,7 @@ def report(ledger: Ledger, points: list[Point]) -> ReportData:
             Network(name="resnet32", macs=0.551 * STATIC_MACS, accuracy=0.9263, latency_ms=2.6),
         ],
         latency_label="ms per image, batch 64, onnxruntime",
+        gates=gates,
         gallery=[
             Gallery(
                 exit=index,
@@ -126,6 +157,14 @@ def report(ledger: Ledger, points: list[Point]) -> ReportData:
                 last=[image(7 * index + k + 3, 0.71 - 0.01 * k) for k in range(6)],
             )
             for index, name in enumerate(names)
+        ]
+        + [
+            Gallery(
+                exit=None,
+                name="all images",
+                first=[image(k, 0.9, 31e6 + 1e6 * k) for k in range(6)],
+                last=[image(k + 5, 0.4, 128e6 - 1e6 * k) for k in range(6)],
+            )
         ],
         class_names=[
             "airplane",

@@ -235,12 +235,48 @@ def test_narrow_screen_does_not_scroll_sideways(opened: Opened, report: ReportDa
 def test_gallery_shows_images_and_wrong_answers(opened: Opened, report: ReportData) -> None:
     driver = opened(report)
     images = driver.find_elements(By.CSS_SELECTOR, ".pictures img")
-    assert len(images) == 36
+    assert len(images) == 48
     assert all(image.get_property("naturalWidth") == 32 for image in images)
     wrong = driver.find_elements(By.CSS_SELECTOR, ".pictures .wrong")
     given = [image for shown in report.gallery for image in shown.first + shown.last]
     assert len(wrong) == sum(image.label != image.answer for image in given) > 0
     assert wrong[0].text.split("\n") == ["deer", "is cat", "0.99"]
+    assert [wrong[-1].text.split("\n")[-1], images[-1].get_attribute("alt")] == ["126M", "airplane, answered airplane"]
+    shown = driver.find_elements(By.CSS_SELECTOR, ".gallery")[-1]
+    assert [head.text for head in shown.find_elements(By.TAG_NAME, "h4")] == [
+        "the cheapest, in executed MACs",
+        "the dearest",
+    ]
+
+
+def test_every_gate_has_a_bar_of_its_paths(opened: Opened, report: ReportData) -> None:
+    driver = opened(report)
+    panel = driver.find_element(By.ID, "gates")
+    assert "The 10,000 test images took 37 different ways" in panel.text
+    kinds = [item.text for item in panel.find_elements(By.CSS_SELECTOR, ".legend li")]
+    assert kinds == ["skipped", "25 % wide", "50 % wide", "75 % wide", "whole", "left before"]
+    bars = panel.find_elements(By.CSS_SELECTOR, ".units .bar")
+    told = [bar.get_attribute("aria-label") for bar in bars]
+    assert told[1] == "skipped 30.0 %, whole 30.0 %, left before 40.0 %"
+    shares = [[0.125, 0.875], [0.3, 0.3, 0.4], [0.05, 0.1, 0.05, 0.2, 0.6]]
+    for bar, wanted in zip(bars, shares, strict=True):
+        pieces = bar.find_elements(By.TAG_NAME, "div")
+        assert [one.rect["width"] / bar.rect["width"] for one in pieces] == pytest.approx(wanted, abs=0.01)
+    run = [cell.text for cell in panel.find_elements(By.CSS_SELECTOR, ".units b")]
+    assert run == ["88 %", "38 %", "30 %"]
+
+
+def test_gates_without_exits_show_no_exits(opened: Opened, report: ReportData) -> None:
+    rows = [row.model_copy(update={"exits": []}) for row in report.ledger.rows]
+    points = [point.model_copy(update={"exits": [1.0], "thresholds": []}) for point in report.operating_points]
+    driver = opened(
+        ReportData(ledger=Ledger(rows=rows), operating_points=points, gates=report.gates, gallery=report.gallery[-1:])
+    )
+    driver.find_element(By.ID, "slider").send_keys(Keys.ARROW_RIGHT)
+    assert driver.find_elements(By.ID, "exits") == []
+    assert driver.find_element(By.ID, "gallery-title").text == "Who costs what"
+    assert len(driver.find_elements(By.CSS_SELECTOR, ".units .bar")) == 3
+    assert driver.get_log("browser") == []
 
 
 HOSTILE = "</script><script>window.broken = 1</script><img src=x onerror='window.broken = 1'>"

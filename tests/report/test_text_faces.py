@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from dynamize.errors import DynamizeError
-from dynamize.report import Ledger, Point, ReportData, Row, markdown, terminal
+from dynamize.report import GateUse, Ledger, PathUse, Point, ReportData, Row, UnitUse, markdown, terminal
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -74,6 +74,30 @@ def test_static_ledger_has_no_exit_column_and_no_points(ledger: Ledger) -> None:
         assert "exits" not in text
         assert "Operating points" not in text
         assert "93.57" in text
+
+
+def test_points_of_gates_without_exits_have_no_exit_column(ledger: Ledger, points: list[Point]) -> None:
+    alone = [point.model_copy(update={"exits": [1.0], "thresholds": []}) for point in points]
+    report = ReportData(ledger=Ledger(rows=ledger.rows[:1]), operating_points=alone)
+    for text in (on_terminal(report), on_terminal(report, 50), markdown.render(report)):
+        assert "exits" not in text
+        assert "16.05" in text
+
+
+def test_neighbouring_widths_are_told_as_one(ledger: Ledger) -> None:
+    paths = [
+        PathUse(width=width, macs=macs, share=share)
+        for width, macs, share in ((0.01, 1, 0.1), (0.33, 30, 0.2), (0.36, 40, 0.3), (0.99, 90, 0.1), (1, 100, 0.3))
+    ]
+    gates = GateUse(units=[UnitUse(label="a|b", paths=paths)], images=10, routings=1)
+    text = markdown.render(ReportData(ledger=ledger, gates=gates))
+    table = [line for line in text.split("## Gates")[1].splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in (table[0], table[2])]
+    assert cells == [
+        ["gated unit", "MACs", "5 % wide %", "35 % wide %", "95 % wide %", "whole %", "MACs run %"],
+        ["a\\|b", "100", "10.0", "50.0", "10.0", "30.0", "57.1"],
+    ]
+    assert "took 1 way through the network." in text
 
 
 def test_markdown_shows_every_backend(ledger: Ledger) -> None:

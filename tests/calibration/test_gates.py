@@ -1,0 +1,246 @@
+"""Operating points of gates: the best offset within a limit, refined, and what they promise is what is executed."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gated_networks import scatter
+
+from dynamize.calibration import ConfidenceTable, point_for_budget, point_for_drop
+from dynamize.calibration import collect as collecting
+from dynamize.calibration.collect import TableMaker
+from dynamize.calibration.gates import OFFSETS, GateTables, best_point, calibrate, curve
+from dynamize.conversion import apply, convert
+from dynamize.data import DataSpec, Splits, load_data
+from dynamize.errors import DynamizeError
+from dynamize.measure.accuracy import routed_answers
+from dynamize.measure.costs import exit_costs
+from dynamize.measure.macs import count_macs
+from dynamize.models import create
+from dynamize.nn.gates import ALL_OPEN
+from dynamize.nn.network import DynamicNetwork
+from dynamize.transform import Context
+from dynamize.transforms import Calibrate, Exits, SkipGates
+
+CPU = torch.device("cpu")
+SHAPE = (1, 8, 8)
+IMAGES = 1000
+STATIC = 1e6
+
+
+class FakeMaker:
+    """At offset o an image costs 0.6 + 0.1 o of the original network, and the hardest are answered wrongly until
+    all gates are open: 5 % at offset 0, one more for each quarter below."""
+
+    def __init__(self, units: int = 2) -> None:
+        self.network: Any = SimpleNamespace(units=[None] * units, gate_offset=0.125)
+        self.made: list[float] = []
+
+    def table(self) -> ConfidenceTable:
+        offset = self.network.gate_offset
+        self.made.append(offset)
+        cost = min(1.02, max(0.2, 0.6 + 0.1 * offset)) * STATIC
+        wrong = 0 if offset == ALL_OPEN else int(np.clip(50 - 40 * offset, 0, IMAGES))
+        answers = np.zeros((1, IMAGES), dtype=np.int64)
+        answers[0, :wrong] = 1
+        labels = np.zeros(IMAGES, dtype=np.int64)
+        costs = {"macs": np.array([cost])}
+        each = {"macs": np.full((1, IMAGES), cost)}
+        return ConfidenceTable(
+            np.zeros((1, IMAGES)), answers, labels, labels, costs, {"macs": STATIC}, image_costs=each
+        )
+
+
+def within_drop(drop: float) -> Any:
+    return lambda table: point_for_drop(table, drop)
+
+
+def within_budget(ratio: float) -> Any:
+    return lambda table: point_for_budget(table, ratio * STATIC)
+
+
+def test_tables_are_made_once_at_their_offset_and_the_network_stays_where_it_was() -> None:
+    maker = FakeMaker()
+    tables = GateTables(maker)
+    assert tables.at(-1.0) is tables.at(-1.0)
+    tables.at(1.0)
+    assert maker.made == [-1.0, 1.0]
+    assert maker.network.gate_offset == 0.125
+    assert tables.offsets() == sorted(OFFSETS)
+    assert GateTables(FakeMaker(units=0)).offsets() == [None]
+
+
+def test_a_table_that_fails_leaves_the_network_where_it_was() -> None:
+    maker = FakeMaker()
+
+    def fail() -> ConfidenceTable:
+        raise DynamizeError("scores contain NaN")
+
+    maker.table = fail  # type: ignore[method-assign]
+    with pytest.raises(DynamizeError):
+        GateTables(maker).at(-1.0)
+    assert maker.network.gate_offset == 0.125
+
+
+@pytest.mark.parametrize(
+    ("drop", "offset"),
+    [
+        (0.06, -0.25),  # 60 wrong: a point of the grid
+        (0.0583, -0.1875),  # between 0 and -0.25: halved twice towards the limit
+        (0.0, 1.25),  # none wrong from 1.25 on, which two halvings of the grid find
+    ],
+)
+def test_the_cheapest_within_a_drop_is_refined_towards_the_limit(drop: float, offset: float) -> None:
+    point = best_point(GateTables(FakeMaker()), within_drop(drop), cheapest=True)
+    assert point.gate_offset == offset
+    assert point.accuracy_drop <= drop + 1e-9
+    assert point.macs == pytest.approx((0.6 + 0.1 * point.gate_offset) * STATIC)
+
+
+@pytest.mark.parametrize(("ratio", "offset"), [(0.6, 0.0), (0.57, -0.3125), (0.616, 0.125), (2.0, 1.25)])
+def test_the_most_accurate_within_a_budget(ratio: float, offset: float) -> None:
+    point = best_point(GateTables(FakeMaker()), within_budget(ratio), cheapest=False)
+    assert point.gate_offset == offset
+    assert point.macs <= ratio * STATIC
+
+
+def test_limits_that_no_offset_meets() -> None:
+    with pytest.raises(DynamizeError, match="200000"):  # that of the cheapest
+        best_point(GateTables(FakeMaker()), within_budget(0.1), cheapest=False)
+    maker = FakeMaker()
+    perfect = maker.table
+
+    def worse() -> ConfidenceTable:
+        table = perfect()
+        answers = table.answers.copy()
+        answers[0, -100:] = 1
+        return ConfidenceTable(table.scores, answers, table.labels, table.reference, table.costs, table.static_cost)
+
+    maker.table = worse  # type: ignore[method-assign]
+    with pytest.raises(DynamizeError, match=r"least expected drop is 0\.1000"):  # that of all gates open
+        best_point(GateTables(maker), within_drop(0.05), cheapest=True)
+
+
+def test_a_network_without_gates_has_points_without_an_offset() -> None:
+    maker = FakeMaker(units=0)
+    point = best_point(GateTables(maker), within_budget(0.7), cheapest=False)
+    assert point.gate_offset is None
+    assert maker.made == [0.0]
+    assert all(one.gate_offset is None for one in curve(GateTables(FakeMaker(units=0)), 5, seed=0))
+
+
+def test_the_curve_rises_in_both_and_has_an_offset_each() -> None:
+    points = curve(GateTables(FakeMaker()), 6, seed=0)
+    assert 2 <= len(points) <= 6
+    assert len({point.name for point in points}) == len(points)
+    for cheaper, dearer in zip(points, list(points)[1:], strict=False):
+        assert cheaper.macs < dearer.macs
+        assert cheaper.accuracy < dearer.accuracy
+    for point in points:
+        assert point.gate_offset in OFFSETS
+        assert point.name == f"macs-{point.macs_ratio:.2f}"
+    assert points[0].gate_offset == -4.0
+    assert points[len(points) - 1].accuracy == 1.0
+
+
+@pytest.fixture(scope="module")
+def splits() -> Splits:
+    spec = DataSpec(source="digits", normalize=((0.305,), (0.376,)), calibration=200, train_limit=100, test_limit=100)
+    return load_data(spec, SHAPE, 10)
+
+
+@pytest.fixture
+def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made-up times: each exit a millisecond more, each path of a unit as well."""
+
+    def exits(network: DynamicNetwork, *_: object) -> tuple[np.ndarray, float]:
+        return 1.0 + np.arange(network.exit_count), float(network.exit_count)
+
+    def paths(network: DynamicNetwork, *_: object) -> tuple[list[list[float]], float, float]:
+        return [[0.0, 0.1] for _ in network.units], 1.0, 1.0
+
+    monkeypatch.setattr(collecting, "exit_latency", exits)
+    monkeypatch.setattr(collecting, "path_latency", paths)
+
+
+def gated_digits(splits: Splits, exits: bool) -> DynamicNetwork:
+    steps: list[Any] = [Exits(at=["layer1", "layer2"], head="linear")] if exits else []
+    network = convert(create("digits_resnet", pretrained=True).eval(), [*steps, SkipGates(group=1)], SHAPE)
+    batch, _ = next(iter(splits.calibration.batches(200)))
+    return scatter(network, batch)
+
+
+TEACHER = create("digits_resnet", pretrained=True).eval()
+
+
+@pytest.mark.usefixtures("untimed")
+@pytest.mark.parametrize("exits", [False, True])
+def test_what_a_table_says_is_executed(splits: Splits, exits: bool) -> None:
+    network = gated_digits(splits, exits)
+    maker = TableMaker(network, splits.calibration, TEACHER, CPU, "eager")
+    costs = exit_costs(network)
+    for offset in (-1.0, 0.0, 1.5, ALL_OPEN):
+        table = GateTables(maker).at(offset)
+        network.gate_offset = offset
+        thresholds = [float(np.median(scores)) for scores in table.scores[:-1]]
+        network.thresholds = list(thresholds)
+        found, labels, routing = routed_answers(network, splits.calibration, CPU)
+        taken = table.route(thresholds)
+        assert routing.exits.tolist() == taken.tolist()
+        executed = costs.executed(routing.exits.numpy(), routing.choices.numpy(), thresholds)
+        assert np.allclose(executed, table.spent("macs", thresholds, taken), rtol=1e-12)
+        expected = table.evaluate(thresholds)
+        assert expected.cost == pytest.approx(executed.mean(), rel=1e-12)
+        assert expected.accuracy == pytest.approx(float((found == labels).double().mean()))
+        batch, _ = next(iter(splits.calibration.batches(200)))
+        assert count_macs(network, batch) == pytest.approx(executed.sum(), rel=1e-12)
+        skipped = (routing.choices == 0).sum(1).numpy()
+        if not exits:
+            assert np.allclose(table.spent("ms", thresholds, taken), 1.0 - 0.1 * skipped)
+
+
+@pytest.mark.usefixtures("untimed")
+@pytest.mark.parametrize("exits", [False, True])
+def test_calibrating_moves_the_network_to_a_point_that_keeps_its_promise(splits: Splits, exits: bool) -> None:
+    network = gated_digits(splits, exits)
+    step, context = Calibrate(macs_ratio=0.6, points=5), Context(data=splits, teacher=TEACHER)
+    calibrated, _ = apply(network, step, context)
+    point = calibrated.operating_point
+    assert point is not None
+    assert point.macs_ratio <= 0.6 + 1e-9
+    assert calibrated.gate_offset == point.gate_offset
+    assert calibrated.thresholds == point.thresholds
+    points = calibrated.operating_points
+    assert points is not None
+    assert points["chosen"] == point
+    assert all(one.gate_offset is not None for one in points)
+    assert [one.macs for one in points] == sorted(one.macs for one in points)
+    _, _, routing = routed_answers(calibrated, splits.calibration, CPU)
+    costs = exit_costs(calibrated)
+    executed = costs.executed(routing.exits.numpy(), routing.choices.numpy(), point.thresholds).mean()
+    assert point.macs_ci[0] <= executed <= point.macs_ci[1] or executed == pytest.approx(point.macs, rel=0.05)
+    again, _ = apply(calibrated, Calibrate(macs_ratio=0.8, points=2), context)
+    assert again.operating_point is not None
+    assert point.macs_ratio < again.operating_point.macs_ratio <= 0.8 + 1e-9
+
+
+@pytest.mark.usefixtures("untimed")
+def test_a_budget_below_all_gates_closed(splits: Splits) -> None:
+    network = gated_digits(splits, exits=False)
+    with pytest.raises(DynamizeError, match="budget"):
+        apply(network, Calibrate(macs_ratio=0.01), Context(data=splits, teacher=TEACHER))
+    assert network.gate_offset == 0.0
+
+
+@pytest.mark.usefixtures("untimed")
+def test_from_python_with_the_users_own_loader(splits: Splits) -> None:
+    network = gated_digits(splits, exits=False)
+    network.gate_offset = -0.5
+    points = calibrate(network, list(splits.calibration.batches(50)), TEACHER, count=4)
+    assert network.operating_points == points
+    assert network.gate_offset == -0.5
+    assert len({point.gate_offset for point in points}) > 1
+    network.set_operating_point(points[0])
+    assert network.gate_offset == points[0].gate_offset

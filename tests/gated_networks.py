@@ -1,0 +1,141 @@
+"""Networks whose gates disagree about images, and what they have to answer, worked out densely."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from networks import SmallResNet, small_resnet
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dynamize.conversion import convert
+from dynamize.nn.gated import GatedSegment, Unit
+from dynamize.nn.gates import RecurrentGate
+from dynamize.nn.heads import extend_context
+from dynamize.nn.network import DynamicNetwork
+from dynamize.transforms import Exits, SkipGates
+
+CLEAR = 1e-3  # scores this far apart are not turned round by rounding
+
+
+def gated_resnet(exits: dict[str, Any] | None = None, seed: int = 0, **fields: Any) -> DynamicNetwork:
+    """The small ResNet with gates that split random images; ``fields`` are those of `SkipGates`."""
+    steps: list[Any] = [SkipGates.model_validate({"group": 1} | fields)]
+    if exits is not None:
+        steps.insert(0, Exits.model_validate({"at": ["layer1", "layer2"], "head": "conv", "share": 1.0} | exits))
+    network = convert(small_resnet(seed), steps, SmallResNet.shape)
+    with torch.no_grad():  # as training would: heads that are sure of images, fusions that add something
+        for layer in network.heads.modules():
+            if isinstance(layer, nn.Linear):
+                layer.weight.mul_(20)
+        for fusion in [network.fusion, *(head.fusion for head in network.heads)]:
+            if fusion is not None:
+                fusion.weight.normal_(0, 0.1)
+    return scatter(network, torch.randn(64, *SmallResNet.shape, generator=torch.Generator().manual_seed(99)))
+
+
+def scatter(network: DynamicNetwork, images: Tensor) -> DynamicNetwork:
+    """Random weights for all gates, under which each sends about half of ``images`` each way.
+
+    Recurrent gates share their last layer, so only the first is balanced."""
+    features, ready = images, False
+    with torch.no_grad():
+        for segment in network.segments:
+            if not isinstance(segment, GatedSegment):
+                features = segment(features)
+                continue
+            state = None
+            for piece in segment.pieces:
+                if not isinstance(piece, Unit):
+                    features = piece(features)
+                    continue
+                gate = piece.gate
+                described = gate.describe(features)
+                if isinstance(gate.norm, nn.BatchNorm1d):
+                    gate.norm.running_mean.copy_(described.mean(0))
+                    gate.norm.running_var.copy_(described.var(0))
+                scores, following = gate.decide(described, state)
+                last = network.memory.linear if isinstance(gate, RecurrentGate) else gate.linear
+                if not ready or last is not getattr(network.memory, "linear", None):
+                    last.weight.normal_(0, 1)
+                    last.bias.zero_()
+                    scores, _ = gate.decide(described, state)
+                    last.weight.mul_(5 / (scores[:, -1] - scores[:, 0]).std())
+                    scores, _ = gate.decide(described, state)
+                    ranked = (scores[:, -1] - scores[:, 0]).sort().values
+                    last.bias[0] = (ranked[len(ranked) // 2 - 1] + ranked[len(ranked) // 2]) / 2
+                    scores, following = gate.decide(described, state)
+                    ready = True
+                state = following
+                features = piece.blend(features, functional.one_hot(scores.argmax(1), scores.shape[1]).float())
+    return network
+
+
+@dataclass
+class Masked:
+    """What every exit says and which way each image takes, with everything computed and masks in the place of routing.
+
+    ``margins`` is how far apart the scores of the paths lie at the closest decision of each image.
+    """
+
+    logits_KNC: Tensor
+    exits_N: Tensor
+    choices_NU: Tensor
+    margins_N: Tensor
+
+    @property
+    def answers_NC(self) -> Tensor:
+        return self.logits_KNC[self.exits_N, torch.arange(len(self.exits_N))]
+
+    @property
+    def clear(self) -> Tensor:
+        """(N,): images that rounding does not send another way."""
+        return self.margins_N > CLEAR
+
+
+def masked(network: DynamicNetwork, images: Tensor, forced_NU: Tensor | None = None) -> Masked:
+    """All paths and all exits for all images, in eval mode; ``forced_NU`` in the place of the gates."""
+    features, context = images, None
+    logits: list[Tensor] = []
+    choices: list[Tensor] = []
+    owners: list[int] = []
+    margins = torch.full((len(images),), float("inf"))
+    with torch.no_grad():
+        for k, segment in enumerate(network.segments):
+            state = None
+            for piece in segment.pieces if isinstance(segment, GatedSegment) else [segment]:
+                if not isinstance(piece, Unit):
+                    features = piece(features.clone())
+                    continue
+                scores, state = piece.gate.decide(piece.gate.describe(features), state)
+                scores = scores + network.gate_offset * piece.path_costs
+                choice = scores.argmax(1) if forced_NU is None else forced_NU[:, len(choices)]
+                best = scores.topk(2).values
+                margins = torch.minimum(margins, (best[:, 0] - best[:, 1]).float())
+                shares = functional.one_hot(choice, scores.shape[1]).to(features)
+                features = piece.blend(features.clone(), shares)
+                choices.append(choice)
+                owners.append(k)
+            if k < len(network.heads):
+                found, pooled = network.heads[k](features, context)
+                context = extend_context(context, pooled) if network.chained else None
+            else:
+                found = features if network.fusion is None else features + network.fusion(context)
+            logits.append(found)
+    exits_N = torch.full((len(images),), len(network.heads))
+    for k in reversed(range(len(network.heads))):
+        threshold = network.thresholds[k]
+        if threshold is not None:
+            scores_N = network.scores(logits[k], k)
+            exits_N[scores_N >= threshold] = k
+            margins = torch.minimum(margins, 100 * (scores_N - threshold).abs())
+    choices_NU = torch.stack(choices, 1)
+    for u, k in enumerate(owners):
+        choices_NU[exits_N < k, u] = -1
+    return Masked(torch.stack(logits), exits_N, choices_NU, margins)
+
+
+def split_exits(network: DynamicNetwork, images: Tensor) -> None:
+    """Thresholds at the medians of the exits' scores under the gates as they stand."""
+    logits = masked(network, images).logits_KNC
+    network.thresholds = [float(network.scores(logits[k], k).median()) + 1e-4 for k in range(len(network.heads))]

@@ -1,0 +1,194 @@
+"""Backends route through gates as the module does, image by image, and run only what is chosen."""
+
+from typing import Any
+
+import pytest
+import torch
+from gated_networks import gated_resnet, masked, scatter, split_exits
+from networks import SmallResNet, close, small_resnet, torchvision_network
+from torch import Tensor
+
+from dynamize.conversion import convert
+from dynamize.measure.costs import exit_costs
+from dynamize.measure.macs import counting_macs
+from dynamize.nn import gated
+from dynamize.nn.gates import ALL_OPEN
+from dynamize.runtime.compiled import BACKENDS, compile_network
+from dynamize.runtime.onnx import GatedOnnxStage
+from dynamize.transforms import SkipGates
+
+GATES: list[dict[str, Any]] = [
+    {"gate": "linear", "keep_first": False},
+    {"gate": "conv", "group": 2, "keep_first": False},
+    {"gate": "recurrent"},
+]
+EXITS: list[dict[str, Any] | None] = [None, {}, {"chain": True}]
+
+
+def images(count: int) -> Tensor:
+    return torch.randn(count, *SmallResNet.shape, generator=torch.Generator().manual_seed(count))
+
+
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("exits", EXITS)
+@pytest.mark.parametrize("fields", GATES)
+def test_same_answers_and_routing_for_any_batch_size(backend: str, exits: dict | None, fields: dict) -> None:
+    network = gated_resnet(exits, **fields)
+    split_exits(network, images(64))
+    compiled = compile_network(network, backend)
+    for count in (1, 2, 7, 16):
+        wanted = masked(network, images(count))
+        clear = wanted.clear
+        assert clear.float().mean() > 0.9
+        logits, left_at, choices = compiled.run(images(count))
+        assert torch.equal(left_at[clear], wanted.exits_N[clear])
+        assert torch.equal(choices[clear], wanted.choices_NU[clear])
+        assert close(logits[clear], wanted.answers_NC[clear], 2e-5)
+        assert torch.equal(compiled(images(count)), logits)
+        if count == 16:
+            assert len(choices.unique(dim=0)) > 2
+            for n in range(count):
+                if clear[n]:
+                    alone = compiled.run(images(count)[n : n + 1])
+                    assert torch.equal(alone.choices[0], choices[n])
+                    assert close(alone.logits[0], logits[n], 2e-5)
+
+
+@pytest.mark.parametrize("exits", EXITS)
+def test_eager_executes_what_was_chosen(exits: dict | None) -> None:
+    network = gated_resnet(exits, keep_first=False)
+    split_exits(network, images(64))
+    compiled, costs = compile_network(network, "eager"), exit_costs(network)
+    for count in (1, 7, 16):
+        with counting_macs() as counted:
+            _, left_at, choices = compiled.run(images(count))
+        assert counted() == costs.executed(left_at.numpy(), choices.numpy(), network.thresholds).sum()
+
+
+def test_onnxruntime_runs_each_way_for_those_that_chose_it() -> None:
+    network = gated_resnet(blocks=[["layer1.1"], ["layer2.0"]])
+    compiled = compile_network(network, "onnxruntime")
+    (stage,) = compiled.stages
+    assert isinstance(stage, GatedOnnxStage)
+    ran: list[tuple[str, int]] = []
+    for p, piece in enumerate(stage.pieces()):
+        for w, way in enumerate(piece.ways):
+            if way is not None:
+                piece.ways[w] = _counting(way, f"{p}/{w}", ran)
+    choices = compiled.run(images(16)).choices
+    counts = [int((choices[:, u] == path).sum()) for u in range(2) for path in range(2)]
+    assert min(counts) > 0
+    assert ran == [("0/0", 16), ("1/1", counts[1]), ("2/0", counts[2]), ("2/1", counts[3]), ("3/0", 16)]
+
+
+def _counting(way: Any, name: str, ran: list[tuple[str, int]]) -> Any:
+    def run(features: Tensor) -> Any:
+        ran.append((name, len(features)))
+        return way(features)
+
+    return run
+
+
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("gate", ["linear", "conv"])
+def test_a_torchvision_network(backend: str, gate: str) -> None:
+    network, batch = torchvision_network("mobilenet_v3_small"), torch.randn(6, 3, 32, 32)
+    dynamic = convert(network, [SkipGates.model_validate({"gate": gate, "group": 1})], (3, 32, 32))
+    compiled = compile_network(dynamic, backend)
+    with torch.no_grad():
+        assert close(compiled(batch), network(batch), 2e-5)
+    scatter(dynamic, torch.randn(32, 3, 32, 32))
+    compiled, wanted = compile_network(dynamic, backend), masked(dynamic, batch)
+    found = compiled.run(batch)
+    clear = wanted.clear
+    assert len(found.choices.unique(dim=0)) > 1
+    assert torch.equal(found.choices[clear], wanted.choices_NU[clear])
+    assert close(found.logits[clear], wanted.answers_NC[clear], 1e-4)
+
+
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+def test_the_offset_is_read_at_each_call(backend: str) -> None:
+    network, batch = gated_resnet({}, keep_first=False), images(5)
+    compiled = compile_network(network, backend)
+    network.gate_offset = ALL_OPEN
+    opened = compiled.run(batch)
+    assert (opened.choices == 1).all()
+    assert close(opened.logits, small_resnet()(batch).detach())
+    network.gate_offset = -ALL_OPEN
+    closed = compiled.run(batch)
+    assert (closed.choices == 0).all()
+    assert close(closed.logits, masked(network, batch).answers_NC)
+    network.gate_offset = 0.0
+    assert len(compiled.run(batch).choices.unique()) == 2
+
+
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+def test_forced_paths(backend: str) -> None:
+    network, batch = gated_resnet({}, keep_first=False), images(9)
+    compiled = compile_network(network, backend)
+    free = compiled.run(batch)
+    forced = torch.randint(0, 2, free.choices.shape)
+    found = compiled.run(batch, forced)
+    assert torch.equal(found.choices, forced)
+    assert close(found.logits, masked(network, batch, forced).answers_NC)
+    assert torch.equal(compiled.run(batch).choices, free.choices)  # for one call only
+
+
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("fields", GATES)
+def test_weights_are_frozen_and_the_network_is_left_alone(backend: str, fields: dict) -> None:
+    network, batch = gated_resnet({}, **fields).train(), images(6)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    compiled = compile_network(network, backend)
+    first = compiled.run(batch)
+    assert all(module.training for module in network.modules())
+    assert network.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.zero_()
+    assert all(torch.equal(*pair) for pair in zip(compiled.run(batch), first, strict=True))
+
+
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("fields", GATES)
+def test_the_images_are_not_overwritten(backend: str, fields: dict) -> None:
+    network, batch = gated_resnet({"at": ["stem", "layer1"]}, **fields), images(8)
+    split_exits(network, batch)
+    kept = batch.clone()
+    compile_network(network, backend)(batch)
+    assert torch.equal(batch, kept)
+
+
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+def test_an_empty_batch_and_images_that_want_gradients(backend: str) -> None:
+    network = gated_resnet({})
+    compiled = compile_network(network, backend)
+    assert compiled(images(2)[:0]).shape == (0, 7)
+    assert torch.equal(compiled(images(2).requires_grad_()), compiled(images(2)))
+
+
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+def test_a_batch_that_leaves_early_has_a_column_for_every_unit(backend: str) -> None:
+    network = gated_resnet({})
+    network.thresholds = [float("-inf"), None]
+    compiled = compile_network(network, backend)
+    for count in (1, 3):
+        choices = compiled.run(images(count)).choices
+        assert choices.shape == (count, len(network.units))
+        assert (choices[:, 1:] == -1).all()
+        assert (choices[:, 0] >= 0).all()
+
+
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+def test_large_batches_go_through_the_units_in_parts(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    network, batch = gated_resnet({"chain": True}, gate="recurrent"), images(16)
+    split_exits(network, images(64))
+    compiled = compile_network(network, backend)
+    wanted = compiled.run(batch)
+    for rows in (1, 3):
+        monkeypatch.setattr(gated, "_BYTES", rows * 8 * 16 * 16 * 4)
+        found = compiled.run(batch)
+        assert torch.equal(found.exits, wanted.exits)
+        assert torch.equal(found.choices, wanted.choices)
+        assert close(found.logits, wanted.logits)

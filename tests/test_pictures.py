@@ -1,0 +1,135 @@
+"""What a report says about exits and gates, counted again image by image."""
+
+import pytest
+import torch
+from digits import SHAPE, digit_splits
+from gated_networks import scatter
+
+from dynamize.conversion import convert, wrap
+from dynamize.evaluation import Evaluator
+from dynamize.measure.costs import exit_costs
+from dynamize.models import create
+from dynamize.nn.network import DynamicNetwork
+from dynamize.nn.routing import record_routing
+from dynamize.pictures import report_data
+from dynamize.report import Ledger, ReportData
+from dynamize.transforms import ChannelGates, Exits, SkipGates
+
+EXITS = Exits(at=["layer1.1", "layer2.1"], head="conv", share=1.0, size=[16, 16])
+SKIPS = SkipGates(blocks=[["layer1.1"], ["layer2.0"], ["layer3.1"]])
+CHANNELS = ChannelGates(blocks=["layer1.2", "layer3.2"], multiple=4)
+
+
+class Told:
+    """A network with gates or exits that disagree about digits, and the report about it."""
+
+    def __init__(self, *steps: Exits | SkipGates | ChannelGates) -> None:
+        torch.manual_seed(0)
+        original = create("digits_resnet", pretrained=True).eval()
+        self.splits = digit_splits()
+        self.network: DynamicNetwork = convert(original, list(steps), SHAPE)
+        self.images = torch.cat([images for images, _ in self.splits.test.batches(100)])
+        scatter(self.network, self.images)
+        self.evaluator = Evaluator(
+            wrap(original, SHAPE), self.splits.test, torch.device("cpu"), ["eager"], [1], seconds=0.0
+        )
+
+    def report(self) -> ReportData:
+        ledger = Ledger(rows=[self.evaluator.row(0, "static", self.evaluator.static, 0.0, [])])
+        return report_data(ledger, self.network, self.evaluator, self.splits)
+
+    def one_by_one(self) -> tuple[list[int], list[list[int]]]:
+        """Exit and paths of each image, run alone; -1 where it had left."""
+        exits, paths = [], []
+        for image in self.images:
+            with torch.no_grad(), record_routing(self.network) as routing:
+                self.network.eval()(image[None])
+            taken = routing.choices[0].tolist()
+            exits.append(int(routing.exits))
+            paths.append(taken + [-1] * (len(self.network.units) - len(taken)))
+        return exits, paths
+
+
+def leaving(told: Told) -> Told:
+    """About a third leaves at each exit."""
+    with torch.no_grad():
+        logits = told.network.eval().all_exits(told.images)
+    for k, share in enumerate((0.67, 0.5)):
+        told.network.thresholds[k] = float(told.network.scores(logits[k], k).quantile(share))
+    return told
+
+
+@pytest.mark.parametrize("exits", [False, True])
+def test_gates_are_told_as_images_go(exits: bool) -> None:
+    told = leaving(Told(EXITS, SKIPS, CHANNELS)) if exits else Told(SKIPS, CHANNELS)
+    report = told.report()
+    left, paths = told.one_by_one()
+    assert report.gates is not None
+    assert report.gates.images == 100
+    assert report.gates.routings == len({(one, *taken) for one, taken in zip(left, paths, strict=True)}) > 2
+    units = told.network.units
+    assert [unit.label for unit in report.gates.units] == [unit.label for unit in units]
+    for u, unit in enumerate(report.gates.units):
+        taken = [one[u] for one in paths]
+        assert [path.share for path in unit.paths] == pytest.approx(
+            [taken.count(p) / 100 for p in range(len(unit.paths))]
+        )
+        assert unit.left == pytest.approx(taken.count(-1) / 100)
+        assert [path.macs for path in unit.paths] == list(units[u].path_macs)
+    assert [[path.width for path in unit.paths] for unit in report.gates.units if len(unit.paths) > 2] == [
+        [0.25, 0.5, 0.75, 1.0]
+    ] * 2
+    assert any(unit.left for unit in report.gates.units) is exits
+
+
+@pytest.mark.parametrize("exits", [False, True])
+def test_cheapest_and_dearest_images(exits: bool) -> None:
+    told = leaving(Told(EXITS, SKIPS)) if exits else Told(SKIPS)
+    report = told.report()
+    assert [shown.exit for shown in report.gallery] == ([0, 1, 2, None] if exits else [None])
+    macs = exit_costs(told.network).executed(*map(_array, told.one_by_one()), told.network.thresholds)
+    ranked = sorted(macs.tolist())
+    shown = report.gallery[-1]
+    assert [image.macs for image in shown.first] == ranked[:12]
+    assert [image.macs for image in shown.last] == ranked[:-13:-1]
+    assert ranked[0] < ranked[-1]
+    assert all(image.macs is None for gallery in report.gallery[:-1] for image in gallery.first + gallery.last)
+
+
+def _array(values: list[int] | list[list[int]]) -> "torch.Tensor":
+    return torch.tensor(values).numpy()
+
+
+def test_marks_of_exits_count_what_gates_save() -> None:
+    told = Told(EXITS, SKIPS)
+    report = told.report()
+    for k, mark in enumerate(report.anytime):
+        told.network.thresholds = [-1e9 if j == k else 1e9 for j in range(2)]  # everybody at exit k, all heads on
+        assert mark.macs == pytest.approx(float(told.evaluator.judge(told.network).macs.mean()))
+    whole = exit_costs(told.network).cumulative()
+    assert report.anytime[0].macs < whole[0]
+
+
+def test_nobody_comes_to_the_last_gates() -> None:
+    told = Told(EXITS, SKIPS)
+    told.network.thresholds = [-1e9, None]
+    report = told.report()
+    assert report.gates is not None
+    assert [unit.left for unit in report.gates.units] == [0, 1, 1]
+    assert report.gates.units[-1].executed == 0
+
+
+def test_exits_alone_and_a_static_network_have_no_gates() -> None:
+    with_exits = leaving(Told(EXITS)).report()
+    assert with_exits.gates is None
+    assert [shown.exit for shown in with_exits.gallery] == [0, 1, 2]
+    alone = Told().report()
+    assert (alone.gates, alone.gallery, alone.anytime) == (None, [], [])
+
+
+def test_costs_are_those_of_the_whole_network_the_first_time_too() -> None:
+    network = convert(create("digits_resnet", pretrained=True).eval(), [SKIPS, CHANNELS], SHAPE)
+    whole = float(exit_costs(wrap(create("digits_resnet"), SHAPE)).cumulative()[-1])
+    gates = sum(unit.gate_macs for unit in network.units)
+    for _ in range(2):
+        assert float(exit_costs(network).cumulative()[-1]) == whole + gates

@@ -1,0 +1,75 @@
+"""`hybrid_gates`: refine trained gates, and the network with them, by the reward of sampled decisions."""
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from dynamize.nn.network import DynamicNetwork
+from dynamize.training.loop import Plan, bf16_helps, train
+from dynamize.training.objectives import MultiExitLoss
+from dynamize.training.policy import HybridLoss, deciding, relative_costs
+from dynamize.transform import Applied, Context, Transform
+
+_WEIGHT_DECAY = 5e-4
+
+
+class HybridGates(Transform):
+    """Hybrid reinforcement learning (SkipNet, Wang et al. 2018, sec. 3.3; baseline of BlockDrop, Wu et al. 2018).
+
+    The network learns from labels and teacher as in `distill`, the gates from the reward of decisions sampled from
+    their scores: minus the cross entropy, minus ``cost`` times the executed share of the original network's MACs. Each
+    step takes two forwards. It refines gates that `distill` has trained.
+    """
+
+    pass_name: Literal["hybrid_gates"] = Field("hybrid_gates", alias="pass")
+    epochs: PositiveInt = Field(3, description="passes over the train split")
+    batch_size: PositiveInt = Field(128, description="over all processes")
+    lr: PositiveFloat = Field(0.005, description="peak of the one-cycle schedule")
+    cost: Annotated[float, Field(ge=0)] = Field(
+        0.5, description="what the original network's MACs are worth in cross entropy; more skips more"
+    )
+    rl_weight: PositiveFloat = Field(1.0, description="weight of the policy gradient")
+    alpha: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.5, description="share of the answers' loss that is distillation from the teacher"
+    )
+    temperature: PositiveFloat = Field(2.0, description="of the distillation")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto: bfloat16 autocast where the device computes it natively"
+    )
+
+    structural: ClassVar[bool] = False
+    exact: ClassVar[bool] = False
+    after: ClassVar[tuple[str, ...]] = ("skip_gates", "channel_gates")
+    before: ClassVar[tuple[str, ...]] = ("calibrate",)
+
+    def apply(self, network: DynamicNetwork, context: Context) -> Applied:
+        data = context.needs_data(self)
+        bf16 = bf16_helps(context.device) if self.precision == "auto" else self.precision == "bfloat16"
+        teacher = None
+        if self.alpha > 0:
+            teacher = context.needs_teacher(self).to(context.device).eval()
+        answers = MultiExitLoss(teacher, alpha=self.alpha, temperature=self.temperature)
+        costs = relative_costs(network)
+        loss = HybridLoss(network, answers, costs, cost=self.cost, rl_weight=self.rl_weight)
+        plan = Plan(
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            lr=self.lr,
+            weight_decay=_WEIGHT_DECAY,
+            heads_only=False,
+            bf16=bf16,
+            seed=context.seed,
+            work=context.work,
+            resume=context.resume,
+            device=context.device,
+            label=self.pass_name,
+        )
+        with deciding(network, loss.recorder):
+            rows = train(network, data, loss, plan, context.progress)
+        exits = ", ".join(f"{accuracy:.1%}" for accuracy in rows[-1]["calibration_accuracy"])
+        resolved = self.model_copy(update={"precision": "bfloat16" if bf16 else "float32"})
+        notes = [
+            f"accuracy of each exit on the calibration images: {exits}",
+            f"decisions sampled from seed {context.seed}",
+        ]
+        return Applied(network, resolved, notes)

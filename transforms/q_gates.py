@@ -1,0 +1,165 @@
+"""`q_gates`: refine trained gates by Q-learning, in turns with the network."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar, Literal
+
+from accelerate import PartialState
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from dynamize.files import write_json_lines
+from dynamize.nn.network import DynamicNetwork
+from dynamize.training.loop import Plan, bf16_helps, train
+from dynamize.training.objectives import MultiExitLoss
+from dynamize.training.policy import deciding, follow_best, relative_costs
+from dynamize.training.q_learning import (
+    QLearning,
+    all_but_gates,
+    all_gates,
+    copy_gates,
+    find_loss_scale,
+    scale_scores,
+)
+from dynamize.transform import Applied, Context, Transform
+
+_WEIGHT_DECAY = 5e-4
+_SEEDS_BETWEEN = 7919  # of two phases, so that they do not see the same batches in the same order
+_FOLLOW = 0.05  # of the target copy, in each step
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class QGates(Transform):
+    """Q-learning of the gates (Runtime Neural Pruning, Lin et al. 2017, sec. 3.2 and 3.3).
+
+    In each round the gates are trained with the network frozen, then the network with the gates frozen. A path costs
+    ``penalty`` times its share of the original network's MACs; the cross entropy of an image is scaled to 1 on average.
+    Afterwards scores are scaled so that a gate offset of 1 means a penalty that is smaller by 1. It refines gates that
+    `distill` has trained.
+    """
+
+    pass_name: Literal["q_gates"] = Field("q_gates", alias="pass")
+    rounds: PositiveInt = Field(2, description="of training the gates, then the network")
+    gate_epochs: PositiveInt = Field(3, description="passes over the train split with the network frozen, each round")
+    network_epochs: Annotated[int, Field(ge=0)] = Field(
+        3, description="passes over the train split with the gates frozen, each round"
+    )
+    batch_size: PositiveInt = Field(128, description="over all processes")
+    gate_lr: PositiveFloat = Field(0.2, description="peak of the one-cycle schedule of the gates")
+    lr: PositiveFloat = Field(0.02, description="peak of the one-cycle schedule of the network")
+    penalty: Annotated[float, Field(ge=0)] = Field(
+        0.5, description="cost of the original network's MACs, against a cross entropy of 1; more skips more"
+    )
+    epsilon: tuple[Share, Share] = Field(
+        (0.5, 0.05), description="probability of a random path, at the beginning and at the end of all rounds"
+    )
+    discount: Annotated[float, Field(gt=0, le=1)] = Field(0.999, description="of the value of later units")
+    loss_scale: Literal["auto"] | PositiveFloat = Field(
+        "auto", description="of the cross entropy; auto: makes it 1 on average when paths are random"
+    )
+    alpha: Share = Field(0.5, description="share of the network's loss that is distillation from the teacher")
+    temperature: PositiveFloat = Field(2.0, description="of the distillation")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto: bfloat16 autocast where the device computes it natively"
+    )
+
+    structural: ClassVar[bool] = False
+    exact: ClassVar[bool] = False
+    after: ClassVar[tuple[str, ...]] = ("skip_gates", "channel_gates")
+    before: ClassVar[tuple[str, ...]] = ("calibrate",)
+
+    def apply(self, network: DynamicNetwork, context: Context) -> Applied:
+        resolved = self._resolve(network, context)
+        costs = relative_costs(network)
+        shares = [float(each[-1]) for each in costs]
+        scale_scores(network, shares)
+        rows: list[dict[str, Any]] = []
+        for index in range(self.rounds):
+            rows += resolved._train_gates(network, costs, index, context)
+            if self.network_epochs:
+                rows += resolved._train_network(network, index, context)
+            if context.work is not None and PartialState().is_main_process:
+                write_json_lines(context.work / "metrics.jsonl", rows)
+        scale_scores(network, [1 / share for share in shares])
+        exits = ", ".join(f"{accuracy:.1%}" for accuracy in rows[-1]["calibration_accuracy"])
+        notes = [
+            f"accuracy of each exit on the calibration images: {exits}",
+            f"decisions explored from seed {context.seed}",
+        ]
+        return Applied(network, resolved, notes)
+
+    def _resolve(self, network: DynamicNetwork, context: Context) -> "QGates":
+        """With all that is `auto` decided."""
+        data = context.needs_data(self)
+        found: dict[str, object] = {}
+        if self.precision == "auto":
+            found["precision"] = "bfloat16" if bf16_helps(context.device) else "float32"
+        if self.loss_scale == "auto":
+            found["loss_scale"] = find_loss_scale(network, data.train, context.device, context.seed)
+        return self.model_copy(update=found)
+
+    def _train_gates(
+        self, network: DynamicNetwork, costs: list[Tensor], index: int, context: Context
+    ) -> list[dict[str, Any]]:
+        assert self.loss_scale != "auto"
+        first, last = self.epsilon
+        with _target_of(network) as target:
+            learning = QLearning(
+                network,
+                target,
+                costs,
+                penalty=self.penalty,
+                loss_scale=self.loss_scale,
+                discount=self.discount,
+                epsilon=(
+                    first + (last - first) * index / self.rounds,
+                    first + (last - first) * (index + 1) / self.rounds,
+                ),
+                follow=_FOLLOW,
+            )
+            plan = replace(
+                self._plan(f"round {index + 1}, gates", 2 * index, context),
+                epochs=self.gate_epochs,
+                lr=self.gate_lr,
+                weight_decay=0.0,
+                frozen=(*all_but_gates(network), target),
+            )
+            with deciding(network, learning.recorder):
+                return train(network, context.needs_data(self), learning, plan, context.progress)
+
+    def _train_network(self, network: DynamicNetwork, index: int, context: Context) -> list[dict[str, Any]]:
+        teacher = None
+        if self.alpha > 0:
+            teacher = context.needs_teacher(self).to(context.device).eval()
+        plan = replace(self._plan(f"round {index + 1}, network", 2 * index + 1, context), frozen=(all_gates(network),))
+        loss = MultiExitLoss(teacher, alpha=self.alpha, temperature=self.temperature)
+        with deciding(network, follow_best):
+            return train(network, context.needs_data(self), loss, plan, context.progress)
+
+    def _plan(self, phase: str, position: int, context: Context) -> Plan:
+        """Of the phase that is the ``position``-th: its own seed, and its own folder to resume from."""
+        return Plan(
+            epochs=self.network_epochs,
+            batch_size=self.batch_size,
+            lr=self.lr,
+            weight_decay=_WEIGHT_DECAY,
+            heads_only=False,
+            bf16=self.precision == "bfloat16",
+            seed=context.seed + _SEEDS_BETWEEN * position,
+            work=None if context.work is None else context.work / f"phase-{position + 1}",
+            resume=context.resume,
+            device=context.device,
+            label=f"q_gates, {phase}",
+        )
+
+
+@contextmanager
+def _target_of(network: DynamicNetwork) -> Iterator[nn.ModuleList]:
+    """A copy of the gates, part of the network inside the block, so that checkpoints hold it."""
+    network.target_gates = copy_gates(network)
+    try:
+        yield network.target_gates
+    finally:
+        del network.target_gates
