@@ -14,7 +14,7 @@ from dynamize.measure.costs import exit_costs
 from dynamize.measure.macs import count_macs
 from dynamize.nn import gated
 from dynamize.nn.gated import GatedSegment
-from dynamize.nn.gates import ALL_OPEN
+from dynamize.nn.gates import ALL_OPEN, ConvGate
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.routing import record_routing
 from dynamize.transforms import SkipGates
@@ -337,3 +337,16 @@ def test_noise_is_for_training_only_and_can_be_switched_off() -> None:
         drawn.append(torch.stack([shares[:, 1] for shares in segment.shares]).detach().mean())
     assert 0.2 < drawn[0] < 0.8
     assert drawn[1] == 0
+
+
+def test_gates_of_two_kinds_after_each_other() -> None:
+    """Behind a gate that does not read channel means, those of the images that skipped are not known."""
+    network, batch = gated_resnet(keep_first=False), images(16)
+    for unit in network.units[::2]:
+        unit.gate = ConvGate(unit.gate.linear.in_features, 2).eval()
+    scatter(network, images(64))
+    wanted = masked(network, batch)
+    found, _, choices = run(network, batch)
+    assert all({0, 1} <= set(column.tolist()) for column in choices.T)
+    assert torch.equal(choices[wanted.clear], wanted.choices_NU[wanted.clear])
+    assert close(found[wanted.clear], wanted.answers_NC[wanted.clear])

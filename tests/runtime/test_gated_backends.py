@@ -46,7 +46,7 @@ def test_same_answers_and_routing_for_any_batch_size(backend: str, exits: dict |
         assert close(logits[clear], wanted.answers_NC[clear], 2e-5)
         assert torch.equal(compiled(images(count)), logits)
         if count == 16:
-            assert len(choices.unique(dim=0)) > 2
+            assert len(choices.unique(dim=0)) > 1
             for n in range(count):
                 if clear[n]:
                     alone = compiled.run(images(count)[n : n + 1])
