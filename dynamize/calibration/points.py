@@ -26,7 +26,7 @@ class OperatingPoint(BaseModel):
     Expected values are cross-fitted on calibration images; each interval is where the value of a fresh set
     of as many images falls with 95 % probability. Accuracies and drops are fractions, macs per image,
     latency in ms per image without the machine's own noise; exits are the expected shares (K,). gate_offset
-    is what the gates stand at, None where there are none or all are open.
+    is what the gates stand at, None where there are none.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
