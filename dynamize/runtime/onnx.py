@@ -5,6 +5,7 @@ import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, cast
 
@@ -108,7 +109,8 @@ class GatedOnnxStage:
             self._exit = _session(export_onnx(_Exit(stage), [features, *inputs[1:]], outputs))
 
     def __call__(self, features: Tensor, context: Tensor | None, decide: bool) -> StageOutput:
-        features, choices = run_pieces(self._pieces, self._segment.offset, features, self._segment.forced)
+        with _one_torch_thread():
+            features, choices = run_pieces(self._pieces, self._segment.offset, features, self._segment.forced)
         if self._exit is None:
             return self._stage.exit(features, context, decide)._replace(choices=choices)
         if not decide and not self._chained:
@@ -213,6 +215,17 @@ def _session(model: bytes) -> ort.InferenceSession:
         return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except (_ort.Fail, _ort.NotImplemented, _ort.InvalidGraph) as error:
         raise DynamizeError(f"ONNX Runtime refuses a segment: {error}. Use --backend eager.") from error
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """A parallel region of torch, however small, leaves its threads spinning against those of the sessions."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @cache
