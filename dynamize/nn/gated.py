@@ -121,7 +121,7 @@ class GatedSegment(nn.Module):
 
     Attributes:
         offset: added to the score of each path times its relative cost; ALL_OPEN opens all gates.
-        noise: whether decisions are sampled in train mode.
+        noise: how much decisions are sampled in train mode, 1 to 0 (:func:`dynamize.nn.gates.sample_paths`).
         policy: takes the decisions in train mode instead of the gates' own sampling, for reinforcement learning.
         forced: paths that the images of the next batches take whatever the gates say, (N, U); None lets gates decide.
     """
@@ -130,7 +130,7 @@ class GatedSegment(nn.Module):
         super().__init__()
         self.pieces = nn.ModuleList(pieces)
         self.offset = 0.0
-        self.noise = True
+        self.noise = 1.0
         self.policy: Policy | None = None
         self.forced: Tensor | None = None
         self.shares: list[Tensor] = []

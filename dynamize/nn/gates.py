@@ -130,16 +130,17 @@ def _folded(norm: nn.Module, linear: nn.Linear) -> nn.Linear:
     return folded
 
 
-def sample_paths(scores_NP: Tensor, noise: bool) -> Tensor:
+def sample_paths(scores_NP: Tensor, noise: float) -> Tensor:
     """One path for each image as a one-hot row with the gradient of a softmax (straight-through).
 
-    With ``noise`` the path is drawn from the softmax by the Gumbel trick (Jang et al. 2017; Verelst & Tuytelaars 2020,
-    DynConv, sec. 3.2), else it is the best one.
+    The path is the best one after ``noise`` times Gumbel noise is added to the scores: at 1 a draw from their softmax
+    (Jang et al. 2017; Verelst & Tuytelaars 2020, DynConv, sec. 3.2), at 0 the decision of eval mode.
     """
+    scores = scores_NP.float()
     if noise:
-        return functional.gumbel_softmax(scores_NP.float(), hard=True)
-    soft = scores_NP.float().softmax(1)
-    hard = functional.one_hot(soft.argmax(1), scores_NP.shape[1]).to(soft)
+        scores = scores - noise * torch.empty_like(scores).exponential_().log()
+    soft = scores.softmax(1)
+    hard = functional.one_hot(soft.argmax(1), scores.shape[1]).to(soft)
     return hard + (soft - soft.detach())  # in this order exactly one-hot
 
 

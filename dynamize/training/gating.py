@@ -12,7 +12,8 @@ from dynamize.nn.network import DynamicNetwork
 
 _WEIGHT = 10.0  # of the cost, against a cross entropy of 1 (DynConv; LAUDNet)
 _ANNEALED = 1 / 3  # of the training, in which the target falls and the bounds widen
-_QUIET = 0.8  # from here on decisions are no longer sampled, as in eval mode (DynConv, sec. 3.2)
+_QUIET = 0.8  # until here the noise of the decisions falls to none; DynConv (sec. 3.2) cuts it off here, and the mean
+# cost jumps when gates that were open for half of the draws become open for all images or none
 
 
 class BudgetLoss:
@@ -49,7 +50,7 @@ class BudgetLoss:
         """Tell how much of the training is over, 0 to 1."""
         self.progress = progress
         for segment in self._segments():
-            segment.noise = progress < _QUIET
+            segment.noise = max(0.0, 1 - progress / _QUIET)
 
     def __call__(self) -> Tensor:
         """The loss of the decisions of the last batch, a scalar."""

@@ -331,7 +331,7 @@ def test_noise_is_for_training_only_and_can_be_switched_off() -> None:
     assert torch.equal(run(network, batch)[2], run(network, batch)[2])
     network.train()
     drawn = []
-    for noise in (True, False):
+    for noise in (1.0, 0.0):
         segment.noise = noise
         network(batch)
         drawn.append(torch.stack([shares[:, 1] for shares in segment.shares]).detach().mean())

@@ -60,7 +60,7 @@ def test_a_network_in_double_precision_has_gates_in_double_precision(kind: str) 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_reach_the_last_layer_although_it_starts_at_zero(kind: str) -> None:
     gate = make(kind)
-    shares = sample_paths(gate.decide(gate.describe(torch.randn(4, 12, 4, 4)))[0], noise=False)
+    shares = sample_paths(gate.decide(gate.describe(torch.randn(4, 12, 4, 4)))[0], noise=0.0)
     (shares @ torch.tensor([0.0, 1.0, 2.0])).sum().backward()
     layer = last_layer(gate)
     assert layer.bias.grad is not None
@@ -98,7 +98,7 @@ def test_other_gates_hand_the_state_on() -> None:
 
 def test_decisions_without_noise_are_the_best_paths_with_the_gradient_of_a_softmax() -> None:
     scores, weights = torch.randn(50, 3, requires_grad=True), torch.randn(50, 3)
-    shares = sample_paths(scores, noise=False)
+    shares = sample_paths(scores, noise=0.0)
     wanted = torch.nn.functional.one_hot(scores.argmax(1), 3).float()
     assert torch.equal(shares, wanted)  # exactly, so that a network with open gates trains as the original did
     (found,) = torch.autograd.grad((shares * weights).sum(), scores)
@@ -108,10 +108,12 @@ def test_decisions_without_noise_are_the_best_paths_with_the_gradient_of_a_softm
 
 def test_decisions_with_noise_are_draws_from_the_softmax() -> None:
     scores = torch.tensor([0.0, 1.0, 2.0]).repeat(4000, 1).requires_grad_()
-    shares = sample_paths(scores, noise=True)
+    shares = sample_paths(scores, noise=1.0)
     assert torch.allclose(shares.max(1).values, torch.ones(4000))
     assert torch.allclose(shares.sum(1), torch.ones(4000))
     assert torch.allclose(shares.mean(0), scores[0].softmax(0), atol=0.03)
+    quieter = sample_paths(scores, noise=0.5).mean(0)
+    assert torch.allclose(quieter, (scores[0] / 0.5).softmax(0), atol=0.03)
     shares[:, 0].sum().backward()
     assert scores.grad is not None
     assert scores.grad.abs().sum() > 0

@@ -72,11 +72,11 @@ def test_the_cost_is_not_rounded_under_autocast() -> None:
     assert float(found) == float(loss())
 
 
-def test_decisions_are_sampled_in_the_first_four_fifths() -> None:
+def test_the_noise_of_decisions_falls_to_none_in_the_first_four_fifths() -> None:
     loss = loss_of([OPENED], [OPENED])
-    for progress, noise in ((0.0, True), (0.79, True), (0.81, False), (0.1, True)):
+    for progress, noise in ((0.0, 1.0), (0.4, 0.5), (0.8, 0.0), (0.81, 0.0), (0.2, 0.75)):
         loss.advance(progress)
-        assert [s.noise for s in loss.network.segments if isinstance(s, GatedSegment)] == [noise, noise]
+        assert [s.noise for s in loss.network.segments if isinstance(s, GatedSegment)] == [pytest.approx(noise)] * 2
 
 
 def test_the_two_losses_are_added_and_the_clock_is_passed_on() -> None:

@@ -53,7 +53,7 @@ def assert_nothing_changes(network: nn.Module, dynamic: DynamicNetwork, batch: T
         assert torch.equal(dynamic(batch[:1]), network(batch[:1]))
         for segment in dynamic.segments:
             if isinstance(segment, GatedSegment):
-                segment.noise = False
+                segment.noise = 0.0
         found = []
         for one in (dynamic.train(), copy.deepcopy(network).train()):
             torch.manual_seed(0)  # dropout
