@@ -5,14 +5,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 if TYPE_CHECKING:
     from dynamize.nn.gated import Piece
     from dynamize.nn.network import DynamicNetwork
 
-_FIRST = torch.tensor([0])
+Indices = NDArray[np.int64]
+_NOBODY = np.zeros(0, np.int64)
 
 
 class StageOutput(NamedTuple):
@@ -67,107 +70,95 @@ def run_stages(stages: Sequence[Stage], thresholds: Sequence[float | None], imag
         thresholds: one for each of the K - 1 early exits; None switches an exit off.
         images_NCHW: the batch.
     """
-    if len(images_NCHW) == 1:
-        return _run_one(stages, thresholds, images_NCHW)
     features, context = images_NCHW, None
-    exits_N = torch.zeros(len(images_NCHW), dtype=torch.int64)
-    logits_NK: Tensor | None = None
-    waiting = torch.arange(len(images_NCHW))  # row r of `features` belongs to image waiting[r]
-    chosen: list[tuple[Tensor, Tensor]] = []
+    waiting_N = np.arange(len(images_NCHW))  # row r of `features` belongs to image waiting[r]
+    exits_N = np.zeros(len(images_NCHW), np.int64)
+    answered: list[tuple[Indices, Tensor]] = []
+    chosen: list[tuple[Indices, Tensor]] = []
     for k, stage in enumerate(stages):
         last = k == len(stages) - 1
         threshold = None if last else thresholds[k]
         output = stage(features, context, last or threshold is not None)
         if output.choices is not None:
-            chosen.append((waiting.clone(), output.choices))
-        if output.logits is None:
-            assert output.features is not None
-            features, context = output.features, output.context
-            continue
-        if last:
-            leaves_N = torch.ones(len(waiting), dtype=torch.bool)
-        else:
-            assert output.score is not None
-            assert threshold is not None
-            leaves_N = output.score.cpu().double() >= threshold  # in float32 the threshold would be rounded
-        leaving = leaves_N.nonzero().flatten()
-        if len(leaving) == len(images_NCHW):
-            return Routed(output.logits, exits_N.fill_(k), _all_choices(chosen, stages, len(images_NCHW)))
-        if len(leaving):
-            if logits_NK is None:
-                logits_NK = output.logits.new_empty(len(images_NCHW), output.logits.shape[1])
-            logits_NK[waiting[leaving]] = output.logits[leaving]
-            exits_N[waiting[leaving]] = k
-        if len(leaving) == len(waiting):
-            break
-        assert output.features is not None
-        features, context, waiting = _compact(output.features, output.context, waiting, leaves_N)
-    assert logits_NK is not None
-    return Routed(logits_NK, exits_N, _all_choices(chosen, stages, len(images_NCHW)))
-
-
-def _run_one(stages: Sequence[Stage], thresholds: Sequence[float | None], image: Tensor) -> Routed:
-    """The same for a batch of one, without the bookkeeping, which a small network would feel."""
-    features, context = image, None
-    chosen: list[tuple[Tensor, Tensor]] = []
-    for k, stage in enumerate(stages):
-        last = k == len(stages) - 1
-        threshold = None if last else thresholds[k]
-        output = stage(features, context, last or threshold is not None)
-        if output.choices is not None:
-            chosen.append((_FIRST, output.choices))
-        if last:
-            break
-        if threshold is not None:
-            assert output.score is not None
-            if output.score.item() >= threshold:
+            chosen.append((waiting_N.copy(), output.choices))
+        if output.logits is not None:
+            leaving_N = _leaving(output.score, threshold, len(waiting_N))
+            exits_N[waiting_N[leaving_N]] = k
+            if len(leaving_N) == len(waiting_N):
+                answered.append((waiting_N, output.logits))
                 break
+            if len(leaving_N):
+                answered.append((waiting_N[leaving_N], output.logits[torch.from_numpy(leaving_N)]))
+        else:
+            leaving_N = _NOBODY
         assert output.features is not None
-        features, context = output.features, output.context
-    assert output.logits is not None
-    return Routed(output.logits, torch.tensor([k]), _all_choices(chosen, stages, 1))
+        features, context, waiting_N = _compact(output.features, output.context, waiting_N, leaving_N)
+    choices_NU = _all_choices(chosen, stages, len(images_NCHW))
+    return Routed(_in_order(answered), torch.from_numpy(exits_N), choices_NU)
 
 
-def _all_choices(chosen: list[tuple[Tensor, Tensor]], stages: Sequence[Stage], images: int) -> Tensor:
+def _leaving(score_N: Tensor | None, threshold: float | None, count: int) -> Indices:
+    """Rows whose score reaches the threshold; without one, as at the last exit, all."""
+    if score_N is None or threshold is None:
+        return np.arange(count)
+    scores = score_N.detach().cpu().numpy().astype(np.float64)  # in float32 the threshold would be rounded
+    return np.flatnonzero(scores >= threshold)
+
+
+def _in_order(answered: list[tuple[Indices, Tensor]]) -> Tensor:
+    """Logits of all images from those of each exit."""
+    if len(answered) == 1:  # all left at once, so their order is the images'
+        return answered[0][1]
+    order = np.concatenate([images for images, _ in answered])
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    return torch.cat([logits for _, logits in answered])[torch.from_numpy(place)]
+
+
+def _all_choices(chosen: list[tuple[Indices, Tensor]], stages: Sequence[Stage], images: int) -> Tensor:
     """Side by side for all images, -1 for those that a stage did not see."""
     whole = torch.full((images, len(stages[0].network.units)), -1)
     start = 0
     for rows, choices in chosen:
-        whole[rows, start : start + choices.shape[1]] = choices.cpu()
+        whole[torch.from_numpy(rows), start : start + choices.shape[1]] = choices.cpu()
         start += choices.shape[1]
     return whole
 
 
 def _compact(
-    features: Tensor, context: Tensor | None, waiting: Tensor, leaves: Tensor
-) -> tuple[Tensor, Tensor | None, Tensor]:
+    features: Tensor, context: Tensor | None, waiting: Indices, leaving: Indices
+) -> tuple[Tensor, Tensor | None, Indices]:
     """Drop the rows that leave by moving rows from the end into their places.
 
     At most min(leaving, staying) rows are copied, so compaction is cheaper than any stage it shortens, whatever the
     share that leaves; the order of the images is kept in ``waiting``, not in the rows.
     """
-    staying = len(waiting) - int(leaves.sum())
-    if staying == len(waiting):
+    if not len(leaving):
         return features, context, waiting
-    holes = leaves[:staying].nonzero().flatten()
-    fillers = (~leaves[staying:]).nonzero().flatten() + staying
+    staying = len(waiting) - len(leaving)
+    stays = np.ones(len(waiting), bool)
+    stays[leaving] = False
+    holes = leaving[leaving < staying]
+    fillers = np.flatnonzero(stays[staying:]) + staying
+    kept = np.arange(staying)
+    kept[holes] = fillers
     if torch.is_grad_enabled():  # even of frozen features a head keeps the rows for its own gradient
-        kept = torch.arange(staying).index_copy(0, holes, fillers)
-        return features[kept], None if context is None else context[kept], waiting[kept]
-    for rows in (features, context, waiting):
-        if rows is not None and len(holes):
-            _move_rows(rows, holes, fillers)
-    return features[:staying], None if context is None else context[:staying], waiting[:staying]
+        rows = torch.from_numpy(kept)
+        return features[rows], None if context is None else context[rows], waiting[kept]
+    for tensor in (features, context):
+        if tensor is not None and len(holes):
+            _move_rows(tensor, holes, fillers)
+    return features[:staying], None if context is None else context[:staying], waiting[kept]
 
 
-def _move_rows(rows: Tensor, targets: Tensor, sources: Tensor) -> None:
+def _move_rows(rows: Tensor, targets: Indices, sources: Indices) -> None:
     """Copy rows within a tensor. Contiguous ones on the CPU are copied by numpy: a parallel region of torch would leave
     its threads spinning against those of ONNX Runtime, which costs more than the copy."""
     if rows.device.type == "cpu" and rows.is_contiguous() and rows.dtype != torch.bfloat16:
         array = rows.numpy()
-        array[targets.numpy()] = array[sources.numpy()]
+        array[targets] = array[sources]
     else:
-        rows[targets] = rows[sources]
+        rows[torch.from_numpy(targets)] = rows[torch.from_numpy(sources)]
 
 
 @dataclass

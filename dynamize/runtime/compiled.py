@@ -1,6 +1,7 @@
 """A network on a backend: each segment compiled by itself, the decisions between them in Python."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from dynamize.errors import DynamizeError, closest
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.routing import Routed, Stage, run_stages
 from dynamize.runtime.eager import eager_stages
-from dynamize.runtime.onnx import onnx_stages
+from dynamize.runtime.onnx import one_torch_thread, onnx_stages
 
 Compiler = Callable[[DynamicNetwork, torch.device], Sequence[Stage]]
 BACKENDS: dict[str, Compiler] = {"eager": eager_stages, "onnxruntime": onnx_stages}
@@ -37,8 +38,12 @@ class CompiledNetwork:
             frozen = self.stages[0].network
             frozen.gate_offset = self.network.gate_offset
             frozen.force_paths(forced_NU)
-        with torch.inference_mode():
-            return run_stages(self.stages, self.network.thresholds, images_NCHW)
+        return self.run_at(self.network.thresholds, images_NCHW)
+
+    def run_at(self, thresholds: Sequence[float | None], images_NCHW: Tensor) -> Routed:
+        """The same with other thresholds than the network's, gates as they were in the last call."""
+        with torch.inference_mode(), one_torch_thread() if self.backend == "onnxruntime" else nullcontext():
+            return run_stages(self.stages, thresholds, images_NCHW)
 
 
 def compile_network(network: DynamicNetwork, backend: str, device: torch.device | str = "cpu") -> CompiledNetwork:

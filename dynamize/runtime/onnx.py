@@ -109,8 +109,7 @@ class GatedOnnxStage:
             self._exit = _session(export_onnx(_Exit(stage), [features, *inputs[1:]], outputs))
 
     def __call__(self, features: Tensor, context: Tensor | None, decide: bool) -> StageOutput:
-        with _one_torch_thread():
-            features, choices = run_pieces(self._pieces, self._segment.offset, features, self._segment.forced)
+        features, choices = run_pieces(self._pieces, self._segment.offset, features, self._segment.forced)
         if self._exit is None:
             return self._stage.exit(features, context, decide)._replace(choices=choices)
         if not decide and not self._chained:
@@ -218,8 +217,9 @@ def _session(model: bytes) -> ort.InferenceSession:
 
 
 @contextmanager
-def _one_torch_thread() -> Iterator[None]:
-    """A parallel region of torch, however small, leaves its threads spinning against those of the sessions."""
+def one_torch_thread() -> Iterator[None]:
+    """For the small products between sessions: a parallel region of torch, however small, leaves its threads spinning
+    against those of the sessions."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

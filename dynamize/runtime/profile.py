@@ -13,7 +13,6 @@ from dynamize.measure.latency import Contender, interleave
 from dynamize.nn.gated import Run
 from dynamize.nn.gates import ALL_OPEN
 from dynamize.nn.network import DynamicNetwork
-from dynamize.nn.routing import run_stages
 from dynamize.runtime.compiled import CompiledNetwork, compile_network
 
 _NEVER, _ALWAYS = float("inf"), float("-inf")
@@ -47,8 +46,7 @@ def _leaving_at(compiled: CompiledNetwork, index: int) -> Contender:
     thresholds = [_ALWAYS if k == index else _NEVER for k in range(early)]
 
     def run(images: Tensor) -> Tensor:
-        with torch.inference_mode():
-            return run_stages(compiled.stages, thresholds, images).logits
+        return compiled.run_at(thresholds, images).logits
 
     return run
 

@@ -43,13 +43,21 @@ def test_the_warm_up_round_is_not_counted_and_five_are(clock: Clock) -> None:
 
 def test_rounds_go_on_until_the_time_is_up(clock: Clock) -> None:
     times = interleave({"a": clock.takes("a", 1.0)}, [torch.zeros(1)], CPU, seconds=20)
-    assert times.seconds["a"].shape == (19, 1)
+    assert times.seconds["a"].shape == (9, 1)  # two calls a round, one of them to warm up
+
+
+def test_a_turn_of_several_calls_begins_with_one_that_is_not_counted(clock: Clock) -> None:
+    contenders = {n: clock.takes(n, 1.0) for n in ("a", "b")}
+    times = interleave(contenders, [torch.zeros(1)] * 20, CPU, seconds=0)
+    assert times.seconds["a"].shape == (5, 20)
+    assert "".join(clock.calls).startswith("a" * 17 + "b" * 17 + "b" * 5 + "a" * 5)
 
 
 def test_contenders_take_turns_in_rotating_order(clock: Clock) -> None:
     names = ["a", "b", "c"]
-    interleave({n: clock.takes(n, 1.0) for n in names}, [torch.zeros(1), torch.zeros(1)], CPU, seconds=0)
-    turns = ["".join(clock.calls[i : i + 3]) for i in range(0, len(clock.calls), 3)]
+    interleave({n: clock.takes(n, 1.0) for n in names}, [torch.zeros(1)], CPU, seconds=0)
+    calls = clock.calls[::2]  # each turn is the warm-up and one call
+    turns = ["".join(calls[i : i + 3]) for i in range(0, len(calls), 3)]
     assert all(sorted(turn) == names for turn in turns)
     assert {turn[0] for turn in turns} == set(names)
 
