@@ -22,12 +22,12 @@ import typer
 
 import dynamize as dz
 from dynamize.calibration import ConfidenceTable, OperatingPoint, point_for_budget, point_for_drop
-from dynamize.calibration.collect import confidence_table
+from dynamize.calibration.collect import TableMaker
 from dynamize.conversion import wrap
 from dynamize.data import DataSpec, Splits, load_data
 from dynamize.evaluation import gather, representative
 from dynamize.files import write_text
-from dynamize.measure.accuracy import answers, exit_outputs
+from dynamize.measure.accuracy import answers
 from dynamize.measure.latency import interleave
 from dynamize.nn.network import DynamicNetwork
 from dynamize.report import share_of_saving_shown
@@ -113,24 +113,12 @@ def make_fold(
         source=f"imagefolder:{data}", calibration_from="test", fold=fold, normalize=MEAN_STD, train_limit=1000
     )
     splits = load_data(spec, (3, 32, 32), 10)
-    calibration = confidence_table(
-        network, splits.calibration, teacher=statics[STATIC], device=CPU, backend=backend
-    )  # fits the temperatures, which `exit_outputs` below then uses
-    outputs = exit_outputs(network, splits.test, CPU)
-    test = ConfidenceTable(
-        scores=outputs.scores.double().numpy(),
-        answers=outputs.answers.numpy(),
-        labels=outputs.labels.numpy(),
-        reference=answers(statics[STATIC], splits.test, CPU)[0].numpy(),
-        costs=calibration.costs,
-        static_cost=calibration.static_cost,
-        head_costs=calibration.head_costs,
-    )
+    tables = TableMaker(network, splits.calibration, statics[STATIC], CPU, backend)
     rivals = {}
     for name, static in statics.items():
         found, labels = answers(static, splits.test, CPU)
         rivals[name] = float((found == labels).double().mean())
-    return Fold(calibration, test, splits, rivals)
+    return Fold(tables.table(), tables.table(splits.test), splits, rivals)
 
 
 def summarise(folds: list[Fold], budget: float | None = None, drop: float | None = None) -> dict[str, Any]:

@@ -38,7 +38,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 import dynamize as dz
 from dynamize import artifact
 from dynamize.calibration import OperatingPoint, point_for_budget, point_for_drop
-from dynamize.calibration.collect import confidence_table
+from dynamize.calibration.collect import TableMaker
 from dynamize.conversion import wrap
 from dynamize.data import DataSpec, Images, Splits, load_data, set_epoch
 from dynamize.errors import DynamizeError
@@ -47,7 +47,7 @@ from dynamize.measure.accuracy import answers
 from dynamize.measure.latency import interleave
 from dynamize.nn.network import DynamicNetwork
 from dynamize.runtime.compiled import CompiledNetwork, compile_network
-from dynamize.training.loop import bf16_helps
+from dynamize.training.loop import decide_precision
 
 NETWORK, SHAPE, BATCH, TIMED, CPU = "dynamize:cifar_resnet56", (3, 32, 32), 64, 256, torch.device("cpu")
 MEAN_STD = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -92,7 +92,8 @@ def trained(mode: str, epochs: int, start: Path, data: Splits, work: Path) -> Ea
     if not kept.exists():
         model.to(memory_format=torch.channels_last)
         # without the cache: it keeps the weights of the first step for as long as the block is open
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16_helps(CPU), cache_enabled=False):
+        bf16 = decide_precision("auto", CPU) == "bfloat16"
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16, cache_enabled=False):
             TRAINERS[mode](model, TrainingBatches(data.train), epochs=epochs)
         work.mkdir(parents=True, exist_ok=True)
         save_wrapper(model, kept)
@@ -146,7 +147,7 @@ def batched_accuracy(model: EarlyExitWrapper, policy: CalibrationResult, test: l
 def our_contenders(network: DynamicNetwork, teacher: nn.Module, data: Splits) -> dict[Key, Contender]:
     """The converted network at the same targets on both backends, without those that it refuses."""
     network, points = copy.deepcopy(network), dict[str, OperatingPoint]()
-    table = confidence_table(network, data.calibration, teacher=teacher, device=CPU, backend="onnxruntime")
+    table = TableMaker(network, data.calibration, teacher, CPU, "onnxruntime").table()
     static = table.static_cost["macs"]
     solvers = {f"drop {drop:g}": partial(point_for_drop, table, drop / 100) for drop in DROPS}
     solvers |= {f"compute {share:g}": partial(point_for_budget, table, share * static) for share in BUDGETS}

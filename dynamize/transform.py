@@ -4,10 +4,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from dynamize.errors import DynamizeError, closest
@@ -16,6 +16,7 @@ from dynamize.nn.network import DynamicNetwork
 if TYPE_CHECKING:
     from dynamize.data import Splits
 
+Share = Annotated[float, Field(ge=0, le=1)]
 T = TypeVar("T")
 Progress = Callable[[Iterable[T], str, int], Iterable[T]]
 
@@ -59,10 +60,10 @@ class Context:
         return self.data
 
     def needs_teacher(self, transform: "Transform") -> nn.Module:
-        """The teacher, or a DynamizeError that names the step."""
+        """The teacher on the device, or a DynamizeError that names the step."""
         if self.teacher is None:
             raise DynamizeError(f"`{transform.pass_name}` needs the original network: pass Context(teacher=...)")
-        return self.teacher
+        return self.teacher.to(self.device).eval()
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,5 @@
 """A network with gates and images small enough to be trained inside a test."""
 
-from collections.abc import Iterable, Iterator
-from typing import Any
-
 import torch
 from digits import SHAPE
 from networks import Residual, conv_block
@@ -53,20 +50,6 @@ def set_scores(network: DynamicNetwork, scores: list[list[float]]) -> None:
         for unit, wanted in zip(network.units, scores, strict=True):
             unit.gate.linear.weight.zero_()
             unit.gate.linear.bias.copy_(torch.tensor(wanted))
-
-
-class Interrupter:
-    """A progress reporter that lets so many steps through, over all epochs, and then the user presses ctrl-C."""
-
-    def __init__(self, steps: int) -> None:
-        self.left = steps
-
-    def __call__(self, items: Iterable[Any], label: str, total: int) -> Iterator[Any]:
-        for item in items:
-            if self.left == 0:
-                raise KeyboardInterrupt
-            self.left -= 1
-            yield item
 
 
 def same(first: DynamicNetwork, second: DynamicNetwork) -> bool:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from networks import SmallResNet, small_resnet
+from networks import SmallResNet, excite_heads, small_resnet
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -24,13 +24,7 @@ def gated_resnet(exits: dict[str, Any] | None = None, seed: int = 0, **fields: A
     if exits is not None:
         steps.insert(0, Exits.model_validate({"at": ["layer1", "layer2"], "head": "conv", "share": 1.0} | exits))
     network = convert(small_resnet(seed), steps, SmallResNet.shape)
-    with torch.no_grad():  # as training would: heads that are sure of images, fusions that add something
-        for layer in network.heads.modules():
-            if isinstance(layer, nn.Linear):
-                layer.weight.mul_(20)
-        for fusion in [network.fusion, *(head.fusion for head in network.heads)]:
-            if fusion is not None:
-                fusion.weight.normal_(0, 0.1)
+    excite_heads(network)
     return scatter(network, torch.randn(64, *SmallResNet.shape, generator=torch.Generator().manual_seed(99)))
 
 

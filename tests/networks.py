@@ -110,18 +110,23 @@ def torchvision_network(name: str, classes: int = 10) -> nn.Module:
     return randomise_norms(torchvision.models.get_model(name, weights=None, num_classes=classes)).eval()
 
 
+def excite_heads(network: DynamicNetwork) -> None:
+    """As training would: heads that are sure of some images, fusions that add something."""
+    with torch.no_grad():
+        for layer in network.heads.modules():
+            if isinstance(layer, nn.Linear):
+                layer.weight.mul_(20)
+        for fusion in [network.fusion, *(head.fusion for head in network.heads)]:
+            if fusion is not None:
+                fusion.weight.normal_(0, 0.1)
+
+
 def with_exits(seed: int = 0, **fields: Any) -> DynamicNetwork:
     """The small ResNet with exits that disagree with each other; ``fields`` are those of `Exits`."""
     places = fields.get("at", ["layer1", "layer2"])
     fields = {"at": places, "head": "conv", "share": 1.0, "size": [16] * len(places)} | fields
     dynamic = convert(small_resnet(seed), [Exits.model_validate(fields)], SmallResNet.shape)
-    with torch.no_grad():  # as training would: images that heads are sure of, fusions that add something
-        for layer in dynamic.heads.modules():
-            if isinstance(layer, nn.Linear):
-                layer.weight.mul_(20)
-        for fusion in [dynamic.fusion, *(head.fusion for head in dynamic.heads)]:
-            if fusion is not None:
-                fusion.weight.normal_(0, 0.1)
+    excite_heads(dynamic)
     dynamic.temperatures.uniform_(0.5, 2.0)
     return dynamic
 

@@ -11,13 +11,11 @@ from dynamize.measure.macs import count_macs
 from dynamize.nn.network import DynamicNetwork
 from dynamize.runtime.profile import path_latency
 from dynamize.training.gating import BudgetLoss, GatedLoss
-from dynamize.training.loop import Plan, bf16_helps, train
+from dynamize.training.loop import WEIGHT_DECAY, Plan, Precision, decide_precision, train
 from dynamize.training.objectives import MultiExitLoss
-from dynamize.transform import Applied, Context, Transform
+from dynamize.transform import Applied, Context, Share, Transform
 
 _DEFAULT_BUDGET = 0.6
-
-Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Distill(Transform):
@@ -33,7 +31,7 @@ class Distill(Transform):
     )
     batch_size: PositiveInt = Field(128, description="over all processes")
     lr: PositiveFloat = Field(0.05, description="peak of the one-cycle schedule")
-    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    weight_decay: Annotated[float, Field(ge=0)] = WEIGHT_DECAY
     alpha: Share = Field(0.5, description="share of each exit's loss that is distillation from the teacher")
     temperature: PositiveFloat = Field(2.0, description="of the distillation")
     from_last: Annotated[float, Field(ge=0)] = Field(
@@ -51,9 +49,7 @@ class Distill(Transform):
     gate_cost: Literal["macs", "ms"] = Field(
         "macs", description="what `gate_budget` counts; ms: times measured on the run's backend at batch 1"
     )
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="auto: bfloat16 autocast where the device computes it natively"
-    )
+    precision: Precision = "auto"
     trackers: list[str] = Field([], description="accelerate's trackers by name, e.g. tensorboard")
 
     structural: ClassVar[bool] = False
@@ -63,23 +59,20 @@ class Distill(Transform):
     def apply(self, network: DynamicNetwork, context: Context) -> Applied:
         data = context.needs_data(self)
         self._check(network)
-        bf16 = bf16_helps(context.device) if self.precision == "auto" else self.precision == "bfloat16"
+        precision = decide_precision(self.precision, context.device)
         teacher = None
         if context.teacher is not None and self.alpha > 0:
-            teacher = context.teacher.to(context.device).eval()
-        plan = Plan(
+            teacher = context.needs_teacher(self)
+        plan = Plan.of(
+            context,
             epochs=self.epochs,
             batch_size=self.batch_size,
             lr=self.lr,
             weight_decay=self.weight_decay,
             heads_only=self.train == "heads",
-            bf16=bf16,
-            seed=context.seed,
-            work=context.work,
-            resume=context.resume,
+            bf16=precision == "bfloat16",
             trackers=tuple(self.trackers),
-            device=context.device,
-            label="distill",
+            label=self.pass_name,
         )
         answers = MultiExitLoss(
             teacher,
@@ -94,7 +87,7 @@ class Distill(Transform):
         rows = train(network, data, loss, plan, context.progress)
         network.gradient_equilibrium = False
         exits = ", ".join(f"{accuracy:.1%}" for accuracy in rows[-1]["calibration_accuracy"])
-        found: dict[str, object] = {"precision": "bfloat16" if bf16 else "float32"}
+        found: dict[str, object] = {"precision": precision}
         if gated:
             found["gate_budget"] = self._target
         resolved = self.model_copy(update=found)

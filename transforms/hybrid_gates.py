@@ -5,12 +5,10 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from dynamize.nn.network import DynamicNetwork
-from dynamize.training.loop import Plan, bf16_helps, train
+from dynamize.training.loop import WEIGHT_DECAY, Plan, Precision, decide_precision, train
 from dynamize.training.objectives import MultiExitLoss
 from dynamize.training.policy import HybridLoss, deciding, relative_costs
-from dynamize.transform import Applied, Context, Transform
-
-_WEIGHT_DECAY = 5e-4
+from dynamize.transform import Applied, Context, Share, Transform
 
 
 class HybridGates(Transform):
@@ -29,13 +27,9 @@ class HybridGates(Transform):
         0.5, description="what the original network's MACs are worth in cross entropy; more skips more"
     )
     rl_weight: PositiveFloat = Field(1.0, description="weight of the policy gradient")
-    alpha: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.5, description="share of the answers' loss that is distillation from the teacher"
-    )
+    alpha: Share = Field(0.5, description="share of the answers' loss that is distillation from the teacher")
     temperature: PositiveFloat = Field(2.0, description="of the distillation")
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="auto: bfloat16 autocast where the device computes it natively"
-    )
+    precision: Precision = "auto"
 
     structural: ClassVar[bool] = False
     exact: ClassVar[bool] = False
@@ -44,30 +38,24 @@ class HybridGates(Transform):
 
     def apply(self, network: DynamicNetwork, context: Context) -> Applied:
         data = context.needs_data(self)
-        bf16 = bf16_helps(context.device) if self.precision == "auto" else self.precision == "bfloat16"
-        teacher = None
-        if self.alpha > 0:
-            teacher = context.needs_teacher(self).to(context.device).eval()
+        precision = decide_precision(self.precision, context.device)
+        teacher = context.needs_teacher(self) if self.alpha > 0 else None
         answers = MultiExitLoss(teacher, alpha=self.alpha, temperature=self.temperature)
         costs = relative_costs(network)
         loss = HybridLoss(network, answers, costs, cost=self.cost, rl_weight=self.rl_weight)
-        plan = Plan(
+        plan = Plan.of(
+            context,
             epochs=self.epochs,
             batch_size=self.batch_size,
             lr=self.lr,
-            weight_decay=_WEIGHT_DECAY,
-            heads_only=False,
-            bf16=bf16,
-            seed=context.seed,
-            work=context.work,
-            resume=context.resume,
-            device=context.device,
+            weight_decay=WEIGHT_DECAY,
+            bf16=precision == "bfloat16",
             label=self.pass_name,
         )
         with deciding(network, loss.recorder):
             rows = train(network, data, loss, plan, context.progress)
         exits = ", ".join(f"{accuracy:.1%}" for accuracy in rows[-1]["calibration_accuracy"])
-        resolved = self.model_copy(update={"precision": "bfloat16" if bf16 else "float32"})
+        resolved = self.model_copy(update={"precision": precision})
         notes = [
             f"accuracy of each exit on the calibration images: {exits}",
             f"decisions sampled from seed {context.seed}",

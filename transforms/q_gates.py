@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dynamize.files import write_json_lines
 from dynamize.nn.network import DynamicNetwork
-from dynamize.training.loop import Plan, bf16_helps, train
+from dynamize.training.loop import WEIGHT_DECAY, Plan, Precision, decide_precision, train
 from dynamize.training.objectives import MultiExitLoss
 from dynamize.training.policy import deciding, follow_best, relative_costs
 from dynamize.training.q_learning import (
@@ -22,13 +22,10 @@ from dynamize.training.q_learning import (
     find_loss_scale,
     scale_scores,
 )
-from dynamize.transform import Applied, Context, Transform
+from dynamize.transform import Applied, Context, Share, Transform
 
-_WEIGHT_DECAY = 5e-4
 _SEEDS_BETWEEN = 7919  # of two phases, so that they do not see the same batches in the same order
 _FOLLOW = 0.05  # of the target copy, in each step
-
-Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class QGates(Transform):
@@ -61,9 +58,7 @@ class QGates(Transform):
     )
     alpha: Share = Field(0.5, description="share of the network's loss that is distillation from the teacher")
     temperature: PositiveFloat = Field(2.0, description="of the distillation")
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="auto: bfloat16 autocast where the device computes it natively"
-    )
+    precision: Precision = "auto"
 
     structural: ClassVar[bool] = False
     exact: ClassVar[bool] = False
@@ -93,9 +88,7 @@ class QGates(Transform):
     def _resolve(self, network: DynamicNetwork, context: Context) -> "QGates":
         """With all that is `auto` decided."""
         data = context.needs_data(self)
-        found: dict[str, object] = {}
-        if self.precision == "auto":
-            found["precision"] = "bfloat16" if bf16_helps(context.device) else "float32"
+        found: dict[str, object] = {"precision": decide_precision(self.precision, context.device)}
         if self.loss_scale == "auto":
             found["loss_scale"] = find_loss_scale(network, data.train, context.device, context.seed)
         return self.model_copy(update=found)
@@ -130,9 +123,7 @@ class QGates(Transform):
                 return train(network, context.needs_data(self), learning, plan, context.progress)
 
     def _train_network(self, network: DynamicNetwork, index: int, context: Context) -> list[dict[str, Any]]:
-        teacher = None
-        if self.alpha > 0:
-            teacher = context.needs_teacher(self).to(context.device).eval()
+        teacher = context.needs_teacher(self) if self.alpha > 0 else None
         plan = replace(self._plan(f"round {index + 1}, network", 2 * index + 1, context), frozen=(all_gates(network),))
         loss = MultiExitLoss(teacher, alpha=self.alpha, temperature=self.temperature)
         with deciding(network, follow_best):
@@ -140,17 +131,15 @@ class QGates(Transform):
 
     def _plan(self, phase: str, position: int, context: Context) -> Plan:
         """Of the phase that is the ``position``-th: its own seed, and its own folder to resume from."""
-        return Plan(
+        return Plan.of(
+            context,
             epochs=self.network_epochs,
             batch_size=self.batch_size,
             lr=self.lr,
-            weight_decay=_WEIGHT_DECAY,
-            heads_only=False,
+            weight_decay=WEIGHT_DECAY,
             bf16=self.precision == "bfloat16",
             seed=context.seed + _SEEDS_BETWEEN * position,
             work=None if context.work is None else context.work / f"phase-{position + 1}",
-            resume=context.resume,
-            device=context.device,
             label=f"q_gates, {phase}",
         )
 

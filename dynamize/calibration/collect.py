@@ -1,4 +1,4 @@
-"""Filling the table: one pass over the calibration images, and one timing of the exits."""
+"""Filling tables: one pass over the images, and one timing of the exits and paths."""
 
 from collections.abc import Sequence
 
@@ -17,25 +17,11 @@ from dynamize.nn.network import DynamicNetwork
 from dynamize.runtime.profile import exit_latency, path_latency
 
 
-def confidence_table(
-    network: DynamicNetwork,
-    images: Images,
-    *,
-    teacher: nn.Module,
-    device: torch.device,
-    backend: str,
-    latency_batch: int = 1,
-) -> ConfidenceTable:
-    """Run all exits over ``images`` once, fit the temperatures of ``network``, and time each exit on ``backend``.
-
-    Gates stand where they are."""
-    return TableMaker(network, images, teacher, device, backend, latency_batch).table()
-
-
 class TableMaker:
-    """Makes tables of one network at several gate offsets; what does not depend on the offset is found once.
+    """Makes tables of one network, at several gate offsets; what does not depend on the offset is found once.
 
-    The temperatures of the exits are fitted here, at the offset at which the network stands.
+    Its exits are timed on ``backend``, and their temperatures fitted on ``images`` at the offset at which the network
+    stands.
     """
 
     def __init__(
@@ -47,7 +33,7 @@ class TableMaker:
         backend: str,
         latency_batch: int = 1,
     ) -> None:
-        self.network, self.images, self.device = network, images, device
+        self.network, self.teacher, self.images, self.device = network, teacher, images, device
         self.reference = answers(teacher, images, device)[0].numpy()
         static = wrap(teacher, network.input_shape)
         milliseconds, static_ms = exit_latency(network, static, backend, device, latency_batch)
@@ -61,10 +47,10 @@ class TableMaker:
         for k in range(len(network.heads)):
             network.temperatures[k] = fit_temperature(logits[k].numpy(), labels.numpy())
 
-    def table(self) -> ConfidenceTable:
-        """The table at the network's gate offset."""
+    def table(self, others: Images | None = None) -> ConfidenceTable:
+        """The table at the network's gate offset: of the images whose temperatures it has, or of others to judge on."""
         network = self.network
-        logits, labels, choices = everything(network, self.images, self.device)
+        logits, labels, choices = everything(network, self.images if others is None else others, self.device)
         scores = [network.scores(one.to(self.device), k).cpu() for k, one in enumerate(logits[:-1])]
         costs, image_costs = {"macs": self.costs.cumulative(), "ms": self.milliseconds}, {}
         if network.units:
@@ -77,7 +63,7 @@ class TableMaker:
             scores=torch.stack([*scores, torch.zeros(len(labels))]).double().numpy(),
             answers=np.stack([one.argmax(1).numpy() for one in logits]),
             labels=labels.numpy(),
-            reference=self.reference,
+            reference=self.reference if others is None else answers(self.teacher, others, self.device)[0].numpy(),
             costs=costs,
             static_cost=self.static_cost,
             head_costs={} if self.costs.chained else {"macs": self.costs.heads[:-1]},

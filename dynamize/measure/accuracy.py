@@ -1,7 +1,5 @@
 """What a network answers: at every exit, or where each image leaves."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
@@ -11,24 +9,6 @@ from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.routing import Routing, record_routing
 
 _BATCH = 256
-
-
-@dataclass(frozen=True)
-class ExitOutputs:
-    """Every exit on every image: answers and scores (K, n), labels (n,). The last row of scores, which no decision
-    uses, is zero."""
-
-    answers: Tensor
-    scores: Tensor
-    labels: Tensor
-
-
-def exit_outputs(network: DynamicNetwork, images: Images, device: torch.device) -> ExitOutputs:
-    """One dense pass over a split in eval mode."""
-    logits_KNC, labels = exit_logits(network, images, device)
-    scores = [network.scores(one, k) for k, one in enumerate(logits_KNC[:-1])]
-    scores.append(torch.zeros(len(labels)))
-    return ExitOutputs(torch.stack([one.argmax(1) for one in logits_KNC]), torch.stack(scores), labels)
 
 
 def exit_logits(network: DynamicNetwork, images: Images, device: torch.device) -> tuple[list[Tensor], Tensor]:

@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Annotated, Any, Literal, Protocol, Self, runtime_checkable
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, broadcast
+from pydantic import Field
 from torch import Tensor, nn
 
 from dynamize.data import Splits, set_epoch
@@ -22,9 +23,14 @@ from dynamize.files import write_json_lines
 from dynamize.measure.accuracy import exit_accuracies
 from dynamize.nn.network import DynamicNetwork
 from dynamize.training.state import CheckpointClock, Position, load_checkpoint, save_checkpoint
-from dynamize.transform import Progress, quiet
+from dynamize.transform import Context, Progress, quiet
 
 Loss = Callable[[Any, Tensor, Tensor], Tensor]
+Precision = Annotated[
+    Literal["auto", "float32", "bfloat16"],
+    Field(description="auto: bfloat16 autocast where the device computes it natively"),
+]
+WEIGHT_DECAY = 5e-4
 _STEPS_BETWEEN_CHECKS = 20  # reading a loss waits for the device
 
 
@@ -47,15 +53,21 @@ class Plan:
     batch_size: int
     lr: float
     weight_decay: float
-    heads_only: bool
     bf16: bool
     seed: int
+    heads_only: bool = False
     work: Path | None = None
     resume: bool = False
     trackers: tuple[str, ...] = ()
     device: torch.device = torch.device("cpu")
     label: str = "train"
     frozen: tuple[nn.Module, ...] = ()
+
+    @classmethod
+    def of(cls, context: Context, **fields: Any) -> Self:
+        """With the seed, device and folder of a context unless ``fields`` name others."""
+        given = {"seed": context.seed, "device": context.device, "work": context.work, "resume": context.resume}
+        return cls(**given | fields)
 
 
 def train(
@@ -227,8 +239,14 @@ def _flat(row: dict[str, Any]) -> dict[str, float]:
     return flat
 
 
-def bf16_helps(device: torch.device) -> bool:
-    """Whether this device computes bfloat16 natively."""
+def decide_precision(asked: Precision, device: torch.device) -> Precision:
+    """What ``auto`` means on a device: bfloat16 where it computes that natively."""
+    if asked != "auto":
+        return asked
+    return "bfloat16" if _bf16_is_native(device) else "float32"
+
+
+def _bf16_is_native(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from digits import digit_network, digit_splits
+from interrupter import Interrupter
 from torch import Tensor
 
 from dynamize.data import Splits
@@ -18,7 +19,7 @@ from dynamize.training import loop, state
 from dynamize.training.loop import Plan, train
 from dynamize.training.objectives import MultiExitLoss
 
-PLAN = Plan(epochs=2, batch_size=32, lr=0.1, weight_decay=1e-4, heads_only=False, bf16=False, seed=0)  # 10 steps each
+PLAN = Plan(epochs=2, batch_size=32, lr=0.1, weight_decay=1e-4, bf16=False, seed=0)  # 10 steps each
 Weights = dict[str, Tensor]
 
 
@@ -64,20 +65,6 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(splits: Splits) 
     other, _ = trained(splits, replace(PLAN, seed=1))
     assert same(weights(first), weights(second))
     assert not same(weights(first), weights(other))
-
-
-class Interrupter:
-    """A progress reporter that lets so many steps through, over all epochs, and then the user presses ctrl-C."""
-
-    def __init__(self, steps: int) -> None:
-        self.left = steps
-
-    def __call__(self, items: Iterable[Any], label: str, total: int) -> Iterator[Any]:
-        for item in items:
-            if self.left == 0:
-                raise KeyboardInterrupt
-            self.left -= 1
-            yield item
 
 
 @pytest.mark.parametrize(("steps", "epoch", "step"), [(7, 0, 6), (10, 1, 0), (17, 1, 6), (11, 1, 0)])
