@@ -14,12 +14,12 @@ import gc
 import multiprocessing
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -246,7 +246,20 @@ def answers(
     return logits.numpy(), routing.exits.numpy()
 
 
-def rows(library: Library, names: list[str]) -> Iterator[Row]:
+class Line(Protocol):
+    """What was found out about one network."""
+
+    @property
+    def good(self) -> bool: ...
+
+    def markdown(self) -> str: ...
+
+
+L = TypeVar("L", bound=Line)
+Check = Callable[[Library, str, Path, ProcessPoolExecutor], L]
+
+
+def rows(check: Check[L], library: Library, names: list[str]) -> Iterator[L]:
     """Check one network after another; artifacts are loaded by a process that has never seen the network."""
     spawn = multiprocessing.get_context("spawn")
     with (
@@ -256,6 +269,34 @@ def rows(library: Library, names: list[str]) -> Iterator[Row]:
         for name in names:
             yield check(library, name, Path(folder), other)
             gc.collect()
+
+
+def write_table(
+    check: Check[L],
+    header: str,
+    summary: Callable[[Library, list[L]], str],
+    library: Library,
+    names: str,
+    out: Path | None,
+) -> None:
+    """Print a table line by line and what it comes to, write it to ``out`` as well; exit code 1 if a network fails.
+
+    Args:
+        names: comma-separated; empty for all of the library.
+    """
+    wanted = [name.strip() for name in names.split(",") if name.strip()] or networks(library)
+    found: list[L] = []
+    typer.echo(header)
+    for row in rows(check, library, wanted):
+        found.append(row)
+        typer.echo(row.markdown())
+    end = summary(library, found)
+    typer.echo("\n" + end)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text("\n".join([header, *(row.markdown() for row in found), "", end, ""]), encoding="utf-8")
+    if not all(row.good for row in found):
+        raise typer.Exit(1)
 
 
 def summary(library: Library, found: list[Row]) -> str:
@@ -276,19 +317,7 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Markdown file to write as well")] = None,
 ) -> None:
     """Print the coverage table; exit code 1 if a network fails."""
-    wanted = [name.strip() for name in names.split(",") if name.strip()] or networks(library)
-    found: list[Row] = []
-    typer.echo(HEADER)
-    for row in rows(library, wanted):
-        found.append(row)
-        typer.echo(row.markdown())
-    end = summary(library, found)
-    typer.echo("\n" + end)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text("\n".join([HEADER, *(row.markdown() for row in found), "", end, ""]), encoding="utf-8")
-    if not all(row.good for row in found):
-        raise typer.Exit(1)
+    write_table(check, HEADER, summary, library, names, out)
 
 
 if __name__ == "__main__":

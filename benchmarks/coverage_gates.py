@@ -12,8 +12,6 @@ is refused with a reason, which is "none" in the table.
 """
 
 import gc
-import multiprocessing
-import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -23,7 +21,7 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
-from coverage import SIDES, Library, networks, settle
+from coverage import SIDES, Library, settle, write_table
 from torch import Tensor
 from torch.nn import functional
 
@@ -41,7 +39,7 @@ TOLERANCE = 1e-5  # of the largest logit
 NOTHING = ("no residual block", "no private channels")
 GATES: dict[str, Transform] = {
     "skip": dz.SkipGates(group=1, keep_first=False),
-    "channels": dz.ChannelGates(keep_first=False),
+    "channel": dz.ChannelGates(keep_first=False),
 }
 
 
@@ -53,6 +51,10 @@ class Row:
     cells: dict[str, str] = field(default_factory=dict)
     why_not: list[str] = field(default_factory=list)
     seconds: float = 0.0
+
+    @property
+    def good(self) -> bool:
+        return "NO" not in "".join(self.cells.values())
 
     def markdown(self) -> str:
         why = "; ".join(self.why_not).replace("|", "\\|").replace("\n", " ")
@@ -147,33 +149,21 @@ def answers(folder: Path, images: np.ndarray, threads: int) -> tuple[np.ndarray,
     return logits.numpy(), routing.choices.numpy()
 
 
+def summary(_: Library, found: list[Row]) -> str:
+    """How many hold, and how many take each kind of gate."""
+    taken = {kind: sum("units" in row.cells[kind] for row in found) for kind in GATES}
+    gated = " and ".join(f"{count} take {kind} gates" for kind, count in taken.items())
+    good = sum(row.good for row in found)
+    return f"{good} of {len(found)} networks keep all promises, or have nothing to gate; {gated}."
+
+
 def main(
     library: Annotated[Library, typer.Option(help="where the networks come from")] = Library.torchvision,
     names: Annotated[str, typer.Option(help="comma-separated; empty: all")] = "",
     out: Annotated[Path | None, typer.Option(help="Markdown file to write as well")] = None,
 ) -> None:
     """Print the table; exit code 1 if a network fails."""
-    wanted = [name.strip() for name in names.split(",") if name.strip()] or networks(library)
-    lines = [HEADER]
-    typer.echo(HEADER)
-    bad = 0
-    spawn = multiprocessing.get_context("spawn")
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=10) as other,
-    ):
-        for name in wanted:
-            row = check(library, name, Path(folder), other)
-            bad += "NO" in "".join(row.cells.values())
-            lines.append(row.markdown())
-            typer.echo(lines[-1])
-            gc.collect()
-    lines += ["", f"{len(wanted) - bad} of {len(wanted)} networks keep all promises, or have nothing to gate."]
-    typer.echo("\n".join(lines[-2:]))
-    if out is not None:
-        out.write_text("\n".join([*lines, ""]), encoding="utf-8")
-    if bad:
-        raise typer.Exit(1)
+    write_table(check, HEADER, summary, library, names, out)
 
 
 if __name__ == "__main__":

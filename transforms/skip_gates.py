@@ -10,7 +10,7 @@ from torch import fx
 
 from dynamize.errors import DynamizeError, closest
 from dynamize.graph.extract import extract
-from dynamize.graph.residual import ResidualBlock, bypass, residual_blocks
+from dynamize.graph.residual import ResidualBlock, bypass, keeping_input, masked, residual_blocks
 from dynamize.graph.trace import annotate, blank
 from dynamize.nn.gated import SkipUnit
 from dynamize.nn.gates import RecurrentMemory, gate_macs, make_gate
@@ -50,7 +50,9 @@ class SkipGates(Transform):
     keep_first: bool = Field(True, description="the first block always runs, for `blocks: auto`")
 
     once: ClassVar[bool] = True
-    before: ClassVar[tuple[str, ...]] = ("distill", "hybrid_gates", "q_gates", "calibrate")
+    before: ClassVar[tuple[str, ...]] = (
+        *("distill", "hybrid_gates", "q_gates", "recalibrate", "fuse_gates", "calibrate"),
+    )
 
     def apply(self, network: DynamicNetwork, context: Context) -> Applied:
         annotate(network.plain, network.input_shape)
@@ -117,15 +119,15 @@ class SkipGates(Transform):
     def _unit(self, plain: fx.GraphModule, run: Sequence[ResidualBlock], memory: RecurrentMemory | None) -> SkipUnit:
         first, last = run[0], run[-1]
         gate = make_gate(self.gate, first.shape[0], _PATHS, memory)
-        label = first.module if len(run) == 1 else f"{first.module} to {last.module}"
-        macs = sum(block.macs for block in run)
+        detour = len(run) == 1 and not first.identity
         return SkipUnit(
-            label,
+            first.module if len(run) == 1 else f"{first.module} to {last.module}",
             (first.after, last.upto),
             gate,
-            extract(plain, first.after, last.upto),
-            bypass(plain, first) if len(run) == 1 else None,
-            [first.bypass_macs if len(run) == 1 else 0.0, macs],
+            keeping_input(extract(plain, first.after, last.upto), first.shape),
+            bypass(plain, first) if detour else None,
+            masked(plain, first) if detour else None,
+            [first.bypass_macs if detour else 0.0, sum(block.macs for block in run)],
             gate_macs(gate, blank(plain, 1, *first.shape)),
         )
 

@@ -17,7 +17,7 @@ def extract(traced: fx.GraphModule, after: str | None, upto: str | None) -> fx.G
     region = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {first: region.placeholder("x")}
     copies[first].meta.update(first.meta, macs=0.0)
-    needed = _needed(last, first)
+    needed = cone(last, first)
     for node in traced.graph.nodes:
         if node in needed:
             copies[node] = region.node_copy(node, lambda source: copies[source])
@@ -27,7 +27,8 @@ def extract(traced: fx.GraphModule, after: str | None, upto: str | None) -> fx.G
     return module
 
 
-def _needed(last: fx.Node, first: fx.Node) -> set[fx.Node]:
+def cone(last: fx.Node, first: fx.Node) -> set[fx.Node]:
+    """What has to be computed for ``last`` once ``first`` is known: ``last``, but not ``first``."""
     needed: set[fx.Node] = set()
     stack = [last]
     while stack:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from dynamize.errors import DynamizeError
 from dynamize.graph.cuts import CutPoint, cut_points, module_path
-from dynamize.graph.extract import extract
+from dynamize.graph.extract import cone, extract
 from dynamize.graph.trace import blank
 
 _ADDITIONS = (operator.add, operator.iadd, torch.add, torch.Tensor.add, torch.Tensor.add_)
@@ -24,9 +24,11 @@ _MAX_POOLS = (F.max_pool2d, torch.max_pool2d)
 
 _NO_SUM = "no sum of a shortcut and a branch"
 _CONCATENATED = "parallel branches meet in a concatenation"
+_IN_PART = "its shortcut is added to some of its channels only"
 _SCALED = "its sum is scaled by alpha or written into another tensor"
 _UNCLEAR = "it is unclear which of its summands is the shortcut"
 _BROADCAST = "a shortcut would have to be broadcast to the shape of the sum"
+_LINEAR = "its parallel branches are linear, without an activation between: they can be fused to one convolution"
 _FREE = "what is added to the shortcut has no multiply-accumulates to save"
 
 
@@ -59,7 +61,8 @@ def residual_blocks(traced: fx.GraphModule) -> list[ResidualBlock]:
 
     The shortcut is the cut point's own value where that is a summand, else the summand of fewest MACs (projection,
     pooling, padding) of those that share none with the others; all other summands are the branch. What follows the sum
-    may be anything without MACs.
+    may be anything without MACs. A sum of convolutions and batch norms alone (RepVGG, Ding et al. 2021) is none: it
+    becomes one convolution once it is trained.
     """
     nodes = {node.name: node for node in traced.graph.nodes}
     found: list[ResidualBlock] = []
@@ -103,49 +106,79 @@ def bypass(traced: fx.GraphModule, block: ResidualBlock) -> fx.GraphModule | Non
     Raises:
         DynamizeError: ``block`` is not one of ``traced``.
     """
+    region, parts = _taken_out(traced, block)
+    if block.identity:
+        return None
+    parts.sum.replace_all_uses_with(parts.shortcut)
+    region.graph.eliminate_dead_code()
+    path = fx.GraphModule(region, region.graph, "Bypass")
+    path.train(traced.training)
+    return keeping_input(path, block.shape)
+
+
+def masked(traced: fx.GraphModule, block: ResidualBlock) -> fx.GraphModule:
+    """``(a, runs) -> post(shortcut(a) + runs * branch(a))``: a block and its bypass for training, dense.
+
+    ``runs`` is (N,), 1 for an image that runs the block and 0 for one that skips it (ConvNet-AIG, Veit & Belongie
+    2018, eq. 2); every module is called once. Modules and parameters are shared with ``traced`` under the same names,
+    and the input, (N, C, H, W), is not written to.
+
+    Raises:
+        DynamizeError: ``block`` is not one of ``traced``.
+    """
+    region, parts = _taken_out(traced, block)
+    graph = region.graph
+    with graph.inserting_after(_first(graph)):
+        runs = graph.placeholder("runs")
+    for summand in parts.branch:
+        ones = [1] * (len(summand.addition.meta["shape"]) - 1)
+        with graph.inserting_before(summand.addition):
+            mask = graph.call_method("type_as", (graph.call_method("reshape", (runs, -1, *ones)), summand.operand))
+            product = graph.call_function(operator.mul, (summand.operand, mask))
+        summand.addition.replace_input_with(summand.operand, product)
+    path = fx.GraphModule(region, graph, "Masked")
+    path.train(traced.training)
+    return keeping_input(path, block.shape)
+
+
+def keeping_input(path: fx.GraphModule, shape: Sequence[int]) -> fx.GraphModule:
+    """``path``, beginning with a copy of its input if it writes to it: others may still read what it was given.
+
+    Args:
+        path: takes features, and for each image of a batch one number more for each further input.
+        shape: (C, H, W) of the features.
+    """
+    if _writes_into_input(path, shape):
+        _copy_input(path.graph)
+        path.recompile()
+    return path
+
+
+def _taken_out(traced: fx.GraphModule, block: ResidualBlock) -> tuple[fx.GraphModule, "_Parts"]:
     if block not in residual_blocks(traced):
         raise DynamizeError(
             f"'{block.module}' from `{block.after}` to `{block.upto}` is no residual block of this network. "
             "Take one that `residual_blocks` lists for the same traced network."
         )
-    if block.identity:
-        return None
     region = extract(traced, block.after, block.upto)
-    graph = region.graph
-    first = next(node for node in graph.nodes if node.op == "placeholder")
-    parts = _read(region, first, next(node for node in graph.nodes if node.op == "output").all_input_nodes[0])
+    last = next(node for node in region.graph.nodes if node.op == "output").all_input_nodes[0]
+    parts = _read(region, _first(region.graph), last)
     assert not isinstance(parts, str), "a region reads like the graph that it is a copy of"
-    parts.sum.replace_all_uses_with(parts.shortcut)
-    graph.eliminate_dead_code()
-    path = fx.GraphModule(region, graph, "Bypass")
-    if _writes_into_input(path, block.shape):
-        _copy_input(path.graph)
-        path.recompile()
-    path.train(traced.training)
-    return path
+    return region, parts
 
 
-def runs(blocks: Sequence[ResidualBlock]) -> list[list[ResidualBlock]]:
-    """Maximal runs of identity blocks that follow each other directly; an identity keeps the shape, so each run does.
-
-    Args:
-        blocks: in execution order.
-    """
-    found: list[list[ResidualBlock]] = []
-    for block in blocks:
-        if not block.identity:
-            continue
-        if found and found[-1][-1].upto == block.after:
-            found[-1].append(block)
-        else:
-            found.append([block])
-    return found
+@dataclass(frozen=True)
+class _Summand:
+    value: fx.Node  # before the operators that pass it on as it is
+    operand: fx.Node  # what they give
+    addition: fx.Node
 
 
 @dataclass(frozen=True)
 class _Parts:
     sum: fx.Node
     shortcut: fx.Node
+    branch: tuple[_Summand, ...]
     post: tuple[fx.Node, ...]
     macs: float
     bypass_macs: float
@@ -156,7 +189,7 @@ class _Region:
 
     def __init__(self, first: fx.Node, last: fx.Node) -> None:
         self.first, self.last = first, last
-        needed = _cone(last, first)
+        needed = cone(last, first)
         depends = {first}
         for node in first.graph.nodes:
             if node in needed and any(source in depends for source in node.all_input_nodes):
@@ -171,7 +204,7 @@ class _Region:
         return [user for user in node.users if user in self.position]
 
     def macs(self, node: fx.Node) -> float:
-        return sum((source.meta["macs"] for source in _cone(node, self.first)), 0.0)
+        return sum((source.meta["macs"] for source in cone(node, self.first)), 0.0)
 
     def joints(self) -> Iterator[fx.Node]:
         """Nodes that all paths run through and behind which there are no MACs, the last one first."""
@@ -185,18 +218,6 @@ class _Region:
             yield node
             if any(n.meta["macs"] for n in self.nodes[self.position[node] :]):
                 return
-
-
-def _cone(last: fx.Node, first: fx.Node) -> set[fx.Node]:
-    """What has to be computed for ``last`` once ``first`` is known."""
-    needed: set[fx.Node] = set()
-    stack = [last]
-    while stack:
-        node = stack.pop()
-        if node is not first and node not in needed:
-            needed.add(node)
-            stack.extend(node.all_input_nodes)
-    return needed
 
 
 def _regions(traced: fx.GraphModule) -> Iterator[tuple[CutPoint, CutPoint, _Parts | str]]:
@@ -213,8 +234,9 @@ def _read(module: fx.GraphModule, first: fx.Node, last: fx.Node) -> _Parts | str
     for joint in region.joints():
         shortcut = _shortcut(module, region, joint)
         if isinstance(shortcut, fx.Node):
+            branch = tuple(one for one in _summands(module, region, joint) if one.value is not shortcut)
             post = tuple(region.nodes[region.position[joint] + 1 :])
-            return _Parts(joint, shortcut, post, region.macs(last), region.macs(shortcut))
+            return _Parts(joint, shortcut, branch, post, region.macs(last), region.macs(shortcut))
         reasons.append(shortcut)
     return next((reason for reason in reasons if reason != _NO_SUM), _NO_SUM)
 
@@ -223,7 +245,7 @@ def _shortcut(module: fx.GraphModule, region: _Region, joint: fx.Node) -> fx.Nod
     """The summand of ``joint`` to keep when the others are skipped, or why there is none."""
     sources = [node for node in joint.all_input_nodes if region.depends(node)]
     if joint.op == "call_function" and joint.target in _CONCATENATIONS and len(sources) > 1:
-        return _CONCATENATED
+        return _IN_PART if any(_adds_shortcut(region, source) for source in sources) else _CONCATENATED
     layer = _layer(module, joint)
     if layer is not None and joint.meta["macs"] and any(True for _ in layer.children()):
         return f"{type(layer).__name__} is traced as a whole, so a sum inside it cannot be seen"
@@ -231,13 +253,15 @@ def _shortcut(module: fx.GraphModule, region: _Region, joint: fx.Node) -> fx.Nod
         return _NO_SUM
     if not _is_plain(joint):
         return _SCALED
-    summands = _summands(module, region, joint)
+    summands = [summand.value for summand in _summands(module, region, joint)]
     fitting = [node for node in summands if node.meta["shape"] == joint.meta["shape"]]
     itself = [node for node in summands if node is region.first]
     if not fitting or (itself and region.first not in fitting):
         return _BROADCAST
     if region.macs(region.last) <= min(region.macs(node) for node in itself or fitting):
         return _FREE
+    if all(_is_linear(module, region, node) for node in cone(joint, region.first) if region.depends(node)):
+        return _LINEAR
     candidates = sorted(itself or _apart(region, fitting, summands), key=region.macs)
     if not candidates or (len(candidates) > 1 and region.macs(candidates[0]) == region.macs(candidates[1])):
         return _UNCLEAR
@@ -246,7 +270,7 @@ def _shortcut(module: fx.GraphModule, region: _Region, joint: fx.Node) -> fx.Nod
 
 def _apart(region: _Region, candidates: Sequence[fx.Node], summands: Sequence[fx.Node]) -> list[fx.Node]:
     """Those that share no MACs with another summand: a projection is computed from the block's input for itself."""
-    costly = {node: {n for n in _cone(node, region.first) if n.meta["macs"]} for node in summands}
+    costly = {node: {n for n in cone(node, region.first) if n.meta["macs"]} for node in summands}
     return [node for node in candidates if all(other is node or not costly[other] & costly[node] for other in summands)]
 
 
@@ -266,17 +290,34 @@ def _is_plain(addition: fx.Node) -> bool:
     return bool(scale == 1) and out is None and len(addition.args) <= 2
 
 
-def _summands(module: fx.GraphModule, region: _Region, addition: fx.Node) -> list[fx.Node]:
+def _summands(module: fx.GraphModule, region: _Region, addition: fx.Node) -> list[_Summand]:
     """All summands of a sum of sums, without the operators that pass a value on as it is."""
-    found: list[fx.Node] = []
+    found: list[_Summand] = []
     for operand in _operands(region, addition):
         node, alone = operand, len(region.users(operand)) == 1
         while node is not region.first and _passes_on(module, node):
             node = node.all_input_nodes[0]
             alone = alone and len(region.users(node)) == 1
         nested = alone and node is not region.first and len(_operands(region, node)) == 2 and _is_plain(node)
-        found += _summands(module, region, node) if nested else [node]
+        found += _summands(module, region, node) if nested else [_Summand(node, operand, addition)]
     return found
+
+
+def _adds_shortcut(region: _Region, node: fx.Node) -> bool:
+    """Whether a node adds something to what comes from the region's input without multiply-accumulates."""
+    operands = _operands(region, node)
+    return len(operands) == 2 and any(region.macs(operand) == 0 for operand in operands)
+
+
+def _is_linear(module: fx.GraphModule, region: _Region, node: fx.Node) -> bool:
+    """Convolutions, batch norms without an activation of their own, sums: what one convolution can hold."""
+    layer = _layer(module, node)
+    if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+        return all(isinstance(child, nn.Identity) for child in layer.children())  # timm's carry their activation
+    if isinstance(layer, nn.modules.conv._ConvNd) or _passes_on(module, node):
+        return True
+    operands = _operands(region, node)
+    return bool(operands) and _is_plain(node) and set(node.all_input_nodes) <= set(operands)
 
 
 def _is_identity(traced: fx.GraphModule, first: fx.Node, parts: _Parts) -> bool:
@@ -331,19 +372,24 @@ def _layer(module: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     return module.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
-def _writes_into_input(path: fx.GraphModule, shape: tuple[int, ...]) -> bool:
-    """Whether an in-place activation, which had the sum to itself, would now overwrite the block's input."""
+def _writes_into_input(path: fx.GraphModule, shape: Sequence[int]) -> bool:
+    """Whether an in-place operator overwrites what the path is given."""
     trial = copy.deepcopy(path).eval()
+    further = sum(node.op == "placeholder" for node in path.graph.nodes) - 1
     with torch.inference_mode(False), torch.no_grad():
         image = blank(trial, 1, *shape)
         before = image._version
-        trial(image)
+        trial(image, *(image.new_ones(1) for _ in range(further)))
         return bool(image._version != before)
 
 
 def _copy_input(graph: fx.Graph) -> None:
-    first = next(node for node in graph.nodes if node.op == "placeholder")
-    with graph.inserting_after(first):
+    first = _first(graph)
+    with graph.inserting_after([node for node in graph.nodes if node.op == "placeholder"][-1]):
         clone = graph.call_method("clone", (first,))
     clone.meta.update(first.meta)
     first.replace_all_uses_with(clone, delete_user_cb=lambda user: user is not clone)
+
+
+def _first(graph: fx.Graph) -> fx.Node:
+    return next(node for node in graph.nodes if node.op == "placeholder")

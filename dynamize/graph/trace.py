@@ -23,6 +23,8 @@ _LEAF_TYPES: tuple[type[nn.Module], ...] = (
     nn.modules.dropout._DropoutNd,
     StochasticDepth,
 )
+# Kept whole by timm because of an in-place `mul_` whose result nothing names; `annotate` puts it in order.
+_TRACED_ALL_THE_SAME = ("NormFreeBlock",)
 
 
 class NetworkTracer(fx.Tracer):
@@ -55,7 +57,8 @@ def _timm_leaves() -> tuple[tuple, tuple[type[nn.Module], ...]]:
         from timm.models._features_fx import get_notrace_functions, get_notrace_modules
     except ImportError:
         return (), ()
-    return tuple(get_notrace_functions()), tuple(get_notrace_modules())
+    modules = [module for module in get_notrace_modules() if module.__name__ not in _TRACED_ALL_THE_SAME]
+    return tuple(get_notrace_functions()), tuple(modules)
 
 
 def trace(network: nn.Module, input_shape: Sequence[int]) -> fx.GraphModule:

@@ -1,7 +1,7 @@
 """Segments with gates inside: pieces that always run, and units that offer each image several ways through.
 
-Training is dense: all paths of a unit are computed and mixed by hard decisions, so that gradients reach the gates. In
-eval mode each path runs for the images that chose it, and for no others.
+Training is dense: a unit computes all that its paths do and mixes it by hard decisions, so that gradients reach the
+gates. In eval mode each path runs for the images that chose it, and for no others.
 """
 
 from abc import ABC, abstractmethod
@@ -9,14 +9,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dynamize.graph.replace import every_module
 from dynamize.nn.gates import Gate, State, choose, pool, sample_paths
 
-_BYTES = 2**24  # of feature maps that go through the units together
+_BYTES = 2**22  # of feature maps that go through the units together
 
 Run = Callable[[Tensor], tuple[Tensor, Tensor | None]]  # features -> features and their channel means, if asked for
+Chooser = Callable[[Tensor, State, float], tuple[list[int], State]]
+"""Description (N, D), state and offset -> the path of each image and the next state."""
 Policy = Callable[[Tensor, Tensor], Tensor]  # features that reach a unit and its gate's scores (N, P) -> shares (N, P)
 
 
@@ -57,13 +61,20 @@ class Unit(nn.Module, ABC):
         assert original is not None
         return cast(Tensor, original(features_NCHW))
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Unit":
+        move_together(self, lambda: super(Unit, self)._apply(fn, recurse))
+        return self
+
 
 class SkipUnit(Unit):
     """A residual block, or a run of them, that an image may skip (SkipNet, Wang et al. 2018, eq. 1).
 
     Args:
-        body: the block.
+        body: the block; it does not write to its input.
         bypass: what an image that skips it goes through (a projection shortcut); None changes nothing.
+        masked: body and bypass in one, ``(features, runs) -> features`` with ``runs`` (N,) multiplied into what is
+            added to the shortcut; for a block with a bypass. Both hold the same modules as ``body``, which alone
+            registers them.
     """
 
     def __init__(
@@ -73,20 +84,31 @@ class SkipUnit(Unit):
         gate: Gate,
         body: nn.Module,
         bypass: nn.Module | None,
+        masked: nn.Module | None,
         path_macs: Sequence[float],
         gate_macs: float,
     ) -> None:
         super().__init__(label, region, gate, path_macs, gate_macs)
-        self.body, self.bypass = body, bypass
+        self.body = body
+        self._sharing = (bypass, masked)  # a tuple: their modules are those of the body
+
+    @property
+    def bypass(self) -> nn.Module | None:
+        return self._sharing[0]
+
+    @property
+    def masked(self) -> nn.Module | None:
+        return self._sharing[1]
 
     def paths(self) -> list[nn.Module | None]:
         return [self.bypass, self.body]
 
     def blend(self, features_NCHW: Tensor, shares_NP: Tensor) -> Tensor:
-        kept = features_NCHW if self.bypass is None else self.bypass(features_NCHW)
+        if self.masked is not None:
+            return cast(Tensor, self.masked(features_NCHW, shares_NP[:, 1]))
         computed = self.body(features_NCHW)
         skips, runs = shares_NP.to(computed.dtype)[:, :, None, None, None].unbind(1)
-        return runs * computed + skips * kept
+        return runs * computed + skips * features_NCHW
 
 
 class _FrozenUnit(Unit):
@@ -111,6 +133,7 @@ class Piece:
     ways: list[Run | None]
     unit: Unit | None = None  # its gate and costs
     describe: Callable[[Tensor], Tensor] | None = None  # reads the gate's description from features
+    choose: Chooser | None = None
 
 
 class GatedSegment(nn.Module):
@@ -167,7 +190,7 @@ class GatedSegment(nn.Module):
 
     def as_pieces(self) -> list[Piece]:
         """What :func:`run_pieces` runs."""
-        return make_pieces(list(self.pieces), eager_run, lambda gate: gate.describe)
+        return make_pieces(list(self.pieces), eager_run, lambda gate: gate.describe, eager_choice)
 
     def compiled(self, compile_way: Callable[[nn.Module], nn.Module]) -> "GatedSegment":
         """A segment for eval mode only, each of whose ways is what ``compile_way`` makes of it.
@@ -186,6 +209,26 @@ class GatedSegment(nn.Module):
         return frozen
 
 
+def move_together(root: nn.Module, move: Callable[[], object]) -> None:
+    """Run ``move``, which takes ``root`` to another device or type, for all modules that share tensors with it.
+
+    Moving a module replaces its buffers; graphs in tuples, which are not registered, would keep the old ones where they
+    hold a buffer themselves and not in a layer.
+    """
+    registered = set(root.modules())
+    owners = {id(buffer): (module, name) for module in registered for name, buffer in module._buffers.items()}
+    sharing = [
+        (module, name, *owners[id(buffer)])
+        for module in every_module(root)
+        if module not in registered
+        for name, buffer in module._buffers.items()
+        if buffer is not None and id(buffer) in owners
+    ]
+    move()
+    for module, name, owner, key in sharing:
+        module._buffers[name] = owner._buffers[key]
+
+
 def eager_run(module: nn.Module, pooled: bool) -> Run:
     """A module as a way through a piece, with the channel means of its output if a gate wants them."""
 
@@ -196,10 +239,21 @@ def eager_run(module: nn.Module, pooled: bool) -> Run:
     return run
 
 
+def eager_choice(unit: Unit) -> Chooser:
+    """A gate's decisions in torch."""
+
+    def choose_paths(described: Tensor, state: State, offset: float) -> tuple[list[int], State]:
+        scores, state = unit.gate.decide(described, state)
+        return choose(scores, unit.path_costs, offset).tolist(), state
+
+    return choose_paths
+
+
 def make_pieces(
     modules: Sequence[nn.Module],
     compile_way: Callable[[nn.Module, bool], Run],
-    compile_gate: Callable[[Gate], Callable[[Tensor], Tensor]],
+    compile_description: Callable[[Gate], Callable[[Tensor], Tensor]],
+    compile_choice: Callable[[Unit], Chooser],
 ) -> list[Piece]:
     """The pieces of a segment with each way compiled by itself; a way hands on the channel means only where the next
     unit's gate reads them."""
@@ -210,7 +264,7 @@ def make_pieces(
             pieces.append(Piece([compile_way(module, pooled)]))
             continue
         ways = [None if way is None else compile_way(way, pooled) for way in module.paths()]
-        pieces.append(Piece(ways, module, compile_gate(module.gate)))
+        pieces.append(Piece(ways, module, compile_description(module.gate), compile_choice(module)))
     return pieces
 
 
@@ -251,7 +305,7 @@ def _run_units(
     pieces: Sequence[Piece], offset: float, features: Tensor, means: Tensor | None, forced_NU: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     state: State = None
-    chosen: list[Tensor] = []
+    chosen: list[list[int]] = []
     for piece in pieces:
         unit = piece.unit
         if unit is None:
@@ -259,19 +313,21 @@ def _run_units(
             features, means = piece.ways[0](features)
             continue
         assert piece.describe is not None
+        assert piece.choose is not None
         described = means if means is not None and unit.gate.pooled else piece.describe(features)
-        scores, state = unit.gate.decide(described, state)
-        choice_N = choose(scores, unit.path_costs, offset) if forced_NU is None else forced_NU[:, len(chosen)]
-        features, means = _dispatch(piece.ways, choice_N, features, described if unit.gate.pooled else None)
-        chosen.append(choice_N)
-    return features, torch.stack(chosen, 1)
+        taken, state = piece.choose(described, state, offset)
+        if forced_NU is not None:
+            taken = forced_NU[:, len(chosen)].tolist()
+        features, means = _dispatch(piece.ways, taken, features, described if unit.gate.pooled else None)
+        chosen.append(taken)
+    return features, torch.from_numpy(np.array(chosen, np.int64).T)
 
 
 def _dispatch(
-    ways: Sequence[Run | None], choice_N: Tensor, features: Tensor, means: Tensor | None
+    ways: Sequence[Run | None], taken: Sequence[int], features: Tensor, means: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Send each image its way. Rows are gathered, computed and written back in place; nothing is concatenated."""
-    taken = choice_N.tolist()
+    """Send each image the way it has taken. Rows are gathered, computed and written back in place; nothing is
+    concatenated."""
     if len(set(taken)) < 2:
         way = ways[taken[0] if taken else -1]
         return (features, means) if way is None else way(features)

@@ -1,6 +1,7 @@
 """Gates: small modules that score, for each image, the ways through a unit of the network."""
 
 import copy
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from dynamize.measure.macs import count_macs
 
 ALL_OPEN = 1e6  # an offset that no score outweighs; finite, so that it survives JSON
 OPEN = 3.0  # initial advantage of the original path: every gate is open, and a gradient still reaches it
+_SAMPLED = 28  # rows and columns that a mean is taken over, and up to twice as many
 _MEMORY = 10  # size of the recurrent gate's state (SkipNet, sec. 4.1)
 
 State = tuple[Tensor, Tensor] | None
@@ -45,7 +47,7 @@ class LinearGate(Gate):
         self.linear = open_linear(channels, paths)
 
     def decide(self, described_ND: Tensor, state: State = None) -> tuple[Tensor, State]:
-        return self.linear(self.norm(described_ND.to(self.linear.weight.dtype))), state
+        return self.linear(_normalised(self.norm, described_ND.to(self.linear.weight.dtype))), state
 
     def fold(self) -> None:
         self.norm, self.linear = nn.Identity(), _folded(self.norm, self.linear)
@@ -64,7 +66,7 @@ class ConvGate(Gate):
         self.linear = open_linear(width, paths)
 
     def describe(self, features_NCHW: Tensor) -> Tensor:
-        return pool(torch.relu(self.norm(self.conv(features_NCHW))))
+        return pool(torch.relu(_normalised(self.norm, self.conv(features_NCHW))))
 
     def decide(self, described_ND: Tensor, state: State = None) -> tuple[Tensor, State]:
         return self.linear(described_ND.to(self.linear.weight.dtype)), state
@@ -94,7 +96,8 @@ class RecurrentGate(Gate):
 
     def decide(self, described_ND: Tensor, state: State = None) -> tuple[Tensor, State]:
         (memory,) = self._memory
-        state = memory.cell(self.project(self.norm(described_ND.to(self.project.weight.dtype))), state)
+        normalised_ND = _normalised(self.norm, described_ND.to(self.project.weight.dtype))
+        state = memory.cell(self.project(normalised_ND), state)
         assert state is not None
         return memory.linear(state[0])[:, -self.paths :], state
 
@@ -103,7 +106,10 @@ class RecurrentGate(Gate):
 
 
 def pool(features_NCHW: Tensor) -> Tensor:
-    """Channel means, (N, C, H, W) -> (N, C)."""
+    """Channel means, (N, C, H, W) -> (N, C): of large maps, which only memory's speed limits, over some pixels."""
+    step = min(features_NCHW.shape[-2:]) // _SAMPLED
+    if step > 1:  # a pool of one pixel is the stride that ONNX Runtime computes in its blocked layout
+        features_NCHW = functional.max_pool2d(features_NCHW, 1, step)
     return functional.adaptive_avg_pool2d(features_NCHW, 1).flatten(1)
 
 
@@ -114,6 +120,13 @@ def open_linear(inputs: int, paths: int) -> nn.Linear:
     with torch.no_grad():
         linear.bias.zero_()[-1] = OPEN
     return linear
+
+
+def _normalised(norm: nn.Module, values: Tensor) -> Tensor:
+    """``norm(values)``; one value for each channel has no statistics, so in train mode the running ones stand in."""
+    if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.training and values.numel() == values.shape[1]:
+        return functional.batch_norm(values, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
+    return cast(Tensor, norm(values))
 
 
 def _folded(norm: nn.Module, linear: nn.Linear) -> nn.Linear:

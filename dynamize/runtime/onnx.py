@@ -4,7 +4,7 @@ import copy
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, cast
@@ -18,10 +18,12 @@ from torch.nn import functional
 
 from dynamize.errors import DynamizeError
 from dynamize.graph.trace import blank
-from dynamize.nn.gated import GatedSegment, Piece, Run, Unit, make_pieces, run_pieces
-from dynamize.nn.gates import Gate, pool
+from dynamize.nn.gated import Chooser, GatedSegment, Piece, Run, Unit, eager_choice, make_pieces, run_pieces
+from dynamize.nn.gates import ConvGate, Gate, LinearGate, State, pool
 from dynamize.nn.network import DynamicNetwork, NetworkStage
 from dynamize.nn.routing import Stage, StageOutput
+from dynamize.runtime.layout import blocks, exchange_blocked
+from dynamize.runtime.session import session_options
 
 _OPSET = 18
 _BLOCK = 16  # channels; ONNX Runtime's blocked layout holds 8 or 16 together
@@ -33,11 +35,13 @@ def onnx_stages(network: DynamicNetwork, device: torch.device) -> list[Stage]:
     if device.type != "cpu":
         raise DynamizeError(f"backend onnxruntime runs on the CPU here, not on {device}: use --backend eager")
     network = copy.deepcopy(network).cpu().eval()
-    gated = [isinstance(segment, GatedSegment) for segment in network.segments]
-    return [
-        (GatedOnnxStage if gated[stage.index] else OnnxStage)(stage, inputs)
-        for stage, inputs in stages_with_inputs(network)
-    ]
+    stages: list[OnnxStage | GatedOnnxStage] = []
+    blocked = False  # whether features come in ONNX Runtime's blocked layout: images do not
+    for stage, inputs in stages_with_inputs(network):
+        gated = isinstance(network.segments[stage.index], GatedSegment)
+        stages.append((GatedOnnxStage if gated else OnnxStage)(stage, inputs, blocked))
+        blocked = stages[-1].hands_on_blocks
+    return list(stages)
 
 
 def stages_with_inputs(network: DynamicNetwork) -> Iterator[tuple[NetworkStage, list[Tensor]]]:
@@ -63,19 +67,23 @@ def export_stage(stage: NetworkStage, inputs: list[Tensor]) -> tuple[bytes, list
 class OnnxStage:
     """One stage as a session; a second session without the head is made when an exit is switched off."""
 
-    def __init__(self, stage: NetworkStage, inputs: list[Tensor]) -> None:
+    def __init__(self, stage: NetworkStage, inputs: list[Tensor], blocked: bool) -> None:
         self.network = network = stage.network
-        self._stage, self._inputs = stage, inputs
+        self._segment, self._inputs = network.segments[stage.index], inputs
         self._last = stage.index == network.exit_count - 1
         self._chained = network.chained
-        self._deciding = _session(export_stage(stage, inputs)[0])
+        with torch.no_grad():
+            features = self._segment(inputs[0])
+        self.hands_on_blocks = not self._last and blocks(features.shape)
+        self._blocked = _blocked_ends(inputs[0] if blocked else None, features if self.hands_on_blocks else None)
+        self._deciding = _session(export_stage(stage, inputs)[0], self._blocked)
         self._passing: ort.InferenceSession | None = None
 
     def __call__(self, features: Tensor, context: Tensor | None, decide: bool) -> StageOutput:
         if not decide and not self._chained:
             if self._passing is None:
-                segment = self._stage.network.segments[self._stage.index]
-                self._passing = _session(export_onnx(segment, self._inputs[:1], ["next_features"]))
+                exported = export_onnx(self._segment, self._inputs[:1], ["next_features"])
+                self._passing = _session(exported, self._blocked)
             return StageOutput(_run(self._passing, [features])[0], None, None, None)
         found = _run(self._deciding, [features] if context is None else [features, context])
         if self._last:
@@ -93,20 +101,19 @@ class GatedOnnxStage:
     """One stage with gates: a session for each way through each piece and one for the exit; the small products of the
     gates stay in torch."""
 
-    def __init__(self, stage: NetworkStage, inputs: list[Tensor]) -> None:
+    def __init__(self, stage: NetworkStage, inputs: list[Tensor], blocked: bool) -> None:
         self.network = network = stage.network
         self._stage, self._chained = stage, network.chained
         self._segment = cast(GatedSegment, network.segments[stage.index])
         for unit in self._segment.units:
             unit.gate.fold()
-        self._given = _inputs_of_pieces(self._segment, inputs[0])
-        self._pieces = make_pieces(list(self._segment.pieces), self._way, self._description)
+        self._ends, features, self.hands_on_blocks = _ends_of_pieces(self._segment, inputs[0], blocked)
+        self._pieces = make_pieces(list(self._segment.pieces), self._way, self._description, _choice)
         self._exit: ort.InferenceSession | None = None
         if stage.index < network.exit_count - 1:
-            with torch.no_grad():
-                features = self._segment(inputs[0])
             outputs = ["logits", "score", *(["next_context"] if self._chained else [])]
-            self._exit = _session(export_onnx(_Exit(stage), [features, *inputs[1:]], outputs))
+            exported = export_onnx(_Exit(stage), [features, *inputs[1:]], outputs)
+            self._exit = _session(exported, _blocked_ends(features if self.hands_on_blocks else None))
 
     def __call__(self, features: Tensor, context: Tensor | None, decide: bool) -> StageOutput:
         features, choices = run_pieces(self._pieces, self._segment.offset, features, self._segment.forced)
@@ -125,7 +132,8 @@ class GatedOnnxStage:
 
     def _way(self, module: nn.Module, pooled: bool) -> Run:
         outputs = ["next_features", "means"] if pooled else ["next_features"]
-        session = _session(export_onnx(_Way(module, pooled), [self._given[id(module)]], outputs))
+        features, ends = self._ends[id(module)]
+        session = _session(export_onnx(_Way(module, pooled), [features], outputs), ends)
 
         def run(features: Tensor) -> tuple[Tensor, Tensor | None]:
             found = _run(session, [features])
@@ -134,21 +142,56 @@ class GatedOnnxStage:
         return run
 
     def _description(self, gate: Gate) -> Callable[[Tensor], Tensor]:
-        if gate.pooled:
-            return gate.describe
-        session = _session(export_onnx(_Description(gate), [self._given[id(gate)]], ["description"]))
-        return lambda features: _run(session, [features])[0]
+        """Made when it is first needed: mostly the way before has handed on what a gate reads."""
+
+        @cache
+        def session() -> ort.InferenceSession:
+            features, ends = self._ends[id(gate)]
+            return _session(export_onnx(_Description(gate), [features], ["description"]), ends)
+
+        return lambda features: _run(session(), [features])[0]
 
 
-def _inputs_of_pieces(segment: GatedSegment, features: Tensor) -> dict[int, Tensor]:
-    """What each static piece, way and gate of a segment takes, by id of the module."""
-    given: dict[int, Tensor] = {}
+def _choice(unit: Unit) -> Chooser:
+    """A gate's decisions: in numpy, which between two sessions costs half of what torch does, unless it has a state."""
+    if not isinstance(unit.gate, LinearGate | ConvGate):
+        return eager_choice(unit)
+    weight, bias = (value.detach().numpy().T.copy() for value in (unit.gate.linear.weight, unit.gate.linear.bias))
+    costs = unit.path_costs.numpy()
+
+    def choose_paths(described: Tensor, state: State, offset: float) -> tuple[list[int], State]:
+        scores = described.numpy() @ weight + bias
+        if offset:
+            scores += offset * costs
+        return scores.argmax(1).tolist(), state
+
+    return choose_paths
+
+
+def _ends_of_pieces(
+    segment: GatedSegment, features: Tensor, blocked: bool
+) -> tuple[dict[int, tuple[Tensor, dict[str, int]]], Tensor, bool]:
+    """What each static piece, way and gate of a segment takes and which of its ends are in the blocked layout, by id of
+    the module; then the segment's features and whether they are in it."""
+    ends: dict[int, tuple[Tensor, dict[str, int]]] = {}
     for piece in segment.pieces:
-        modules = [*piece.paths(), piece.gate] if isinstance(piece, Unit) else [piece]
-        given.update({id(module): features for module in modules if module is not None})
+        before, features_before = blocked, features
+        ways = piece.paths() if isinstance(piece, Unit) else [piece]
         with torch.no_grad():
             features = piece(features)
-    return given
+        blocked = before if None in ways else blocks(features.shape)  # who passes unchanged keeps the layout
+        taken = features_before if before else None
+        found = _blocked_ends(taken, features if blocked else None)
+        ends.update({id(way): (features_before, found) for way in ways if way is not None})
+        if isinstance(piece, Unit):
+            ends[id(piece.gate)] = features_before, _blocked_ends(taken)
+    return ends, features, blocked
+
+
+def _blocked_ends(taken: Tensor | None, given: Tensor | None = None) -> dict[str, int]:
+    """Channels by name of the features (N, C, H, W) that a session takes and gives in the blocked layout."""
+    ends = {_INPUTS[0]: taken, "next_features": given}
+    return {name: features.shape[1] for name, features in ends.items() if features is not None}
 
 
 class _Deciding(nn.Module):
@@ -205,12 +248,13 @@ def _run(session: ort.InferenceSession, inputs: list[Tensor]) -> list[Tensor]:
     return [torch.from_numpy(value) for value in session.run(None, feed)]
 
 
-def _session(model: bytes) -> ort.InferenceSession:
-    _share_one_pool()
-    options = ort.SessionOptions()
-    options.use_per_session_threads = False
-    options.log_severity_level = 3
+def _session(model: bytes, channels: Mapping[str, int] | None = None) -> ort.InferenceSession:
+    """A session; ``channels`` names the inputs and outputs in the blocked layout (:func:`exchange_blocked`)."""
+    options = session_options()
     try:
+        if channels:
+            model = exchange_blocked(model, channels)
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except (_ort.Fail, _ort.NotImplemented, _ort.InvalidGraph) as error:
         raise DynamizeError(f"ONNX Runtime refuses a segment: {error}. Use --backend eager.") from error
@@ -226,12 +270,6 @@ def one_torch_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-@cache
-def _share_one_pool() -> None:
-    """Several sessions that each own a spinning pool run two to three times slower than one."""
-    ort.set_global_thread_pool_sizes(torch.get_num_threads(), 1)
 
 
 def export_onnx(module: nn.Module, inputs: list[Tensor], outputs: list[str]) -> bytes:

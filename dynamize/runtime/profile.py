@@ -1,4 +1,4 @@
-"""How long leaving at each exit takes on a backend."""
+"""How long leaving at each exit, each path of a gated unit and a gate take on a backend."""
 
 import copy
 from collections.abc import Callable
@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from dynamize.measure.latency import Contender, interleave
 from dynamize.nn.gated import Run
 from dynamize.nn.gates import ALL_OPEN
 from dynamize.nn.network import DynamicNetwork
+from dynamize.nn.segments import build_segments
 from dynamize.runtime.compiled import CompiledNetwork, compile_network
 
 _NEVER, _ALWAYS = float("inf"), float("-inf")
@@ -84,9 +85,11 @@ def gate_price(
 
 
 def _with_gates(compiled: CompiledNetwork, offset: float) -> Contender:
+    """All exits off; the network that was compiled stays as it is."""
+
     def run(images: Tensor) -> Tensor:
-        compiled.network.gate_offset = offset
-        return compiled(images)
+        compiled.stages[0].network.gate_offset = offset
+        return compiled.run_at([None] * (len(compiled.stages) - 1), images).logits
 
     return run
 
@@ -99,10 +102,30 @@ def path_latency(
 
     Each path is timed by itself, in turns with the others, on what reaches it from a random image.
     """
-    compiled = compile_network(network, backend, device)
-    static = compile_network(DynamicNetwork([network.plain], input_shape=network.input_shape), backend, device)
+    static = DynamicNetwork([network.plain], input_shape=network.input_shape)
+    return _path_times(network, static, backend, device, seconds)
+
+
+def gate_latency(
+    network: DynamicNetwork, backend: str, device: torch.device, seconds: float = 4.0
+) -> tuple[list[list[float]], float]:
+    """Milliseconds per image at batch 1: of the paths of each gated unit, and of one gate with all it entails.
+
+    The latter is what the network with all gates open takes longer than without them, shared equally.
+    """
+    ungated = copy.deepcopy(network)
+    ungated.segments = nn.ModuleList(build_segments(ungated.plain, ungated.cuts, {}))
+    paths, opened, without = _path_times(network, ungated.eval(), backend, device, seconds)
+    return paths, max(0.0, opened - without) / len(network.units)
+
+
+def _path_times(
+    network: DynamicNetwork, static: DynamicNetwork, backend: str, device: torch.device, seconds: float
+) -> tuple[list[list[float]], float, float]:
+    """Milliseconds of each path of each unit, of ``network`` with all gates open, and of ``static``; all exits off."""
+    compiled, plain = compile_network(network, backend, device), compile_network(static, backend, device)
     image = torch.randn(1, *network.input_shape, generator=torch.Generator().manual_seed(0)).to(device)
-    contenders: dict[str, Contender] = {"static": static, "open": _with_gates(compiled, ALL_OPEN)}
+    contenders: dict[str, Contender] = {"static": _with_gates(plain, 0.0), "open": _with_gates(compiled, ALL_OPEN)}
     units = _unit_ways(compiled, image)
     for u, (ways, features) in enumerate(units):
         contenders |= {f"{u}/{p}": _on(way, features) for p, way in enumerate(ways) if way is not None}

@@ -1,6 +1,5 @@
-"""Residual blocks of networks whose blocks are known, and what an image goes through whose branch is skipped."""
+"""Residual blocks of networks whose blocks are known."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pytest
@@ -8,76 +7,22 @@ import torch
 import torchvision
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from networks import SmallResNet, ThreeLayer, close, conv_block, randomise_norms, small_resnet, torchvision_network
-from torch import Tensor, fx, nn
+from networks import SmallResNet, ThreeLayer, close, conv_block, randomise_norms, small_resnet
+from residual_networks import CONV, Forward, Pieces, network_of, only_block, silence, skipped, traced_net
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dynamize.errors import DynamizeError
 from dynamize.graph.extract import extract
-from dynamize.graph.residual import ResidualBlock, bypass, residual_blocks, runs, why_not
+from dynamize.graph.residual import bypass, residual_blocks, why_not
 from dynamize.graph.trace import trace
-from dynamize.models import create
 
-CONV = 8 * 8 * 8 * 8 * 9  # MACs of a 3x3 convolution of 8 channels on 8x8 pixels
-POINTWISE = 8 * 8 * 8 * 8
 NO_SUM = "no sum of a shortcut and a branch"
 SCALED = "its sum is scaled by alpha or written into another tensor"
 UNCLEAR = "it is unclear which of its summands is the shortcut"
 FREE = "what is added to the shortcut has no multiply-accumulates to save"
 CONCATENATED = "parallel branches meet in a concatenation"
-
-
-class Pieces(nn.Module):
-    """Layers for a block of 8 channels that each test puts together in a forward of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.f = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8))
-        self.g = nn.Conv2d(8, 8, 3, padding=1)
-        self.pointwise = nn.Conv2d(8, 8, 1)
-        self.narrow = nn.Conv2d(8, 1, 1)
-        self.norm = nn.BatchNorm2d(8)
-        self.scale = nn.Parameter(torch.rand(8, 1, 1) + 0.5)
-        self.nothing, self.relu, self.silu = nn.Identity(), nn.ReLU(inplace=True), nn.SiLU(inplace=True)
-
-
-Forward = Callable[[Pieces, Tensor], Tensor]
-
-
-def net_of(forward: Forward, first: nn.Module | None = None) -> nn.Module:
-    """Stem (conv, norm, ReLU or ``first``), one block, and a classifier; (3, 8, 8) -> 5 classes."""
-
-    class Block(Pieces):
-        def forward(self, x: Tensor) -> Tensor:
-            return forward(self, x)
-
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.stem = conv_block(3, 8)
-            self.stem[2] = first or nn.ReLU()
-            self.block = Block()
-            self.end, self.linear = nn.Conv2d(8, 8, 1), nn.Linear(8, 5)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.linear(self.end(self.block(self.stem(x))).mean((2, 3)))
-
-    return randomise_norms(Net()).eval()
-
-
-def traced_net(forward: Forward, first: nn.Module | None = None) -> fx.GraphModule:
-    return trace(net_of(forward, first), (3, 8, 8))
-
-
-def only_block(traced: fx.GraphModule) -> ResidualBlock:
-    (block,) = [block for block in residual_blocks(traced) if block.after == "stem_2"]
-    return block
-
-
-def skipped(traced: fx.GraphModule, block: ResidualBlock, x: Tensor) -> Tensor:
-    path = bypass(traced, block)
-    with torch.no_grad():
-        return x if path is None else path(x)
+IN_PART = "its shortcut is added to some of its channels only"
+LINEAR = "its parallel branches are linear, without an activation between: they can be fused to one convolution"
 
 
 class TestIdentity:
@@ -91,7 +36,6 @@ class TestIdentity:
         assert blocks[0].macs == 2 * 16 * 16 * 8 * 8 * 9
         assert blocks[2].macs == 8 * 8 * (8 * 16 * 9 + 16 * 16 * 9 + 8 * 16)
         assert [block.bypass_macs for block in blocks] == [0, 0, 8 * 8 * 8 * 16, 0, 4 * 4 * 16 * 24, 0]
-        assert [len(run) for run in runs(blocks)] == [2, 1, 1]
         assert why_not(traced) == {}
 
     @pytest.mark.parametrize(
@@ -145,7 +89,7 @@ class TestIdentity:
             def __init__(self) -> None:
                 super().__init__()
                 self.stem = nn.Sequential(nn.Conv2d(3, 8, 3), before)
-                self.f, self.after = nn.Conv2d(8, 8, 3, padding=1), after
+                self.f, self.after = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.Tanh()), after
                 self.end, self.linear = nn.Conv2d(8, 8, 1), nn.Linear(8, 5)
 
             def forward(self, x: Tensor) -> Tensor:
@@ -164,7 +108,7 @@ class TestIdentity:
         class Net(nn.Module):
             def __init__(self) -> None:
                 super().__init__()
-                self.stem, self.f = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1)
+                self.stem, self.f = nn.Conv2d(3, 8, 3), nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.Tanh())
                 self.end, self.linear = nn.Conv2d(8, 8, 1), nn.Linear(8, 5)
 
             def forward(self, x: Tensor) -> Tensor:
@@ -172,81 +116,6 @@ class TestIdentity:
                 return self.linear(self.end(F.relu6(x + self.f(x))).mean((2, 3)))
 
         assert [block.identity for block in residual_blocks(trace(Net(), (3, 8, 8)))] == [True]
-
-
-class TestBypass:
-    @pytest.mark.parametrize(
-        ("forward", "wanted", "macs"),
-        [
-            (lambda m, x: m.relu(m.f(x) + m.pointwise(x)), lambda m, x: F.relu(m.pointwise(x)), POINTWISE),
-            (lambda m, x: m.relu(m.pointwise(x) + m.f(x)), lambda m, x: F.relu(m.pointwise(x)), POINTWISE),
-            (lambda m, x: (m.pointwise(x) + m.f(x)).add_(m.g(m.f(x))), lambda m, x: m.pointwise(x), POINTWISE),
-            (lambda m, x: m.silu(m.f(x) + x), lambda m, x: F.silu(x), 0),
-            (lambda m, x: m.silu(m.nothing(m.f(x).add_(x.clone()))), lambda m, x: F.silu(x), 0),
-            (lambda m, x: m.norm(m.f(x) + x), lambda m, x: m.norm(x), 0),
-            (lambda m, x: F.max_pool2d(m.f(x) + x, 2), lambda m, x: F.max_pool2d(x, 2), 0),
-            (lambda m, x: m.norm(x) + m.f(x), lambda m, x: m.norm(x), 0),
-            (lambda m, x: m.f(x)[:, :, 1:] + x[:, :, 1:], lambda m, x: x[:, :, 1:], 0),
-            (lambda m, x: m.silu(m.f(x)[:, :, 1:] + x[:, :, 1:]), lambda m, x: F.silu(x[:, :, 1:]), 0),
-            (lambda m, x: m.f(x) + x + m.scale, lambda m, x: x + m.scale, 0),
-            (lambda m, x: x * m.scale + m.f(x), lambda m, x: x * m.scale, 0),
-        ],
-    )  # fmt: skip
-    def test_is_the_shortcut_and_what_follows_the_sum(self, forward: Forward, wanted: Forward, macs: float) -> None:
-        network = net_of(forward)
-        traced = trace(network, (3, 8, 8))
-        block = only_block(traced)
-        assert (block.identity, block.bypass_macs) == (False, macs)
-        path = bypass(traced, block)
-        assert path is not None
-        assert sum(node.meta["macs"] for node in path.graph.nodes if node.op != "output") == macs
-        x = torch.randn(2, 8, 8, 8)
-        held = x.clone()
-        with torch.no_grad():
-            assert torch.equal(path(x), wanted(network.get_submodule("block"), held.clone()))
-        assert torch.equal(x, held)
-
-    def test_an_activation_written_out_may_follow_the_sum(self) -> None:
-        def forward(m: Pieces, x: Tensor) -> Tensor:
-            y = m.f(x) + x
-            return y * F.relu6(y + 3) / 6
-
-        traced = traced_net(forward)
-        x = torch.randn(2, 8, 8, 8)
-        assert close(skipped(traced, only_block(traced), x), F.hardswish(x))
-
-    def test_shares_only_its_own_modules_and_leaves_the_network_as_it_was(self) -> None:
-        network = net_of(lambda m, x: m.silu(m.norm(m.f(x) * m.scale + m.pointwise(x))))
-        traced = trace(network, (3, 8, 8))
-        before = str(traced.graph)
-        path = bypass(traced, only_block(traced))
-        assert path is not None
-        assert str(traced.graph) == before
-        assert not any(module.training for module in path.modules())
-        assert {name.rsplit(".", 1)[0] for name in path.state_dict()} == {"block.pointwise", "block.norm"}
-        original = dict(traced.named_parameters())
-        assert all(value is original[name] for name, value in path.named_parameters())
-        images = torch.randn(2, 3, 8, 8)
-        assert torch.equal(traced(images), network(images))
-
-    def test_trains(self) -> None:
-        traced = traced_net(lambda m, x: m.silu(m.f(x) + m.norm(x))).train()
-        path = bypass(traced, only_block(traced))
-        assert path is not None
-        assert path.training
-        x = torch.randn(2, 8, 8, 8, requires_grad=True)
-        norm = nn.BatchNorm2d(8)
-        norm.load_state_dict(traced.get_submodule("block.norm").state_dict())
-        assert close(path(x), F.silu(norm(x)))
-        path(x).sum().backward()
-        assert x.grad is not None
-        assert traced.get_submodule("block.norm").weight.grad is not None
-
-    def test_of_another_network_is_refused(self) -> None:
-        block = only_block(traced_net(lambda m, x: m.silu(m.f(x) + x)))
-        other = traced_net(lambda m, x: m.f(x) + x)
-        with pytest.raises(DynamizeError, match="'block' from `stem_2` to `block_silu` is no residual block of this"):
-            bypass(other, block)
 
 
 @pytest.mark.parametrize(
@@ -261,6 +130,12 @@ class TestBypass:
         (lambda m, x: F.interpolate(m.g((y := F.adaptive_avg_pool2d(x, 1)) + m.pointwise(y)), size=8), NO_SUM),
         (lambda m, x: m.f(x) + x.mean((2, 3), keepdim=True), FREE),
         (lambda m, x: torch.cat([x, m.f(x)], 1)[:, 4:12], CONCATENATED),
+        (lambda m, x: torch.cat([m.f(x)[:, :4] + x[:, :4], m.g(x)[:, 4:]], 1), IN_PART),
+        (lambda m, x: torch.cat([m.f(m.g(x)) + m.g(x), x], 1)[:, 4:12], CONCATENATED),
+        (lambda m, x: x + m.g(x), LINEAR),
+        (lambda m, x: m.relu(m.g(x) + m.norm(x) + m.pointwise(x)), LINEAR),
+        (lambda m, x: m.g(x) + (m.pointwise(x) + 0), LINEAR),
+        (lambda m, x: m.silu(m.nothing(m.norm(m.g(m.pointwise(x)))).add_(x)), LINEAR),
         (lambda m, x: torch.add(x, m.f(x), alpha=2), SCALED),
         (lambda m, x: m.relu(x.add(m.f(x), alpha=0.5)), SCALED),
         (lambda m, x: torch.add(x, m.f(x), out=x * 1), SCALED),
@@ -283,6 +158,21 @@ def test_what_is_no_residual_block(forward: Forward, reason: str) -> None:
     traced = traced_net(forward)
     assert [block.after for block in residual_blocks(traced)] == []
     assert reason in why_not(traced).values()
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: x + m.relu(m.g(x)),
+        lambda m, x: m.pointwise(x) + m.g(F.relu(m.norm(x))),
+        lambda m, x: F.max_pool2d(x, 3, 1, 1) + m.g(x),
+        lambda m, x: x + m.g(x) * m.pointwise(x),
+        lambda m, x: x + (m.g(x) + m.scale),
+        lambda m, x: x + m.g(x).abs(),
+    ],
+)
+def test_a_sum_with_anything_more_than_linear_is_a_residual_block(forward: Forward) -> None:
+    assert only_block(traced_net(forward)).macs >= CONV
 
 
 @pytest.mark.parametrize("again", [lambda m, y: y, lambda m, y: m.nothing(y)])
@@ -335,28 +225,6 @@ def test_one_reason_stands_for_a_module_and_a_second_one_for_its_node() -> None:
     assert found == {"body": NO_SUM, "cat": CONCATENATED, "join": NO_SUM}
 
 
-class TestRuns:
-    @staticmethod
-    def block(after: str, upto: str, identity: bool = True) -> ResidualBlock:
-        return ResidualBlock(after, upto, upto, (8, 4, 4), 10.0, 0.0, identity)
-
-    def test_break_at_other_blocks_and_at_gaps(self) -> None:
-        blocks = [self.block("a", "b"), self.block("b", "c"), self.block("c", "d", False), self.block("d", "e")]
-        blocks += [self.block("f", "g"), self.block("g", "h")]
-        assert runs(blocks) == [blocks[:2], blocks[3:4], blocks[4:]]
-
-    def test_of_nothing(self) -> None:
-        assert runs([]) == []
-        assert runs([self.block("a", "b", False)]) == []
-
-
-def network_of(name: str) -> nn.Module:
-    library, model = name.split(":")
-    if library == "timm":
-        return pytest.importorskip("timm").create_model(model, num_classes=10).eval()
-    return torchvision_network(model) if library == "torchvision" else create(model).eval()
-
-
 NETWORKS: dict[str, tuple[int, int, int]] = {  # blocks, identities, blocks with a shortcut that computes
     # stages of 2, 2, 2, 2 and 3, 4, 6, 3 blocks; the first of a stage projects, but not behind resnet18's max pool
     "torchvision:resnet18": (8, 5, 3),
@@ -375,11 +243,8 @@ NETWORKS: dict[str, tuple[int, int, int]] = {  # blocks, identities, blocks with
     "timm:convnext_atto": (12, 9, 0),  # 2, 2, 6, 2
     "timm:mobilenetv4_conv_small": (10, 10, 0),  # two stages of six
     "timm:regnety_002": (13, 9, 4),  # 1, 1, 4, 7
-    "timm:repvgg_a0": (
-        21,
-        0,
-        4,
-    ),  # 2, 4, 14, 1; the cheapest of three parallel summands is a norm, or a 1x1 convolution
+    "timm:nf_resnet50": (16, 8, 4),  # as resnetv2_50, where the next one begins with an activation
+    "timm:nf_regnet_b0": (16, 10, 4),  # 1, 3, 6, 6, the one of the first stage projects
 }
 
 
@@ -417,35 +282,18 @@ def test_architectures_without_residuals(name: str, reasons: set[str]) -> None:
     assert set(why_not(traced).values()) == reasons
 
 
-def silence(module: nn.Module) -> None:
-    """Weights and bias of a branch's last layer to zero: the branch adds nothing."""
-    with torch.no_grad():
-        for parameter in module.parameters(recurse=False):
-            parameter.zero_()
-
-
 @pytest.mark.parametrize(
-    ("name", "last"),
+    ("name", "reasons"),
     [
-        ("torchvision:resnet18", "layer2.0.bn2 layer2.1.bn2 layer4.0.bn2"),
-        ("torchvision:mobilenet_v2", "features.3.conv.3 features.15.conv.3"),
-        ("torchvision:convnext_tiny", "features.1.0 features.1.2"),
-        ("dynamize:cifar_resnet20", "layer1.0.bn2 layer3.0.bn2"),
-        ("timm:resnetv2_50", "stages.0.blocks.0.conv3 stages.0.blocks.1.conv3 stages.1.blocks.3.conv3"),
+        ("repvgg_a0", {LINEAR}),
+        ("mobileone_s0", {LINEAR}),
+        ("rexnet_100", {NO_SUM, IN_PART}),
     ],
 )
-def test_a_block_with_a_silent_branch_is_its_bypass(name: str, last: str) -> None:
-    network = network_of(name)
-    for path in last.split():
-        silence(network.get_submodule(path))
-    traced = trace(network, (3, 64, 64))
-    wanted = {path.split(".conv")[0].split(".bn")[0] for path in last.split()}
-    blocks = [block for block in residual_blocks(traced) if block.module in wanted]
-    assert len(blocks) == len(wanted)
-    for block in blocks:
-        with torch.no_grad():
-            x = extract(traced, None, block.after)(torch.randn(2, 3, 64, 64))
-            assert close(skipped(traced, block, x.clone()), extract(traced, block.after, block.upto)(x))
+def test_timm_networks_without_residuals(name: str, reasons: set[str]) -> None:
+    traced = trace(network_of(f"timm:{name}"), (3, 64, 64))
+    assert residual_blocks(traced) == []
+    assert set(why_not(traced).values()) == reasons
 
 
 @dataclass(frozen=True)
@@ -515,8 +363,10 @@ def test_random_networks(plans: list[Plan], seed: int) -> None:
         silence(block.norms[-1])
     traced = trace(network, (3, 5, 5))
     found = {block.module: block for block in residual_blocks(traced)}
-    wanted = {f"{i + 2}": plan for i, plan in enumerate(plans) if not plan.plain}
+    sums = {f"{i + 2}": plan for i, plan in enumerate(plans) if not plan.plain}
+    wanted = {name: plan for name, plan in sums.items() if plan.depth > 1}
     assert list(found) == list(wanted)
+    assert {name for name, reason in why_not(traced).items() if reason == LINEAR} == sums.keys() - wanted.keys()
     for i, (name, plan) in enumerate(wanted.items()):
         block, before = found[name], nn.ReLU if name == "2" else plans[int(name) - 3].activation
         assert block.macs == 5 * 5 * 4 * 4 * (9 * plan.depth + plan.projection), i

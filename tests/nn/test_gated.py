@@ -293,22 +293,6 @@ def test_autocast(fields: dict) -> None:
     assert close(found[same].float(), wanted.answers_NC[same], 0.05)
 
 
-@pytest.mark.parametrize("fields", GATES)
-def test_training_leaves_decisions_with_gradients_and_can_be_copied(fields: dict) -> None:
-    network, batch = gated_resnet(**fields).train(), images(8)
-    network(batch).square().sum().backward()
-    segment = only_segment(network)
-    assert len(segment.shares) == len(network.units)
-    for shares in segment.shares:
-        assert shares.requires_grad
-        assert torch.allclose(shares.detach().max(1).values, torch.ones(8))
-    parameters = [p for unit in network.units for p in unit.gate.parameters()]
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in parameters)
-    again = copy.deepcopy(network)
-    assert only_segment(again).shares == []
-    assert torch.equal(again.eval()(batch), network.eval()(batch))
-
-
 def test_a_copy_shares_nothing_and_its_recurrent_gates_share_one_memory() -> None:
     network = gated_resnet(gate="recurrent")
     again = copy.deepcopy(network)
@@ -319,24 +303,6 @@ def test_a_copy_shares_nothing_and_its_recurrent_gates_share_one_memory() -> Non
         again.memory.linear.bias[0] = 1e6
     assert (run(again, batch)[2] == 0).all()
     assert torch.equal(run(network, batch)[2], before)
-
-
-def test_noise_is_for_training_only_and_can_be_switched_off() -> None:
-    network, batch = gated_resnet(keep_first=False), images(16)
-    with torch.no_grad():
-        for unit in network.units:
-            unit.gate.linear.weight.zero_()
-            unit.gate.linear.bias.zero_()
-    segment = only_segment(network)
-    assert torch.equal(run(network, batch)[2], run(network, batch)[2])
-    network.train()
-    drawn = []
-    for noise in (1.0, 0.0):
-        segment.noise = noise
-        network(batch)
-        drawn.append(torch.stack([shares[:, 1] for shares in segment.shares]).detach().mean())
-    assert 0.2 < drawn[0] < 0.8
-    assert drawn[1] == 0
 
 
 def test_gates_of_two_kinds_after_each_other() -> None:

@@ -69,6 +69,25 @@ def test_gradients_reach_the_last_layer_although_it_starts_at_zero(kind: str) ->
     assert layer.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_image_alone_is_trained_with_the_running_statistics(kind: str) -> None:
+    """Of a 2 x 2 map the conv gate's own convolution leaves one value for each channel, too."""
+    gate, image = make(kind), torch.randn(1, 12, 2, 2)
+    torch.nn.init.normal_(last_layer(gate).weight)
+    gate.norm.running_mean.uniform_(-1, 1)
+    gate.norm.running_var.uniform_(0.5, 2)
+    wanted, _ = gate.decide(gate.describe(image))
+    held = {name: value.clone() for name, value in gate.norm.state_dict().items()}
+    gate.train()
+    found, _ = gate.decide(gate.describe(image))
+    assert torch.equal(found, wanted)
+    assert all(torch.equal(value, held[name]) for name, value in gate.norm.state_dict().items())
+    found.sum().backward()
+    two, _ = gate.decide(gate.describe(torch.cat([image, 2 * image])))
+    assert not torch.allclose(two[:1], wanted)
+    assert gate.norm.num_batches_tracked == 1
+
+
 def test_only_gates_that_read_channel_means_say_so() -> None:
     features = torch.randn(3, 12, 4, 6)
     means = features.mean((2, 3))

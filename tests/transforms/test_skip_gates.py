@@ -157,7 +157,7 @@ class _Plain(nn.Module):
         self.conv = nn.Conv2d(8, 8, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv(x)
+        return x + self.conv(x).relu()
 
 
 class _Head(nn.Module):
