@@ -1,4 +1,4 @@
-"""From the original graph to segments: parted at the exits, and within them at the gated units."""
+"""From the original graph to segments: parted at the exits, and within them at the gated units, which can be fixed."""
 
 from collections.abc import Mapping, Sequence
 from typing import cast
@@ -6,7 +6,10 @@ from typing import cast
 from torch import fx, nn
 
 from dynamize.graph.extract import extract
+from dynamize.graph.splice import splice
+from dynamize.graph.trace import annotate
 from dynamize.nn.gated import GatedSegment, Unit
+from dynamize.nn.network import DynamicNetwork
 
 Region = tuple[str, str]  # from one cut point to another
 
@@ -45,4 +48,29 @@ def _segment(
         first = upto
     if first != (output if last is None else last):
         pieces.append(extract(plain, first, last))
-    return GatedSegment(pieces)
+    return GatedSegment([piece for piece in pieces if isinstance(piece, Unit) or not _changes_nothing(piece)])
+
+
+def _changes_nothing(piece: nn.Module) -> bool:
+    """Whether a piece only hands on what it is given, as a block does that is skipped for good."""
+    ends = ("placeholder", "output")
+    nodes = [node for node in cast(fx.GraphModule, piece).graph.nodes if node.op not in ends]
+    return all(node.op == "call_module" and isinstance(piece.get_submodule(node.target), nn.Identity) for node in nodes)
+
+
+def fix_paths(network: DynamicNetwork, paths: Mapping[Region, int]) -> None:
+    """Make gated units static, in place: all images take the path given for the unit of a region, and its gate is gone.
+
+    Where that is not the original path, what it leaves out is gone from ``network.plain`` too.
+    """
+    plain, training = network.plain, network.training
+    network.eval()
+    for unit in network.units:
+        path = paths.get(unit.region, len(unit.path_macs) - 1)
+        if path < len(unit.path_macs) - 1:
+            splice(plain, *unit.region, cast(fx.GraphModule | None, unit.paths()[path]))
+    annotate(plain, network.input_shape)
+    left = {unit.region: unit for unit in network.units if unit.region not in paths}
+    network.segments = nn.ModuleList(build_segments(plain, network.cuts, left))
+    network.gate_offset = network.gate_offset  # the new segments stand where the old ones stood
+    network.train(training)

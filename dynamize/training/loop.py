@@ -66,7 +66,7 @@ class Plan:
     @classmethod
     def of(cls, context: Context, **fields: Any) -> Self:
         """With the seed, device and folder of a context unless ``fields`` name others."""
-        given = {"seed": context.seed, "device": context.device, "work": context.work, "resume": context.resume}
+        given = {name: getattr(context, name) for name in ("seed", "device", "work", "resume")}
         return cls(**given | fields)
 
 

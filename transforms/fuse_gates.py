@@ -1,0 +1,187 @@
+"""`fuse_gates`: gates that do not pay become static again."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from accelerate.utils import broadcast_object_list
+from pydantic import Field, NonNegativeInt
+
+from dynamize.errors import DynamizeError, closest
+from dynamize.measure.accuracy import everything, exit_accuracies
+from dynamize.nn.gated import Unit
+from dynamize.nn.gates import RecurrentGate
+from dynamize.nn.network import DynamicNetwork
+from dynamize.nn.segments import Region, fix_paths
+from dynamize.nn.widths import path_widths
+from dynamize.runtime.profile import gate_latency
+from dynamize.transform import Applied, Context, Share, Transform
+
+
+class FuseGates(Transform):
+    """Replace gates that decide alike for nearly all images, or cost more time than they save, by one of their paths.
+
+    Decisions are those on the calibration images, times those of the run's backend at batch 1. A unit of which nearly
+    all images take the same path takes it for all; one whose gate does not pay takes the original path.
+    """
+
+    pass_name: Literal["fuse_gates"] = Field("fuse_gates", alias="pass")
+    paths: Literal["auto"] | dict[str, NonNegativeInt] = Field(
+        "auto",
+        description="the path for all images, 0 being the cheapest, by the module path or node name of what a gated "
+        "block ends with; or auto",
+    )
+    share: Share = Field(
+        0.98, description="share of the calibration images on one path from which on all take it, for `paths: auto`"
+    )
+    tolerance: Annotated[float, Field(ge=0, le=100)] = Field(
+        0.1, description="largest fall of calibration accuracy, in points, that cheaper paths for all may cost together"
+    )
+    time: bool = Field(True, description="whether gates that cost more time than they save are fused too")
+
+    exact: ClassVar[bool] = False
+    after: ClassVar[tuple[str, ...]] = ("skip_gates", "channel_gates")
+    before: ClassVar[tuple[str, ...]] = ("calibrate",)
+
+    def apply(self, network: DynamicNetwork, context: Context) -> Applied:
+        if not network.units:
+            raise DynamizeError("fuse_gates: the network has no gates left: put `skip_gates` or `channel_gates` before")
+        notes: list[str] = []
+        if self.paths == "auto":
+            paths, notes = self._decide(network, context)
+        else:
+            paths = _given(network, self.paths)
+        fix_paths(network, paths)
+        resolved = self.model_copy(update={"paths": {upto: path for (_, upto), path in paths.items()}})
+        if not network.units and not network.heads:
+            notes.append("no gate is left, so the network is static: `calibrate` would have nothing to solve")
+        return Applied(network, resolved, notes)
+
+    def _decide(self, network: DynamicNetwork, context: Context) -> tuple[dict[Region, int], list[str]]:
+        """The path of each unit that becomes static, and why."""
+        context.needs_data(self)
+        uses = _uses(network, context)
+        free = [use for use in uses if not isinstance(use.unit.gate, RecurrentGate)]
+        paths = {use.region: use.original for use in free if self._original(use)}
+        reasons = {use.region: use.reason(use.original) for use in free if use.region in paths}
+        base = _accuracies(network, paths, context)
+        originals, stays = dict(paths), list[str]()
+        for use in sorted(free, key=lambda one: -one.shares[one.common]):
+            if use.region in paths or use.shares[use.common] < self.share:
+                continue
+            accuracies = _accuracies(network, {**paths, use.region: use.common}, context)
+            fall = 100 * max(a - b for a, b in zip(base, accuracies, strict=True))
+            if fall <= self.tolerance + 1e-9:
+                paths[use.region], reasons[use.region] = use.common, use.reason(use.common)
+            elif self.time and not use.pays:
+                paths[use.region], reasons[use.region] = use.original, use.reason(use.original)
+                originals[use.region] = use.original
+                base = _accuracies(network, originals, context)
+            else:
+                stays.append(f"{use.unit.label} stays: {use.name(use.common)} for all would cost {fall:.2f} points")
+        (paths,) = broadcast_object_list([paths])  # times differ between processes
+        before, after = _accuracies(network, {}, context), _accuracies(network, paths, context)
+        notes = [
+            f"{len(paths)} of {len(uses)} gates fused; calibration accuracy {_listed(before)} before, "
+            f"{_listed(after)} after",
+            *(reasons[use.region] for use in uses if use.region in paths and use.region in reasons),
+            *stays,
+        ]
+        if len(free) < len(uses):
+            notes.append(f"{len(uses) - len(free)} recurrent gates stay, since each hands its state to the next")
+        return paths, notes
+
+    def _original(self, use: "_Use") -> bool:
+        """Whether a unit is its original path without asking for the accuracy of another one."""
+        if use.shares[use.common] >= self.share:
+            return use.common == use.original
+        return self.time and not use.pays
+
+
+@dataclass(frozen=True)
+class _Use:
+    """What a unit does with the calibration images: the share of them on each path (P,), and microseconds an image."""
+
+    unit: Unit
+    shares: Sequence[float]
+    gate_us: float
+    saved_us: float
+
+    @property
+    def region(self) -> Region:
+        return self.unit.region
+
+    @property
+    def original(self) -> int:
+        return len(self.unit.path_macs) - 1
+
+    @property
+    def common(self) -> int:
+        """The path that most images take."""
+        return max(range(len(self.shares)), key=lambda path: self.shares[path])
+
+    @property
+    def pays(self) -> bool:
+        return self.saved_us > self.gate_us
+
+    def name(self, path: int) -> str:
+        width = path_widths(self.unit)[path]
+        return "whole" if path == self.original else f"{width:.0%} wide" if width else "skipped"
+
+    def reason(self, path: int) -> str:
+        return (
+            f"{self.unit.label} is always {self.name(path)}: {self.shares[path]:.0%} of the images take this path, the "
+            f"gate takes {self.gate_us:.0f} us and saves {self.saved_us:.0f} us"
+        )
+
+
+def _uses(network: DynamicNetwork, context: Context) -> list[_Use]:
+    assert context.data is not None
+    choices_NU = everything(network, context.data.calibration, context.device)[2]
+    paths_ms, gate_ms = gate_latency(network, context.backend, context.device)
+    found: list[_Use] = []
+    for unit, choice_N, times in zip(network.units, choices_NU.T, paths_ms, strict=True):
+        shares = (torch.bincount(choice_N, minlength=len(times)).double() / len(choice_N)).tolist()
+        saved = sum(share * (times[-1] - one) for share, one in zip(shares, times, strict=True))
+        found.append(_Use(unit, shares, 1e3 * gate_ms, 1e3 * saved))
+    return found
+
+
+def _accuracies(network: DynamicNetwork, paths: Mapping[Region, int], context: Context) -> list[float]:
+    """Of each exit on the calibration images, with these units fixed."""
+    assert context.data is not None
+    if paths:
+        network = copy.deepcopy(network)
+        fix_paths(network, paths)
+    return exit_accuracies(network, context.data.calibration, context.device)
+
+
+def _given(network: DynamicNetwork, paths: Mapping[str, int]) -> dict[Region, int]:
+    """Regions for what a user names, checked."""
+    named = {unit.region[1]: unit for unit in network.units} | {unit.label: unit for unit in network.units}
+    found: dict[Region, int] = {}
+    for name, path in paths.items():
+        if name not in named:
+            known = [unit.label for unit in network.units]
+            raise DynamizeError(
+                f"fuse_gates: '{name}' is no gated block. {closest(name, known)}Known: {', '.join(known)}."
+            )
+        unit = named[name]
+        if path >= len(unit.path_macs):
+            raise DynamizeError(
+                f"fuse_gates: '{name}' has no path {path}: give 0 (the cheapest) to {len(unit.path_macs) - 1} (the "
+                "original one)"
+            )
+        if isinstance(unit.gate, RecurrentGate):
+            raise DynamizeError(
+                f"fuse_gates: '{name}' has a recurrent gate, which hands its state to the next one: leave it out, or "
+                "use `gate: linear` in the step that put it there"
+            )
+        found[unit.region] = path
+    return found
+
+
+def _listed(accuracies: Sequence[float]) -> str:
+    return ", ".join(f"{accuracy:.2%}" for accuracy in accuracies)
