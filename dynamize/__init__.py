@@ -21,8 +21,15 @@ if TYPE_CHECKING:
     from dynamize.transforms import ChannelGates as ChannelGates
     from dynamize.transforms import Distill as Distill
     from dynamize.transforms import Exits as Exits
+    from dynamize.transforms import ExpandBranches as ExpandBranches
+    from dynamize.transforms import Factorize as Factorize
+    from dynamize.transforms import FoldBatchnorm as FoldBatchnorm
+    from dynamize.transforms import FuseBranches as FuseBranches
+    from dynamize.transforms import FuseGates as FuseGates
     from dynamize.transforms import HybridGates as HybridGates
+    from dynamize.transforms import Prune as Prune
     from dynamize.transforms import QGates as QGates
+    from dynamize.transforms import Recalibrate as Recalibrate
     from dynamize.transforms import SkipGates as SkipGates
 
 _HOMES = {
@@ -32,8 +39,15 @@ _HOMES = {
     "DynamicNetwork": "nn.network",
     "DynamizeError": "errors",
     "Exits": "transforms",
+    "ExpandBranches": "transforms",
+    "Factorize": "transforms",
+    "FoldBatchnorm": "transforms",
+    "FuseBranches": "transforms",
+    "FuseGates": "transforms",
     "HybridGates": "transforms",
+    "Prune": "transforms",
     "QGates": "transforms",
+    "Recalibrate": "transforms",
     "SkipGates": "transforms",
     "MultiExitLoss": "training.objectives",
     "calibrate": "calibration.gates",

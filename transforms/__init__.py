@@ -4,8 +4,30 @@ from dynamize.transforms.calibrate import Calibrate
 from dynamize.transforms.channel_gates import ChannelGates
 from dynamize.transforms.distill import Distill
 from dynamize.transforms.exits import Exits
+from dynamize.transforms.expand_branches import ExpandBranches
+from dynamize.transforms.factorize import Factorize
+from dynamize.transforms.fold_batchnorm import FoldBatchnorm
+from dynamize.transforms.fuse_branches import FuseBranches
+from dynamize.transforms.fuse_gates import FuseGates
 from dynamize.transforms.hybrid_gates import HybridGates
+from dynamize.transforms.prune import Prune
 from dynamize.transforms.q_gates import QGates
+from dynamize.transforms.recalibrate import Recalibrate
 from dynamize.transforms.skip_gates import SkipGates
 
-__all__ = ["Calibrate", "ChannelGates", "Distill", "Exits", "HybridGates", "QGates", "SkipGates"]
+__all__ = [
+    "Calibrate",
+    "ChannelGates",
+    "Distill",
+    "Exits",
+    "ExpandBranches",
+    "Factorize",
+    "FoldBatchnorm",
+    "FuseBranches",
+    "FuseGates",
+    "HybridGates",
+    "Prune",
+    "QGates",
+    "Recalibrate",
+    "SkipGates",
+]

@@ -7,7 +7,7 @@ import torch
 from networks import SmallResNet, close, conv_block, randomise_norms, small_resnet, torchvision_network
 from torch import Tensor, nn
 
-from dynamize.graph.fold import folded
+from dynamize.graph.fold import affine, fold_norm, folded, norm_pairs
 from dynamize.graph.trace import trace
 
 
@@ -85,12 +85,86 @@ def test_unusual_norms(options: dict[str, object]) -> None:
         assert close(fast(images), network(images))
 
 
-def test_norms_that_do_more_than_normalise_stay() -> None:
+def test_what_a_norm_does_besides_normalising_stays() -> None:
     timm_layers = pytest.importorskip("timm.layers", reason="needs timm: BatchNormAct2d is its norm with activation")
-    network = randomise_norms(nn.Sequential(nn.Conv2d(3, 4, 3), timm_layers.BatchNormAct2d(4))).eval()
+    layers = (
+        nn.Conv2d(3, 4, 3),
+        timm_layers.BatchNormAct2d(4),
+        nn.Conv2d(4, 4, 1),
+        timm_layers.BatchNormAct2d(4, apply_act=False),
+    )
+    network = randomise_norms(nn.Sequential(*layers)).eval()
+    fast, images = folded(network), torch.randn(5, 3, 8, 8)
+    assert norms(fast) == 0
+    assert [type(module) for module in fast.children()] == [nn.Conv2d, nn.ReLU, nn.Conv2d]
+    with torch.no_grad():
+        assert close(fast(images), network(images))
+
+
+class Squared(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).square()
+
+
+class Doubled(nn.BatchNorm2d):
+    """Computes what its class says, and one number more, which its children do not tell."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("norm", [Squared(4), Doubled(4)])
+def test_norms_that_compute_something_else_stay(norm: nn.Module) -> None:
+    network = randomise_norms(nn.Sequential(nn.Conv2d(3, 4, 3), norm)).eval()
     fast, images = folded(network), torch.randn(5, 3, 8, 8)
     assert norms(fast) == 1
     assert torch.equal(fast(images), network(images))
+
+
+def test_a_weight_that_is_computed_at_each_call_stays() -> None:
+    conv = nn.utils.spectral_norm(nn.Conv2d(3, 4, 3))
+    network = randomise_norms(nn.Sequential(conv, nn.BatchNorm2d(4))).eval()
+    assert norms(folded(network)) == 1
+
+
+class ReadsItsNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x)) * self.norm.weight.view(1, -1, 1, 1)
+
+
+def test_a_norm_whose_numbers_are_read_elsewhere_stays() -> None:
+    network = randomise_norms(ReadsItsNorm()).eval()
+    fast, images = folded(network), torch.randn(5, 3, 8, 8)
+    assert norms(fast) == 1
+    assert torch.equal(fast(images), network(images))
+
+
+def test_a_folded_layer_by_hand() -> None:
+    """y = 3 x + 1, then (y - 2) / 2 * 8 + 5: 12 x + 1."""
+    linear, norm = nn.Linear(1, 1), nn.BatchNorm1d(1, eps=0.0)
+    with torch.no_grad():
+        linear.weight.fill_(3), linear.bias.fill_(1)
+        norm.running_mean.fill_(2), norm.running_var.fill_(4), norm.weight.fill_(8), norm.bias.fill_(5)
+    found = affine(norm)
+    assert found is not None
+    one = fold_norm(linear, found)
+    assert one.weight.item() == 12
+    assert one.bias.item() == 1
+    assert linear.weight.item() == 3
+
+
+def test_linear_layers_are_folded_where_their_shape_is_known() -> None:
+    """Behind (N, L, F) a norm works on L, which here is as long as F."""
+    network = nn.Sequential(nn.Flatten(), nn.Linear(12, 4), nn.BatchNorm1d(4))
+    traced = trace(network, (3, 2, 2))
+    assert [(a.name, b.name) for a, b in norm_pairs(traced, traced.graph)] == [("_1", "_2")]
+    rows = nn.Sequential(nn.Flatten(2), nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Flatten(), nn.Linear(16, 3))
+    traced = trace(rows, (4, 2, 2))
+    assert norm_pairs(traced, traced.graph) == []
 
 
 def test_grouped_and_strided_convolutions() -> None:

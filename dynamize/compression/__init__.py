@@ -1,0 +1,1 @@
+"""Static compression of dynamic networks: fewer channels, and layers in factors."""

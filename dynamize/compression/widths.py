@@ -1,0 +1,68 @@
+"""How many channels each group keeps: by a share of them, or by what each can spare, in whole multiples."""
+
+import copy
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from dynamize.compression.channels import ChannelGroup, remove
+from dynamize.compression.costs import refresh
+from dynamize.compression.sensitivity import Sensitivity
+from dynamize.nn.network import DynamicNetwork
+
+Widths = tuple[int, ...]  # channels that stay, one for each group
+
+_BLOCKED, _VECTOR = 16, 8  # channels
+
+
+def liked_multiple(backend: str) -> int:
+    """Widths that a backend computes without waste: ONNX Runtime blocks 16 channels, kernels of PyTorch work on 8."""
+    return _BLOCKED if backend == "onnxruntime" else _VECTOR
+
+
+def kept_width(channels: int, share: float, multiple: int) -> int:
+    """The multiple nearest to ``share`` of the channels, at least one and at most all channels."""
+    steps = max(1, int(share * channels / multiple + 0.5))
+    return min(channels, steps * multiple)
+
+
+def uniform(groups: Sequence[ChannelGroup], ratio: float, multiple: int) -> Widths:
+    """Every group without this share of its channels."""
+    return tuple(kept_width(group.channels, 1 - ratio, multiple) for group in groups)
+
+
+def spared(groups: Sequence[ChannelGroup], found: Sensitivity, drop: float, multiple: int) -> Widths:
+    """Every group without as many channels as it loses alone for this accuracy drop."""
+    return tuple(kept_width(group.channels, 1 - found.ratio_at(group.name, drop), multiple) for group in groups)
+
+
+def between(channels: Sequence[int], final: Widths, progress: float, multiple: int) -> Widths:
+    """Widths on the way from all channels (0) to ``final`` (1), each round taking the same share of what is left."""
+    return tuple(
+        max(width, kept_width(whole, (width / whole) ** progress, multiple))
+        for whole, width in zip(channels, final, strict=True)
+    )
+
+
+def least_worth(groups: Sequence[ChannelGroup], worth: Mapping[str, Tensor], widths: Widths) -> dict[str, list[int]]:
+    """For each group the channels that go so that as many stay as ``widths`` says."""
+    return {
+        group.name: worth[group.name].argsort(stable=True)[: group.channels - width].tolist()
+        for group, width in zip(groups, widths, strict=True)
+    }
+
+
+def narrowed(network: DynamicNetwork, groups: Sequence[ChannelGroup], widths: Widths) -> DynamicNetwork:
+    """A copy of these widths, to be counted and timed: which channels stay makes no difference to that."""
+    narrow = copy.deepcopy(network)
+    pairs = zip(groups, widths, strict=True)
+    remove(narrow, groups, {group.name: range(width, group.channels) for group, width in pairs})
+    if narrow.units:
+        refresh(narrow)
+    return narrow
+
+
+def removed_share(groups: Sequence[ChannelGroup], widths: Widths) -> float:
+    """The share of all groups' channels that goes."""
+    channels = sum(group.channels for group in groups)
+    return 1 - sum(widths) / max(1, channels)

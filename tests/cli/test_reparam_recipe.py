@@ -1,0 +1,38 @@
+"""The recipe for re-parameterised training from end to end on digits."""
+
+import json
+from pathlib import Path
+
+from commandline import call
+from ledgers import ledger_of
+
+ON_DIGITS = [
+    "--model=dynamize:digits_resnet",
+    "--data=digits",
+    "--set=model.kwargs={pretrained: true}",
+    "--set=model.input=[1, 8, 8]",
+    "--set=data.normalize=[[0.305], [0.376]]",
+    "--set=data.train_limit=200",
+    "--set=data.test_limit=100",
+    "--set=steps.0.layers=[layer1.0.conv1, layer2.0.conv1]",
+    "--set=steps.1.epochs=1",
+    "--set=backends=[eager]",
+    "--set=batches=[32]",
+    "--set=timing_seconds=0.01",
+    "--quiet",
+]
+
+
+def test_reparam_costs_in_the_end_what_it_cost_at_first(tmp_path: Path) -> None:
+    result = call("run", "reparam", "--out", tmp_path / "out", *ON_DIGITS)
+    assert result.exit_code == 0, result.output
+    rows = ledger_of(tmp_path / "out")
+    assert [row["transform"] for row in rows] == ["static", "expand_branches", "distill", "fuse_branches"]
+    static, expanded, distilled, fused = rows
+    assert expanded["accuracy"] == static["accuracy"]
+    assert expanded["agreement"] == 1
+    assert expanded["macs"] == distilled["macs"] > static["macs"] == fused["macs"]
+    assert expanded["params"] > fused["params"]
+    assert abs(fused["accuracy"] - distilled["accuracy"]) <= 0.01
+    history = json.loads((tmp_path / "out" / "manifest.json").read_text())["history"]
+    assert history[2]["sums"] == []

@@ -1,0 +1,71 @@
+"""`fold_batchnorm`: each convolution or linear layer and the batch norm behind it become one layer with bias."""
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+from torch import nn
+
+from dynamize.errors import DynamizeError
+from dynamize.graph.fold import Affine, affine, fold_norm
+from dynamize.graph.replace import check_same
+from dynamize.nn.exchange import (
+    answers,
+    channel_layers,
+    check_answers,
+    layers_and_norms,
+    module_names,
+    replace_layers,
+)
+from dynamize.nn.network import DynamicNetwork
+from dynamize.transform import Applied, Context, Transform
+
+_PIXELS = 16  # added to the reach of a kernel: side of the map on which a layer is compared
+
+
+class FoldBatchnorm(Transform):
+    """Fold batch norms into the layers before them (Ding et al. 2021, DBB, Transform I), in heads too.
+
+    Answers stay the same up to rounding, 1e-5 of the largest at most; training afterwards has no batch norms left. The
+    backends fold for themselves: this step is for exports, and before layers are taken apart or quantised.
+    """
+
+    pass_name: Literal["fold_batchnorm"] = Field("fold_batchnorm", alias="pass")
+
+    exact: ClassVar[bool] = False  # rounding
+    before: ClassVar[tuple[str, ...]] = ("quantize", "calibrate")
+
+    def apply(self, network: DynamicNetwork, context: Context) -> Applied:
+        pairs = layers_and_norms(network)
+        if not pairs:
+            raise DynamizeError(
+                "fold_batchnorm: the network has no convolution or linear layer whose output only a batch norm with "
+                "running statistics reads: leave this step out"
+            )
+        wanted = answers(network)
+        names = module_names(network)
+        new: dict[nn.Module, nn.Module] = {}
+        for layer, norm in pairs.items():
+            new |= _folded(names[layer], layer, norm)
+        replace_layers(network, new)
+        check_answers("fold_batchnorm", network, wanted)
+        notes = [f"{len(pairs)} batch norms are part of the layers before them"]
+        if channel_layers(network):
+            notes.append("blocks with channel gates keep theirs: each width needs its own")
+        return Applied(network, self, notes)
+
+
+def _folded(name: str, layer: nn.Module, norm: nn.Module) -> dict[nn.Module, nn.Module]:
+    """What to put in the place of both: the layer with bias, and what the norm does besides."""
+    found = affine(norm)
+    assert isinstance(found, Affine)
+    folded, rest = fold_norm(layer, found), found.rest or nn.Identity()
+    check_same(name, nn.Sequential(folded, rest), nn.Sequential(layer, norm), _example(layer))
+    return {layer: folded, norm: rest}
+
+
+def _example(layer: nn.Module) -> tuple[int, ...]:
+    if isinstance(layer, nn.Linear):
+        return 2, layer.in_features
+    assert isinstance(layer, nn.modules.conv._ConvNd)
+    reach = [step * (size - 1) for step, size in zip(layer.dilation, layer.kernel_size, strict=True)]
+    return 2, layer.in_channels, *(_PIXELS + side for side in reach)
