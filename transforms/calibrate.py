@@ -54,6 +54,8 @@ class Calibrate(Transform):
 
     def apply(self, network: DynamicNetwork, context: Context) -> Applied:
         if not network.heads and not network.units:
+            if any(step["pass"] == "fuse_gates" for step in network.history):
+                return Applied(network, self, ["nothing to solve: `fuse_gates` left a static network"])
             raise DynamizeError(
                 "calibrate: the network has neither exits nor gates: put `exits`, `skip_gates` or `channel_gates` "
                 "before"

@@ -56,7 +56,7 @@ class FuseGates(Transform):
         fix_paths(network, paths)
         resolved = self.model_copy(update={"paths": {upto: path for (_, upto), path in paths.items()}})
         if not network.units and not network.heads:
-            notes.append("no gate is left, so the network is static: `calibrate` would have nothing to solve")
+            notes.append("no gate is left, so the network is static")
         return Applied(network, resolved, notes)
 
     def _decide(self, network: DynamicNetwork, context: Context) -> tuple[dict[Region, int], list[str]]:

@@ -130,7 +130,7 @@ class TestWhichGates:
             assert notes[1] == f"layer2.1 stays: skipped for all would cost {fall:.2f} points"
         else:
             assert f"layer2.1 is always {['skipped', 'whole'][path]}: " in notes[1]
-            assert notes[2] == "no gate is left, so the network is static: `calibrate` would have nothing to solve"
+            assert notes[2] == "no gate is left, so the network is static"
         if path == 0:
             assert notes[0].endswith(f"100.00% before, {100 - fall:.2f}% after")
 
@@ -313,3 +313,11 @@ def test_refusals() -> None:
     for fields in ({"paths": {"a": -1}}, {"share": 1.5}, {"tolerance": -1}, {"gate": 1}):
         with pytest.raises(ValidationError):
             FuseGates.model_validate(fields)
+
+
+def test_calibration_has_nothing_to_solve_where_no_gate_is_left() -> None:
+    fused, _ = apply(gated_resnet(), FuseGates(paths=dict.fromkeys(FIVE, 1)), Context())
+    assert not fused.units
+    calibrated, notes = apply(fused, Calibrate(), Context())
+    assert notes == ["nothing to solve: `fuse_gates` left a static network"]
+    assert calibrated.operating_points is None
