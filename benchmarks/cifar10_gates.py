@@ -22,6 +22,7 @@ from dynamize.calibration.collect import TableMaker
 from dynamize.calibration.gates import GateTables, best_point
 from dynamize.conversion import wrap
 from dynamize.data import DataSpec, Splits, load_data
+from dynamize.errors import InfeasibleError
 from dynamize.evaluation import Evaluator, Judgement, gather, representative
 from dynamize.files import write_text
 from dynamize.measure.controls import adaptivity
@@ -32,7 +33,7 @@ from dynamize.report import share_of_saving_shown
 CPU, SHAPE = torch.device("cpu"), (3, 32, 32)
 MEAN_STD = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 DROPS = (0.0, 0.002, 0.003, 0.005, 0.01)
-CHOSEN = 0.003
+LEAST_CHOSEN = 0.003
 BATCHES = (1, 64)
 
 
@@ -57,48 +58,84 @@ def main(
     """Measure everything and print one Markdown report."""
     network = dz.load(artifact)
     static = dz.source("dynamize:cifar_resnet56", checkpoint=baseline)
-    rows: dict[float, list[Half]] = {drop: [] for drop in DROPS}
-    controls = []
-    for fold in (0, 1):
-        spec = DataSpec(
-            source=f"imagefolder:{data}", calibration_from="test", fold=fold, normalize=MEAN_STD, train_limit=1000
-        )
-        splits = load_data(spec, SHAPE, 10)
-        judge_fold(network, static, splits, rows)
-        network.set_operating_point(rows[CHOSEN][-1].point)
-        controls.append(adaptivity(network, splits.test, CPU))
+    folds = [_splits(data, fold) for fold in (0, 1)]
+    judged = [judge_fold(network, static, splits) for splits in folds]
     lines = [
         "| drop asked | executed MACs | accuracy % | drop, points | promised MACs | promised drop |",
         "|---|---|---|---|---|---|",
     ]
-    for drop, halves in rows.items():
-        lines.append(
-            f"| {100 * drop:.1f} | {mean(h.macs_ratio for h in halves):.3f} "
-            f"| {100 * mean(h.judged.accuracy for h in halves):.2f} | {100 * mean(h.drop for h in halves):.2f} "
-            f"| {mean(h.point.macs_ratio for h in halves):.3f} "
-            f"| {100 * mean(h.point.accuracy_drop for h in halves):.2f} |"
-        )
-    verdicts = " And: ".join(control.verdict() for control in controls)
-    lines += ["", f"At drop {100 * CHOSEN:.1f}, on the judging halves: {verdicts}."]
-    rates = np.mean([(half.judged.choices > 0).double().mean(0).numpy() for half in rows[CHOSEN]], axis=0)
-    units = ", ".join(f"{unit.label} {100 * rate:.0f}" for unit, rate in zip(network.units, rates, strict=True))
-    lines += ["", f"Images (%) that take more than the cheapest path: {units}.", ""]
-    lines += times(network, static, splits, rows[CHOSEN][-1], backends.split(","), seconds)
+    lines += [_row(drop, [halves[drop] for halves in judged]) for drop in DROPS]
+    chosen = next((d for d in DROPS if d >= LEAST_CHOSEN and all(isinstance(one[d], Half) for one in judged)), None)
+    if chosen is None:
+        lines += ["", "No drop asked is feasible on both halves: there is no point to look at closer."]
+    else:
+        halves = [half for one in judged if isinstance(half := one[chosen], Half)]
+        lines += _at_point(network, static, chosen, folds, halves)
+        lines += times(network, static, folds[-1], halves[-1], backends.split(","), seconds)
     write_text(out, "\n".join(lines) + "\n")
     print("\n".join(lines))
 
 
-def judge_fold(network: DynamicNetwork, static: torch.nn.Module, splits: Splits, rows: dict[float, list[Half]]) -> None:
+def _splits(data: Path, fold: int) -> Splits:
+    spec = DataSpec(
+        source=f"imagefolder:{data}", calibration_from="test", fold=fold, normalize=MEAN_STD, train_limit=1000
+    )
+    return load_data(spec, SHAPE, 10)
+
+
+def _row(drop: float, halves: list[Half | InfeasibleError]) -> str:
+    refused = [half for half in halves if isinstance(half, InfeasibleError)]
+    if refused:
+        least = max(error.nearest for error in refused)
+        return (
+            f"| {100 * drop:.1f} | infeasible on {len(refused)} of {len(halves)} halves: "
+            f"at least {100 * least:.2f} points are expected | | | | |"
+        )
+    found = [half for half in halves if isinstance(half, Half)]
+    return (
+        f"| {100 * drop:.1f} | {mean(h.macs_ratio for h in found):.3f} "
+        f"| {100 * mean(h.judged.accuracy for h in found):.2f} | {100 * mean(h.drop for h in found):.2f} "
+        f"| {mean(h.point.macs_ratio for h in found):.3f} | {100 * mean(h.point.accuracy_drop for h in found):.2f} |"
+    )
+
+
+def _at_point(
+    network: DynamicNetwork, static: torch.nn.Module, drop: float, folds: list[Splits], halves: list[Half]
+) -> list[str]:
+    """Whether the network is input-adaptive at each half's point for ``drop``, and how its images are spread."""
+    verdicts = []
+    for splits, half in zip(folds, halves, strict=True):
+        network.set_operating_point(half.point)
+        verdicts.append(adaptivity(network, splits.test, CPU).verdict())
+    rates = np.mean([(half.judged.choices > 0).double().mean(0).numpy() for half in halves], axis=0)
+    units = ", ".join(f"{unit.label} {100 * rate:.0f}" for unit, rate in zip(network.units, rates, strict=True))
+    routings = [len(half.judged.choices.unique(dim=0)) for half in halves]
+    return [
+        "",
+        f"At drop {100 * drop:.1f}, on the judging halves: {' And: '.join(verdicts)}.",
+        "",
+        f"Images (%) that take more than the cheapest path: {units}. Different routings: {routings}.",
+        "",
+    ]
+
+
+def judge_fold(network: DynamicNetwork, static: torch.nn.Module, splits: Splits) -> dict[float, Half | InfeasibleError]:
     """Solve every drop on the calibration half and judge it on the other."""
     network.set_operating_point(None)
     tables = GateTables(TableMaker(network, splits.calibration, static, CPU, "onnxruntime"))
     evaluator = Evaluator(wrap(static, SHAPE), splits.test, CPU, ())
-    for drop, halves in rows.items():
-        point = best_point(tables, lambda table, drop=drop: point_for_drop(table, drop), cheapest=True)
+    found: dict[float, Half | InfeasibleError] = {}
+    for drop in DROPS:
+        try:
+            point = best_point(tables, lambda table, drop=drop: point_for_drop(table, drop), cheapest=True)
+        except InfeasibleError as error:
+            found[drop] = error
+            continue
         network.set_operating_point(point)
         judged = evaluator.judge(network)
         lost = evaluator.reference.accuracy - judged.accuracy
-        halves.append(Half(point, judged, lost, float(judged.macs.mean()) / evaluator.static_macs))
+        found[drop] = Half(point, judged, lost, float(judged.macs.mean()) / evaluator.static_macs)
+    return found
 
 
 def times(
