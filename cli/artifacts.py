@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from dynamize.cli.console import complain, reporting, show, show_json
-from dynamize.cli.options import Artifact, AsJson, Data, Device, Quiet, TrustCode, counts, names
+from dynamize.cli.options import BACKENDS, Artifact, AsJson, Data, Device, Quiet, TrustCode, counts, names
 
 
 def bench(
@@ -15,7 +15,7 @@ def bench(
     data: Data = None,
     batches: Annotated[str, typer.Option(metavar="N,...", help="Batch sizes.")] = "1,8,64",
     backends: Annotated[
-        str | None, typer.Option(metavar="NAME,...", help="eager, onnxruntime; by default the fastest here.")
+        str | None, typer.Option(metavar="NAME,...", help=f"{BACKENDS}; by default onnxruntime on a CPU.")
     ] = None,
     device: Device = "auto",
     seconds: Annotated[float, typer.Option(min=0.0, help="For each backend and batch size.")] = 5.0,
@@ -95,7 +95,7 @@ def predict(
     ] = None,
     point: Annotated[str | None, typer.Option(metavar="NAME", help="An operating point.")] = None,
     max_drop: Annotated[float | None, typer.Option(help="Largest expected accuracy drop, in points.")] = None,
-    backend: Annotated[str, typer.Option(help="eager or onnxruntime.")] = "eager",
+    backend: Annotated[str, typer.Option(help=f"{BACKENDS}.")] = "eager",
     device: Device = "auto",
     trust_code: TrustCode = False,
     as_json: AsJson = False,
@@ -111,7 +111,7 @@ def predict(
         from dynamize.devices import choose_device
         from dynamize.prediction import Predictor
 
-        where = choose_device("cpu" if backend == "onnxruntime" and device == "auto" else device)
+        where = choose_device("cpu" if backend != "eager" and device == "auto" else device)
         predictor = Predictor(out, backend=backend, device=where, trust_code=trust_code)
         predictor.choose(point=point, macs_ratio=budget, max_drop=max_drop)
         found = list(predictor.predict(find_images(images)))

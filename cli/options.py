@@ -7,6 +7,8 @@ import typer
 
 from dynamize.errors import DynamizeError
 
+BACKENDS = "eager, onnxruntime, openvino, openvino-bf16"
+
 Artifact = Annotated[Path, typer.Argument(metavar="OUT", help="Folder that `dynamize run` wrote.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the same facts as JSON.")]
 Data = Annotated[

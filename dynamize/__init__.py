@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from dynamize.transforms import HybridGates as HybridGates
     from dynamize.transforms import Prune as Prune
     from dynamize.transforms import QGates as QGates
+    from dynamize.transforms import Quantize as Quantize
     from dynamize.transforms import Recalibrate as Recalibrate
     from dynamize.transforms import SkipGates as SkipGates
 
@@ -48,6 +49,7 @@ _HOMES = {
     "MultiExitLoss": "training.objectives",
     "Prune": "transforms",
     "QGates": "transforms",
+    "Quantize": "transforms",
     "Recalibrate": "transforms",
     "SkipGates": "transforms",
     "calibrate": "calibration.gates",

@@ -12,9 +12,10 @@ from dynamize.data import Images
 from dynamize.measure.accuracy import answers, routed_answers
 from dynamize.measure.costs import exit_costs
 from dynamize.measure.latency import Times, interleave
+from dynamize.measure.memory import peak_bytes, saved_bytes
 from dynamize.nn.network import DynamicNetwork
 from dynamize.report.ledger import Row, Timing
-from dynamize.runtime.compiled import CompiledNetwork, compile_network
+from dynamize.runtime.compiled import CompiledNetwork, compile_network, find_backend
 from dynamize.transform import Progress, quiet
 
 _INPUTS = 96  # images timed in each round, at least one batch
@@ -52,6 +53,9 @@ class Evaluator:
         batches: batch sizes timed.
         seconds: how long each comparison of times takes.
         progress: wraps the loop over batch sizes.
+
+    Raises:
+        DynamizeError: an unknown backend.
     """
 
     def __init__(
@@ -68,6 +72,8 @@ class Evaluator:
         self.backends, self.batches, self.seconds = tuple(backends), tuple(batches), seconds
         self.progress = progress
         self._compiled: dict[str, CompiledNetwork] = {}
+        for backend in self.backends:
+            find_backend(backend)  # an unknown one is refused before anything is timed
 
     @cached_property
     def reference(self) -> Judgement:
@@ -111,6 +117,8 @@ class Evaluator:
             speedup=speedup_table(times) if step else {},
             exits=shares if network.exit_count > 1 else [],
             seconds=round(seconds, 1),
+            size=saved_bytes(network),
+            peak_memory=peak_bytes(network),
             notes=[*notes, *busy(times)],
         )
 

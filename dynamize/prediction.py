@@ -42,7 +42,7 @@ class Predictor:
 
     Args:
         path: folder of the artifact.
-        backend: ``eager`` or ``onnxruntime``.
+        backend: a name in :data:`dynamize.runtime.compiled.BACKENDS`.
         trust_code: whether a source that names code may be imported.
     """
 

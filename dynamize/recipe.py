@@ -60,7 +60,7 @@ class Recipe(BaseModel):
     model: ModelSection
     data: DataSpec
     seed: Annotated[int, Field(ge=0)] = 0
-    backends: list[Literal["eager", "onnxruntime"]] = []
+    backends: list[Literal["eager", "onnxruntime", "openvino", "openvino-bf16"]] = []
     batches: list[PositiveInt] = [1, 64]
     timing_seconds: PositiveFloat = Field(5.0, description="how long each comparison of times takes")
     steps: list[Step]

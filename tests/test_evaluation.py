@@ -5,9 +5,11 @@ import torch
 from digits import SHAPE, DigitNet, digit_network, digit_splits
 
 from dynamize.conversion import wrap
+from dynamize.errors import DynamizeError
 from dynamize.evaluation import Evaluator, busy, gather, representative
 from dynamize.measure.costs import exit_costs
 from dynamize.measure.latency import Times
+from dynamize.measure.memory import peak_bytes, saved_bytes
 
 CPU = torch.device("cpu")
 
@@ -41,6 +43,8 @@ def test_static_row(evaluator: Evaluator) -> None:
     assert row.accuracy_drop == 0.0
     assert row.agreement == 1.0
     assert row.speedup == {}
+    assert row.size == saved_bytes(evaluator.static)
+    assert row.peak_memory == peak_bytes(evaluator.static) > row.size
     assert set(row.latency["eager"]) == {"1", "8"}
 
 
@@ -72,6 +76,11 @@ def test_batches_larger_than_the_split_are_timed(evaluator: Evaluator) -> None:
     large = Evaluator(evaluator.static, evaluator.images, CPU, ["eager"], [300], seconds=0.0)
     times = large.times(digit_network(seed=1), large.reference)
     assert times["eager", 300].seconds["dynamic"].shape[1] == 1
+
+
+def test_an_unknown_backend_is_refused_before_anything_is_timed(evaluator: Evaluator) -> None:
+    with pytest.raises(DynamizeError, match="'onyx' is no backend"):
+        Evaluator(evaluator.static, evaluator.images, CPU, ["eager", "onyx"], [1])
 
 
 def test_only_the_gravest_warning_is_told() -> None:

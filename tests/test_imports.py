@@ -8,7 +8,7 @@ import pytest
 
 import dynamize
 
-HEAVY = {"torch", "torchvision", "onnxruntime", "accelerate", "sklearn", "timm", "matplotlib"}
+HEAVY = {"torch", "torchvision", "onnxruntime", "accelerate", "sklearn", "timm", "matplotlib", "openvino"}
 
 
 def imported_by(statement: str) -> set[str]:
@@ -32,6 +32,12 @@ def test_no_heavy_import(statement: str) -> None:
     found = imported_by(statement)
     assert "dynamize" in found
     assert not found & HEAVY
+
+
+def test_openvino_is_imported_when_it_is_used() -> None:
+    found = imported_by("import dynamize.runtime.compiled")
+    assert "onnxruntime" in found
+    assert "openvino" not in found
 
 
 def test_using_a_name_does_import_torch() -> None:

@@ -12,6 +12,7 @@ from dynamize.transforms.fuse_gates import FuseGates
 from dynamize.transforms.hybrid_gates import HybridGates
 from dynamize.transforms.prune import Prune
 from dynamize.transforms.q_gates import QGates
+from dynamize.transforms.quantize import Quantize
 from dynamize.transforms.recalibrate import Recalibrate
 from dynamize.transforms.skip_gates import SkipGates
 
@@ -28,6 +29,7 @@ __all__ = [
     "HybridGates",
     "Prune",
     "QGates",
+    "Quantize",
     "Recalibrate",
     "SkipGates",
 ]

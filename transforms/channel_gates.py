@@ -45,7 +45,7 @@ class ChannelGates(Transform):
     exact: ClassVar[bool] = False  # sums run over channels in another order
     once: ClassVar[bool] = True
     before: ClassVar[tuple[str, ...]] = (
-        *("distill", "hybrid_gates", "q_gates", "recalibrate", "fuse_gates", "calibrate"),
+        *("distill", "hybrid_gates", "q_gates", "recalibrate", "fuse_gates", "quantize", "calibrate"),
     )
 
     def apply(self, network: DynamicNetwork, context: Context) -> Applied:

@@ -54,7 +54,7 @@ class Distill(Transform):
 
     structural: ClassVar[bool] = False
     exact: ClassVar[bool] = False
-    before: ClassVar[tuple[str, ...]] = ("recalibrate", "calibrate")
+    before: ClassVar[tuple[str, ...]] = ("recalibrate", "quantize", "calibrate")
 
     def apply(self, network: DynamicNetwork, context: Context) -> Applied:
         data = context.needs_data(self)

@@ -54,7 +54,7 @@ class Exits(Transform):
     confidence: ConfidenceName = Field("top_probability", description="what the thresholds are compared with")
 
     once: ClassVar[bool] = True
-    before: ClassVar[tuple[str, ...]] = ("distill", "hybrid_gates", "q_gates", "calibrate")
+    before: ClassVar[tuple[str, ...]] = ("distill", "hybrid_gates", "q_gates", "quantize", "calibrate")
 
     def apply(self, network: DynamicNetwork, context: Context) -> Applied:
         if network.exit_count != 1:

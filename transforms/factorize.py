@@ -51,7 +51,7 @@ class Factorize(Transform):
     timed: bool = Field(True, description="leave layers whole whose factors are not faster on the run's backend")
 
     exact: ClassVar[bool] = False
-    before: ClassVar[tuple[str, ...]] = ("channel_gates", "calibrate")
+    before: ClassVar[tuple[str, ...]] = ("channel_gates", "quantize", "calibrate")
 
     @model_validator(mode="after")
     def _one_target(self) -> Self:

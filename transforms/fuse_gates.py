@@ -43,7 +43,7 @@ class FuseGates(Transform):
 
     exact: ClassVar[bool] = False
     after: ClassVar[tuple[str, ...]] = ("skip_gates", "channel_gates")
-    before: ClassVar[tuple[str, ...]] = ("calibrate",)
+    before: ClassVar[tuple[str, ...]] = ("quantize", "calibrate")
 
     def apply(self, network: DynamicNetwork, context: Context) -> Applied:
         if not network.units:

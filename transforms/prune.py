@@ -84,7 +84,7 @@ class Prune(Transform):
     )
 
     exact: ClassVar[bool] = False
-    before: ClassVar[tuple[str, ...]] = ("channel_gates", "calibrate")
+    before: ClassVar[tuple[str, ...]] = ("channel_gates", "quantize", "calibrate")
 
     @model_validator(mode="after")
     def _one_target(self) -> Self:

@@ -63,7 +63,7 @@ class QGates(Transform):
     structural: ClassVar[bool] = False
     exact: ClassVar[bool] = False
     after: ClassVar[tuple[str, ...]] = ("skip_gates", "channel_gates")
-    before: ClassVar[tuple[str, ...]] = ("recalibrate", "calibrate")
+    before: ClassVar[tuple[str, ...]] = ("recalibrate", "quantize", "calibrate")
 
     def apply(self, network: DynamicNetwork, context: Context) -> Applied:
         resolved = self._resolve(network, context)

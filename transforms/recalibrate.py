@@ -42,7 +42,7 @@ class Recalibrate(Transform):
 
     exact: ClassVar[bool] = False
     after: ClassVar[tuple[str, ...]] = ("channel_gates", "skip_gates")
-    before: ClassVar[tuple[str, ...]] = ("calibrate",)
+    before: ClassVar[tuple[str, ...]] = ("quantize", "calibrate")
 
     def apply(self, network: DynamicNetwork, context: Context) -> Applied:
         units = [unit for unit in network.units if isinstance(unit, ChannelUnit)]

@@ -51,7 +51,7 @@ class SkipGates(Transform):
 
     once: ClassVar[bool] = True
     before: ClassVar[tuple[str, ...]] = (
-        *("distill", "hybrid_gates", "q_gates", "recalibrate", "fuse_gates", "calibrate"),
+        *("distill", "hybrid_gates", "q_gates", "recalibrate", "fuse_gates", "quantize", "calibrate"),
     )
 
     def apply(self, network: DynamicNetwork, context: Context) -> Applied:

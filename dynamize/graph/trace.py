@@ -12,6 +12,11 @@ from torchvision.ops import StochasticDepth
 from dynamize.errors import DynamizeError
 from dynamize.measure.macs import counting_macs
 
+
+class Whole(nn.Module):
+    """A module of ours that stays one node when a network is traced."""
+
+
 # Subclasses outside torch.nn (timm's BatchNormAct2d, Conv2dSame, ...) must stay modules: traced through, a
 # batch norm freezes its training flag and disappears from the network.
 _LEAF_TYPES: tuple[type[nn.Module], ...] = (
@@ -22,6 +27,7 @@ _LEAF_TYPES: tuple[type[nn.Module], ...] = (
     nn.GroupNorm,
     nn.modules.dropout._DropoutNd,
     StochasticDepth,
+    Whole,
 )
 # Kept whole by timm because of an in-place `mul_` whose result nothing names; `annotate` puts it in order.
 _TRACED_ALL_THE_SAME = ("NormFreeBlock",)

@@ -6,21 +6,15 @@ gates. In eval mode each path runs for the images that chose it, and for no othe
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dynamize.graph.replace import every_module
+from dynamize.nn.dispatch import Chooser, Piece, Run, run_pieces
 from dynamize.nn.gates import Gate, State, choose, pool, sample_paths
 
-_BYTES = 2**22  # of feature maps that go through the units together
-
-Run = Callable[[Tensor], tuple[Tensor, Tensor | None]]  # features -> features and their channel means, if asked for
-Chooser = Callable[[Tensor, State, float], tuple[list[int], State]]
-"""Description (N, D), state and offset -> the path of each image and the next state."""
 Policy = Callable[[Tensor, Tensor], Tensor]  # features that reach a unit and its gate's scores (N, P) -> shares (N, P)
 
 
@@ -124,16 +118,6 @@ class _FrozenUnit(Unit):
 
     def blend(self, features_NCHW: Tensor, shares_NP: Tensor) -> Tensor:
         raise RuntimeError("a compiled network is not trained")
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A piece as a backend runs it: one way for everybody, or a unit's paths."""
-
-    ways: list[Run | None]
-    unit: Unit | None = None  # its gate and costs
-    describe: Callable[[Tensor], Tensor] | None = None  # reads the gate's description from features
-    choose: Chooser | None = None
 
 
 class GatedSegment(nn.Module):
@@ -264,112 +248,6 @@ def make_pieces(
             pieces.append(Piece([compile_way(module, pooled)]))
             continue
         ways = [None if way is None else compile_way(way, pooled) for way in module.paths()]
-        pieces.append(Piece(ways, module, compile_description(module.gate), compile_choice(module)))
+        gate = module.gate
+        pieces.append(Piece(ways, gate.pooled, compile_description(gate), compile_choice(module)))
     return pieces
-
-
-def run_pieces(
-    pieces: Sequence[Piece], offset: float, features_NCHW: Tensor, forced_NU: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Run each piece for the images that need it, where its gate or ``forced_NU`` says so.
-
-    Large feature maps go through the units a few images at a time: what a cache holds is gathered at little cost, and
-    one image alone needs no gathering.
-
-    Returns:
-        features, and the path that each image took through each unit, (N, U), int64. The features given are not
-        written to unless the segment begins with a unit, and then only without autograd.
-    """
-    features, means = features_NCHW, None
-    first = next(i for i, piece in enumerate(pieces) if piece.unit is not None)
-    for piece in pieces[:first]:
-        assert piece.ways[0] is not None
-        features, means = piece.ways[0](features)
-    rows = max(1, _BYTES // (features.shape[1:].numel() * features.element_size()))
-    if len(features) <= rows:
-        return _run_units(pieces[first:], offset, features, means, forced_NU)
-    parts = [
-        _run_units(
-            pieces[first:],
-            offset,
-            features[start : start + rows],
-            None if means is None else means[start : start + rows],
-            None if forced_NU is None else forced_NU[start : start + rows],
-        )
-        for start in range(0, len(features), rows)
-    ]
-    return torch.cat([part for part, _ in parts]), torch.cat([choices for _, choices in parts])
-
-
-def _run_units(
-    pieces: Sequence[Piece], offset: float, features: Tensor, means: Tensor | None, forced_NU: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    state: State = None
-    chosen: list[list[int]] = []
-    for piece in pieces:
-        unit = piece.unit
-        if unit is None:
-            assert piece.ways[0] is not None
-            features, means = piece.ways[0](features)
-            continue
-        assert piece.describe is not None
-        assert piece.choose is not None
-        described = means if means is not None and unit.gate.pooled else piece.describe(features)
-        taken, state = piece.choose(described, state, offset)
-        if forced_NU is not None:
-            taken = forced_NU[:, len(chosen)].tolist()
-        features, means = _dispatch(piece.ways, taken, features, described if unit.gate.pooled else None)
-        chosen.append(taken)
-    return features, torch.from_numpy(np.array(chosen, np.int64).T)
-
-
-def _dispatch(
-    ways: Sequence[Run | None], taken: Sequence[int], features: Tensor, means: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Send each image the way it has taken. Rows are gathered, computed and written back in place; nothing is
-    concatenated."""
-    if len(set(taken)) < 2:
-        way = ways[taken[0] if taken else -1]
-        return (features, means) if way is None else way(features)
-    if torch.is_grad_enabled():
-        features, means = features.clone(), None if means is None else means.clone()
-    source = features
-    target = features if None in ways else None
-    target_means = means if None in ways else None
-    known = means is not None or None not in ways  # else the means of those who pass unchanged are missing
-    for path in sorted(set(taken)):
-        way = ways[path]
-        if way is None:
-            continue
-        rows = torch.tensor([row for row, one in enumerate(taken) if one == path])
-        found, found_means = way(take_rows(source, rows))
-        if target is None:
-            target = source if found.shape[1:] == source.shape[1:] else found.new_empty(len(taken), *found.shape[1:])
-        put_rows(target, rows, found)
-        if found_means is not None and known:
-            if target_means is None:
-                target_means = found_means.new_empty(len(taken), found_means.shape[1])
-            put_rows(target_means, rows, found_means)
-    assert target is not None
-    return target, target_means if known else None
-
-
-def take_rows(values: Tensor, rows: Tensor) -> Tensor:
-    """Copies of these rows. numpy where it can: a parallel region of torch would leave its threads spinning against
-    those of ONNX Runtime."""
-    if _by_numpy(values):
-        return torch.from_numpy(values.numpy().take(rows.numpy(), axis=0))
-    return values[rows]
-
-
-def put_rows(values: Tensor, rows: Tensor, found: Tensor) -> None:
-    """Write rows in place."""
-    if _by_numpy(values) and _by_numpy(found):
-        values.numpy()[rows.numpy()] = found.numpy()
-    else:
-        values[rows] = found
-
-
-def _by_numpy(values: Tensor) -> bool:
-    cpu = values.device.type == "cpu" and not values.requires_grad
-    return cpu and values.is_contiguous() and values.dtype in (torch.float32, torch.float64)

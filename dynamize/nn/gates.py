@@ -106,11 +106,16 @@ class RecurrentGate(Gate):
 
 
 def pool(features_NCHW: Tensor) -> Tensor:
-    """Channel means, (N, C, H, W) -> (N, C): of large maps, which only memory's speed limits, over some pixels."""
+    """Channel means, (N, C, H, W) -> (N, C)."""
+    return pool_map(features_NCHW).flatten(1)
+
+
+def pool_map(features_NCHW: Tensor) -> Tensor:
+    """Channel means as a map of one pixel: of large maps, which only memory's speed limits, over some pixels."""
     step = min(features_NCHW.shape[-2:]) // _SAMPLED
     if step > 1:  # a pool of one pixel is the stride that ONNX Runtime computes in its blocked layout
         features_NCHW = functional.max_pool2d(features_NCHW, 1, step)
-    return functional.adaptive_avg_pool2d(features_NCHW, 1).flatten(1)
+    return functional.adaptive_avg_pool2d(features_NCHW, 1)
 
 
 def open_linear(inputs: int, paths: int) -> nn.Linear:

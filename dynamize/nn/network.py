@@ -8,7 +8,8 @@ from torch import Tensor, fx, nn
 
 from dynamize.errors import DynamizeError
 from dynamize.nn.confidence import CONFIDENCES, ConfidenceName
-from dynamize.nn.gated import GatedSegment, Piece, Unit
+from dynamize.nn.dispatch import Piece
+from dynamize.nn.gated import GatedSegment, Unit
 from dynamize.nn.heads import ExitHead, extend_context
 from dynamize.nn.routing import Routing, StageOutput, run_stages
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from dynamize.nn.gated import Piece
+    from dynamize.nn.dispatch import Piece
     from dynamize.nn.network import DynamicNetwork
 
 Indices = NDArray[np.int64]
@@ -117,6 +117,8 @@ def _in_order(answered: list[tuple[Indices, Tensor]]) -> Tensor:
 
 def _all_choices(chosen: list[tuple[Indices, Tensor]], stages: Sequence[Stage], images: int) -> Tensor:
     """Side by side for all images, -1 for those that a stage did not see."""
+    if len(chosen) == 1 and len(stages) == 1:
+        return chosen[0][1].cpu()
     whole = torch.full((images, len(stages[0].network.units)), -1)
     start = 0
     for rows, choices in chosen:

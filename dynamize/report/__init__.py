@@ -4,7 +4,8 @@ Each face is a module with one function, `render(report)`: `terminal`, `markdown
 """
 
 from dynamize.report.data import Gallery, GalleryImage, GateUse, Network, PathUse, Point, ReportData, UnitUse
-from dynamize.report.ledger import Ledger, Row, Timing, headline, share_of_saving_shown, verdicts
+from dynamize.report.ledger import Ledger, Row, Timing, headline
+from dynamize.report.verdicts import share_of_saving_shown, verdicts
 
 __all__ = [
     "Gallery",

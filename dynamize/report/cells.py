@@ -39,6 +39,14 @@ def three_digits(value: float) -> str:
     return f"{value:.{decimals}f}"
 
 
+def size(value: int | None) -> str:
+    """Bytes in three digits: 853 kB, 3.42 MB."""
+    if value is None:
+        return ABSENT
+    text = count(value)
+    return f"{text[:-1]} {text[-1]}B" if text[-1].isalpha() else f"{text} B"
+
+
 def percent(share: float) -> str:
     """A share as per cent with two decimals, without the sign."""
     return f"{100 * share:.2f}"
@@ -128,6 +136,12 @@ def result_columns(ledger: Ledger) -> list[Column]:
     ]
 
 
+def size_columns(ledger: Ledger) -> list[Column]:
+    """Weights on disk and peak memory of every row; no column for what no row knows."""
+    found = {"size": [row.size for row in ledger.rows], "memory": [row.peak_memory for row in ledger.rows]}
+    return [Column(title, [*map(size, values)]) for title, values in found.items() if any(values)]
+
+
 def timing_columns(ledger: Ledger, backend: str, batches: Sequence[str]) -> list[Column]:
     """Milliseconds per call and speed-up over the static network, for each batch size."""
     columns = []
@@ -187,5 +201,6 @@ def legend(ledger: Ledger) -> str:
         "MACs: mean executed per image. ±: 95 % interval on the test split. "
         "drop: points lost against the static network."
     )
+    sizes = " size: weights as saved. memory: at most at once, for one image in eager PyTorch, weights included."
     timing = " ms: median per call on a batch (b1: batch 1); x: speed-up over the static network, measured in turns."
-    return results + (timing if ledger.backends() else "")
+    return results + (sizes if size_columns(ledger) else "") + (timing if ledger.backends() else "")

@@ -10,7 +10,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from dynamize.report import cells
 from dynamize.report.data import GateUse, Network, Point, ReportData
-from dynamize.report.ledger import Row, headline, verdicts
+from dynamize.report.ledger import Row, headline
+from dynamize.report.verdicts import verdicts
 
 LEAST = -sys.float_info.max
 """In place of minus infinity, which JSON does not have: a threshold that every score passes."""
@@ -25,7 +26,7 @@ def render(report: ReportData) -> str:
     """
     ledger = report.ledger
     summary = headline(ledger)
-    columns = cells.name_columns(ledger) + cells.result_columns(ledger)
+    columns = cells.name_columns(ledger) + cells.result_columns(ledger) + cells.size_columns(ledger)
     groups = [("", len(columns))]
     for backend in ledger.backends():
         timing = cells.timing_columns(ledger, backend, ledger.batches(backend))

@@ -4,7 +4,6 @@ It is kept as `ledger.json`, a plain list of rows, replaced atomically: a killed
 """
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -16,12 +15,6 @@ from dynamize.files import write_text
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Interval = tuple[float, float]
-
-LEAST_SAVING = 0.02
-"""Share of MACs below which a step is not said to save any: a head or a gate may change that by chance."""
-
-LEAST_SHOWN = 0.5
-"""Share of a MACs saving that the clock must show for the report to keep quiet about it."""
 
 
 class Timing(BaseModel):
@@ -39,7 +32,8 @@ class Row(BaseModel):
     `macs` is the mean of executed multiply-accumulates per image and `macs_worst` the dearest path;
     `macs_ratio`, `accuracy_drop` and `speedup` are against row 0. `latency` and `speedup` map backend, then
     batch size, to the time of one call on the whole batch and to the ratio of interleaved medians. `exits` is
-    empty for a static network.
+    empty for a static network. `size` is bytes of the weights as saved, `peak_memory` bytes of weights and feature
+    maps at most at once for one image in eager PyTorch; older ledgers have neither.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -58,6 +52,8 @@ class Row(BaseModel):
     speedup: dict[str, dict[str, Positive]] = {}
     exits: list[Share] = []
     seconds: Annotated[float, Field(ge=0)]
+    size: Annotated[int, Field(ge=0)] | None = None
+    peak_memory: Annotated[int, Field(ge=0)] | None = None
     notes: list[str] = []
 
     @model_validator(mode="after")
@@ -147,71 +143,6 @@ def _first_fault(error: ValidationError) -> str:
     named = [f"row {where.pop(0)}"] if where and isinstance(where[0], int) else []
     named += [".".join(map(str, where))] if where else []
     return ": ".join([*named, fault["msg"].removeprefix("Value error, ")])
-
-
-def share_of_saving_shown(macs_ratio: float, speedup: float) -> float | None:
-    """Part of the saved MACs that is saved time too: (1 - 1/speedup) / (1 - macs_ratio).
-
-    1 means that time fell as MACs did, 0 that the clock shows nothing, below 0 that it got slower.
-    None if no MACs were saved, for then there is nothing to show.
-    """
-    return None if macs_ratio >= 1 else (1 - 1 / speedup) / (1 - macs_ratio)
-
-
-def verdicts(ledger: Ledger) -> list[str]:
-    """A plain line for each step whose saving of MACs the clock does not show, and for the run as a whole.
-
-    A step is judged by what it changed since the row before it that was timed on the same backend and batch.
-    """
-    lines = []
-    for index, row in enumerate(ledger.rows[1:], start=1):
-        told = list(_step_verdicts(ledger, index))
-        lines += [f"Step {row.step}, {row.transform}: {line}." for line in told]
-    if len(ledger.rows) > 2:
-        last = ledger.rows[-1]
-        whole = _hidden_savings(last, [(ledger.rows[0], *key) for key in _timed(last)])
-        lines += [f"All steps together: {line}." for line in whole]
-    return lines
-
-
-def _step_verdicts(ledger: Ledger, index: int) -> Iterator[str]:
-    row, before = ledger.rows[index], ledger.rows[:index]
-    saved = 1 - row.macs / before[-1].macs if before[-1].macs else 0.0
-    if saved < LEAST_SAVING:
-        return
-    if not _timed(row):
-        yield f"saves {100 * saved:.0f} % of MACs, but its time was not measured"
-        return
-    bases = []
-    for backend, batch in _timed(row):
-        timed = [earlier for earlier in before if batch in earlier.speedup.get(backend, {})]
-        bases.append((timed[-1] if timed else before[0], backend, batch))
-    yield from _hidden_savings(row, bases)
-
-
-def _timed(row: Row) -> list[tuple[str, str]]:
-    return [(backend, batch) for backend, ratios in row.speedup.items() for batch in sorted(ratios, key=int)]
-
-
-def _hidden_savings(row: Row, bases: list[tuple[Row, str, str]]) -> Iterator[str]:
-    """One line for each backend on which a saving against the base row is mostly not seen."""
-    hidden: dict[tuple[str, str], list[str]] = {}
-    for base, backend, batch in bases:
-        ratio = row.macs / base.macs if base.macs else 1.0
-        gain = row.speedup[backend][batch] / base.speedup.get(backend, {}).get(batch, 1.0)
-        shown = share_of_saving_shown(ratio, gain)
-        if 1 - ratio >= LEAST_SAVING and shown is not None and shown < LEAST_SHOWN:
-            saving = f"{100 * (1 - ratio):.0f} %"
-            hidden.setdefault((backend, saving), []).append(f"{_time_change(gain)} at batch {batch}")
-    for (backend, saving), parts in hidden.items():
-        yield f"saves {saving} of MACs but {' and '.join(parts)} in {backend}"
-
-
-def _time_change(speedup: float) -> str:
-    percent = 100 * (1 - 1 / speedup)
-    if percent <= -0.5:
-        return f"is {-percent:.0f} % slower"
-    return "none of the time" if percent < 0.5 else f"{percent:.0f} % of the time"
 
 
 def headline(ledger: Ledger) -> str:

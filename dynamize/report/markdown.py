@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dynamize.report import cells
 from dynamize.report.cells import Column
 from dynamize.report.data import ReportData
-from dynamize.report.ledger import headline, verdicts
+from dynamize.report.ledger import headline
+from dynamize.report.verdicts import verdicts
 
 
 def render(report: ReportData) -> str:
@@ -15,7 +16,7 @@ def render(report: ReportData) -> str:
     """
     ledger = report.ledger
     blocks = [f"# {_plain(ledger.title)}", _plain(headline(ledger)), _about(report)]
-    columns = cells.name_columns(ledger) + cells.result_columns(ledger)
+    columns = cells.name_columns(ledger) + cells.result_columns(ledger) + cells.size_columns(ledger)
     backends = ledger.backends()
     for backend in backends:
         timing = cells.timing_columns(ledger, backend, ledger.batches(backend))

@@ -16,7 +16,8 @@ from rich.text import Text
 from dynamize.report import cells
 from dynamize.report.cells import Column
 from dynamize.report.data import ReportData
-from dynamize.report.ledger import headline, verdicts
+from dynamize.report.ledger import headline
+from dynamize.report.verdicts import verdicts
 
 LONGEST_CELL = 10
 """Characters: with this an ordinary ledger is at most 80 columns wide."""
@@ -26,7 +27,7 @@ UNLIMITED = 10_000
 
 
 def render(report: ReportData) -> Group:
-    """The ledger, further backends, the operating points, then what the reader must be told.
+    """The ledger, sizes, further backends, the operating points, then what the reader must be told.
 
     Raises `DynamizeError` if the ledger has no rows.
     """
@@ -45,6 +46,8 @@ def _parts(report: ReportData) -> Iterator[RenderableType]:
         parts.append(cells.timing_columns(ledger, backend, _shown_batches(ledger.batches(backend))))
     yield _Fitted(cells.name_columns(ledger), [*parts, cells.exit_column(ledger)])
     yield from (Text(f"ms and x: {backend}", style="dim") for backend in main)
+    if sizes := cells.size_columns(ledger):
+        yield from (Text(), _Fitted(cells.name_columns(ledger), [sizes]))
     for backend in backends:
         batches = ledger.batches(backend)
         if backend not in main or len(batches) > BATCHES_BESIDE_RESULTS:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,9 +12,15 @@ from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.routing import Routed, Stage, run_stages
 from dynamize.runtime.eager import eager_stages
 from dynamize.runtime.onnx import one_torch_thread, onnx_stages
+from dynamize.runtime.openvino import openvino_stages
 
 Compiler = Callable[[DynamicNetwork, torch.device], Sequence[Stage]]
-BACKENDS: dict[str, Compiler] = {"eager": eager_stages, "onnxruntime": onnx_stages}
+BACKENDS: dict[str, Compiler] = {
+    "eager": eager_stages,
+    "onnxruntime": onnx_stages,
+    "openvino": openvino_stages,
+    "openvino-bf16": partial(openvino_stages, precision="bf16"),
+}
 
 
 class CompiledNetwork:
@@ -25,6 +32,7 @@ class CompiledNetwork:
 
     def __init__(self, network: DynamicNetwork, backend: str, stages: Sequence[Stage], device: torch.device) -> None:
         self.network, self.backend, self.stages, self.device = network, backend, stages, device
+        self._gated, self._forced = bool(network.units), False
 
     def __call__(self, images_NCHW: Tensor) -> Tensor:
         return self.run(images_NCHW).logits
@@ -34,15 +42,18 @@ class CompiledNetwork:
 
         ``forced_NU`` are paths to take whatever the gates say; only while all exits are off.
         """
-        if self.network.units:
+        if self._gated:
             frozen = self.stages[0].network
-            frozen.gate_offset = self.network.gate_offset
-            frozen.force_paths(forced_NU)
+            if frozen.gate_offset != self.network.gate_offset:
+                frozen.gate_offset = self.network.gate_offset
+            if self._forced or forced_NU is not None:
+                frozen.force_paths(forced_NU)
+                self._forced = forced_NU is not None
         return self.run_at(self.network.thresholds, images_NCHW)
 
     def run_at(self, thresholds: Sequence[float | None], images_NCHW: Tensor) -> Routed:
         """The same with other thresholds than the network's, gates as they were in the last call."""
-        with torch.inference_mode(), one_torch_thread() if self.backend == "onnxruntime" else nullcontext():
+        with torch.inference_mode(), nullcontext() if self.backend == "eager" else one_torch_thread():
             return run_stages(self.stages, thresholds, images_NCHW)
 
 
@@ -51,22 +62,27 @@ def compile_network(network: DynamicNetwork, backend: str, device: torch.device 
 
     Args:
         network: a converted network, or a static one from :func:`dynamize.conversion.wrap`.
-        backend: ``eager`` (batch norms folded, channels last) or ``onnxruntime``.
+        backend: ``eager`` (batch norms folded, channels last), ``onnxruntime``, ``openvino`` (float32) or
+            ``openvino-bf16``.
 
     Raises:
         DynamizeError: unknown backend, or a segment that the backend cannot take.
     """
-    if backend not in BACKENDS:
-        raise DynamizeError(
-            f"'{backend}' is no backend. {closest(backend, list(BACKENDS))}Known: {', '.join(BACKENDS)}."
-        )
+    compiler = find_backend(backend)
     device = torch.device(device)
     training = network.training
     try:
-        stages = BACKENDS[backend](network.eval(), device)
+        stages = compiler(network.eval(), device)
     finally:
         network.train(training)
     return CompiledNetwork(network, backend, stages, device)
+
+
+def find_backend(name: str) -> Compiler:
+    """What compiles for this backend; a DynamizeError lists those there are."""
+    if name not in BACKENDS:
+        raise DynamizeError(f"'{name}' is no backend. {closest(name, list(BACKENDS))}Known: {', '.join(BACKENDS)}.")
+    return BACKENDS[name]
 
 
 def default_backend(device: torch.device) -> str:

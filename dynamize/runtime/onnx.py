@@ -1,4 +1,4 @@
-"""The ONNX Runtime backend: one session a segment, all on one thread pool."""
+"""The backends that run ONNX: one session a segment. ONNX Runtime's sessions are all on one thread pool."""
 
 import copy
 import io
@@ -6,22 +6,27 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, cast
 
 import numpy as np
 import onnxruntime as ort
 import torch
+from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as _ort
 from torch import Tensor, nn
 from torch.nn import functional
 
 from dynamize.errors import DynamizeError
 from dynamize.graph.trace import blank
-from dynamize.nn.gated import Chooser, GatedSegment, Piece, Run, Unit, eager_choice, make_pieces, run_pieces
-from dynamize.nn.gates import ConvGate, Gate, LinearGate, State, pool
+from dynamize.nn.dispatch import Chooser, Piece, Run, run_pieces
+from dynamize.nn.gated import GatedSegment, Unit, eager_choice, make_pieces
+from dynamize.nn.gates import ConvGate, Gate, LinearGate, State, pool_map
 from dynamize.nn.network import DynamicNetwork, NetworkStage
+from dynamize.nn.quantized import is_quantized
 from dynamize.nn.routing import Stage, StageOutput
+from dynamize.runtime.integers import exchange_bytes
 from dynamize.runtime.layout import blocks, exchange_blocked
 from dynamize.runtime.session import session_options
 
@@ -30,16 +35,40 @@ _BLOCK = 16  # channels; ONNX Runtime's blocked layout holds 8 or 16 together
 _INPUTS = ["features", "context"]
 
 
+Session = Callable[[list[Tensor]], list[Tensor]]
+"""A compiled model: inputs in order -> outputs in order, which later calls leave alone."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What compiles ONNX.
+
+    Attributes:
+        load: makes a session of a model; a mapping names the inputs and outputs that it exchanges in ONNX Runtime's
+            blocked layout, with their channels (:func:`exchange_blocked`).
+        blocks: whether it can exchange any so.
+    """
+
+    load: Callable[[bytes, Mapping[str, int]], Session]
+    blocks: bool
+
+
 def onnx_stages(network: DynamicNetwork, device: torch.device) -> list[Stage]:
     """Every stage of ``network`` as ONNX Runtime sessions on the CPU: one, or one for each way through its gates."""
     if device.type != "cpu":
         raise DynamizeError(f"backend onnxruntime runs on the CPU here, not on {device}: use --backend eager")
+    return engine_stages(network, Engine(_session, blocks=not is_quantized(network)))
+
+
+def engine_stages(network: DynamicNetwork, engine: Engine) -> list[Stage]:
+    """Every stage of a copy of ``network`` as sessions of one engine on the CPU."""
     network = copy.deepcopy(network).cpu().eval()
+    exchange_bytes(network)
     stages: list[OnnxStage | GatedOnnxStage] = []
     blocked = False  # whether features come in ONNX Runtime's blocked layout: images do not
     for stage, inputs in stages_with_inputs(network):
         gated = isinstance(network.segments[stage.index], GatedSegment)
-        stages.append((GatedOnnxStage if gated else OnnxStage)(stage, inputs, blocked))
+        stages.append((GatedOnnxStage if gated else OnnxStage)(stage, inputs, blocked, engine))
         blocked = stages[-1].hands_on_blocks
     return list(stages)
 
@@ -54,38 +83,39 @@ def stages_with_inputs(network: DynamicNetwork) -> Iterator[tuple[NetworkStage, 
         inputs = [one for one in (output.features, output.context) if one is not None]
 
 
-def export_stage(stage: NetworkStage, inputs: list[Tensor]) -> tuple[bytes, list[str]]:
-    """A stage with its exit as ONNX, and the names of its outputs."""
+def export_stage(stage: NetworkStage, inputs: list[Tensor], blocks: bool = True) -> tuple[bytes, list[str]]:
+    """A stage with its exit as ONNX, and the names of its outputs; ``blocks`` as for :func:`export_onnx`."""
     network = stage.network
     if stage.index == network.exit_count - 1:
         outputs = ["logits"]
     else:
         outputs = ["next_features", "logits", "score", *(["next_context"] if network.chained else [])]
-    return export_onnx(_Deciding(stage), inputs, outputs), outputs
+    return export_onnx(_Deciding(stage), inputs, outputs, blocks), outputs
 
 
 class OnnxStage:
     """One stage as a session; a second session without the head is made when an exit is switched off."""
 
-    def __init__(self, stage: NetworkStage, inputs: list[Tensor], blocked: bool) -> None:
+    def __init__(self, stage: NetworkStage, inputs: list[Tensor], blocked: bool, engine: Engine) -> None:
         self.network = network = stage.network
+        self._engine = engine
         self._segment, self._inputs = network.segments[stage.index], inputs
         self._last = stage.index == network.exit_count - 1
         self._chained = network.chained
         with torch.no_grad():
             features = self._segment(inputs[0])
-        self.hands_on_blocks = not self._last and blocks(features.shape)
+        self.hands_on_blocks = not self._last and engine.blocks and blocks(features.shape)
         self._blocked = _blocked_ends(inputs[0] if blocked else None, features if self.hands_on_blocks else None)
-        self._deciding = _session(export_stage(stage, inputs)[0], self._blocked)
-        self._passing: ort.InferenceSession | None = None
+        self._deciding = engine.load(export_stage(stage, inputs, engine.blocks)[0], self._blocked)
+        self._passing: Session | None = None
 
     def __call__(self, features: Tensor, context: Tensor | None, decide: bool) -> StageOutput:
         if not decide and not self._chained:
             if self._passing is None:
-                exported = export_onnx(self._segment, self._inputs[:1], ["next_features"])
-                self._passing = _session(exported, self._blocked)
-            return StageOutput(_run(self._passing, [features])[0], None, None, None)
-        found = _run(self._deciding, [features] if context is None else [features, context])
+                exported = export_onnx(self._segment, self._inputs[:1], ["next_features"], self._engine.blocks)
+                self._passing = self._engine.load(exported, self._blocked)
+            return StageOutput(self._passing([features])[0], None, None, None)
+        found = self._deciding([features] if context is None else [features, context])
         if self._last:
             return StageOutput(None, None, found[0], None)
         context = found[3] if self._chained else None
@@ -101,19 +131,20 @@ class GatedOnnxStage:
     """One stage with gates: a session for each way through each piece and one for the exit; the small products of the
     gates stay in torch."""
 
-    def __init__(self, stage: NetworkStage, inputs: list[Tensor], blocked: bool) -> None:
+    def __init__(self, stage: NetworkStage, inputs: list[Tensor], blocked: bool, engine: Engine) -> None:
         self.network = network = stage.network
+        self._engine = engine
         self._stage, self._chained = stage, network.chained
         self._segment = cast(GatedSegment, network.segments[stage.index])
         for unit in self._segment.units:
             unit.gate.fold()
-        self._ends, features, self.hands_on_blocks = _ends_of_pieces(self._segment, inputs[0], blocked)
+        self._ends, features, self.hands_on_blocks = _ends_of_pieces(self._segment, inputs[0], blocked, engine.blocks)
         self._pieces = make_pieces(list(self._segment.pieces), self._way, self._description, _choice)
-        self._exit: ort.InferenceSession | None = None
+        self._exit: Session | None = None
         if stage.index < network.exit_count - 1:
             outputs = ["logits", "score", *(["next_context"] if self._chained else [])]
-            exported = export_onnx(_Exit(stage), [features, *inputs[1:]], outputs)
-            self._exit = _session(exported, _blocked_ends(features if self.hands_on_blocks else None))
+            exported = export_onnx(_Exit(stage), [features, *inputs[1:]], outputs, engine.blocks)
+            self._exit = engine.load(exported, _blocked_ends(features if self.hands_on_blocks else None))
 
     def __call__(self, features: Tensor, context: Tensor | None, decide: bool) -> StageOutput:
         features, choices = run_pieces(self._pieces, self._segment.offset, features, self._segment.forced)
@@ -121,7 +152,7 @@ class GatedOnnxStage:
             return self._stage.exit(features, context, decide)._replace(choices=choices)
         if not decide and not self._chained:
             return StageOutput(features, None, None, None, choices)
-        found = _run(self._exit, [features] if context is None else [features, context])
+        found = self._exit([features] if context is None else [features, context])
         context = found[2] if self._chained else None
         logits, score = (found[0], found[1]) if decide else (None, None)
         return StageOutput(features, context, logits, score, choices)
@@ -133,11 +164,14 @@ class GatedOnnxStage:
     def _way(self, module: nn.Module, pooled: bool) -> Run:
         outputs = ["next_features", "means"] if pooled else ["next_features"]
         features, ends = self._ends[id(module)]
-        session = _session(export_onnx(_Way(module, pooled), [features], outputs), ends)
+        if pooled and "next_features" in ends:
+            ends = ends | {"means": ends["next_features"]}  # a map of one pixel is the same in either layout
+        exported = export_onnx(_Way(module, pooled), [features], outputs, self._engine.blocks)
+        session = self._engine.load(exported, ends)
 
         def run(features: Tensor) -> tuple[Tensor, Tensor | None]:
-            found = _run(session, [features])
-            return found[0], found[1] if pooled else None
+            found = session([features])
+            return found[0], found[1].flatten(1) if pooled else None
 
         return run
 
@@ -145,11 +179,12 @@ class GatedOnnxStage:
         """Made when it is first needed: mostly the way before has handed on what a gate reads."""
 
         @cache
-        def session() -> ort.InferenceSession:
+        def session() -> Session:
             features, ends = self._ends[id(gate)]
-            return _session(export_onnx(_Description(gate), [features], ["description"]), ends)
+            exported = export_onnx(_Description(gate), [features], ["description"], self._engine.blocks)
+            return self._engine.load(exported, ends)
 
-        return lambda features: _run(session(), [features])[0]
+        return lambda features: session()([features])[0]
 
 
 def _choice(unit: Unit) -> Chooser:
@@ -169,7 +204,7 @@ def _choice(unit: Unit) -> Chooser:
 
 
 def _ends_of_pieces(
-    segment: GatedSegment, features: Tensor, blocked: bool
+    segment: GatedSegment, features: Tensor, blocked: bool, may_block: bool
 ) -> tuple[dict[int, tuple[Tensor, dict[str, int]]], Tensor, bool]:
     """What each static piece, way and gate of a segment takes and which of its ends are in the blocked layout, by id of
     the module; then the segment's features and whether they are in it."""
@@ -179,7 +214,9 @@ def _ends_of_pieces(
         ways = piece.paths() if isinstance(piece, Unit) else [piece]
         with torch.no_grad():
             features = piece(features)
-        blocked = before if None in ways else blocks(features.shape)  # who passes unchanged keeps the layout
+        blocked = (
+            before if None in ways else may_block and blocks(features.shape)
+        )  # who passes unchanged keeps the layout
         taken = features_before if before else None
         found = _blocked_ends(taken, features if blocked else None)
         ends.update({id(way): (features_before, found) for way in ways if way is not None})
@@ -223,7 +260,7 @@ class _Exit(nn.Module):
 
 
 class _Way(nn.Module):
-    """A way through a piece, with the channel means of what it gives if a gate reads them."""
+    """A way through a piece, with the channel means of what it gives, (N, C, 1, 1), if a gate reads them."""
 
     def __init__(self, module: nn.Module, pooled: bool) -> None:
         super().__init__()
@@ -231,7 +268,7 @@ class _Way(nn.Module):
 
     def forward(self, features: Tensor) -> Any:
         features = self.module(features)
-        return (features, pool(features)) if self.pooled else features
+        return (features, pool_map(features)) if self.pooled else features
 
 
 class _Description(nn.Module):
@@ -243,21 +280,27 @@ class _Description(nn.Module):
         return self.gate.describe(features)
 
 
-def _run(session: ort.InferenceSession, inputs: list[Tensor]) -> list[Tensor]:
-    feed = {name: np.ascontiguousarray(value.detach().numpy()) for name, value in zip(_INPUTS, inputs, strict=False)}
-    return [torch.from_numpy(value) for value in session.run(None, feed)]
-
-
-def _session(model: bytes, channels: Mapping[str, int] | None = None) -> ort.InferenceSession:
-    """A session; ``channels`` names the inputs and outputs in the blocked layout (:func:`exchange_blocked`)."""
+def _session(model: bytes, channels: Mapping[str, int]) -> Session:
+    """ONNX Runtime's; ``channels`` names the inputs and outputs in the blocked layout (:func:`exchange_blocked`)."""
     options = session_options()
     try:
         if channels:
             model = exchange_blocked(model, channels)
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except (_ort.Fail, _ort.NotImplemented, _ort.InvalidGraph) as error:
         raise DynamizeError(f"ONNX Runtime refuses a segment: {error}. Use --backend eager.") from error
+
+    def run(inputs: list[Tensor]) -> list[Tensor]:
+        arrays = map(as_array, inputs)
+        return [torch.from_numpy(value) for value in session.run(None, dict(zip(_INPUTS, arrays, strict=False)))]
+
+    return run
+
+
+def as_array(values: Tensor) -> NDArray[Any]:
+    """Contiguous, without a copy where it can be."""
+    return np.ascontiguousarray(values.detach().numpy())
 
 
 @contextmanager
@@ -272,10 +315,11 @@ def one_torch_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def export_onnx(module: nn.Module, inputs: list[Tensor], outputs: list[str]) -> bytes:
+def export_onnx(module: nn.Module, inputs: list[Tensor], outputs: list[str], blocks: bool = True) -> bytes:
     """A module in eval mode as ONNX, with the batch dimension free and its outputs named.
 
-    Uses the tracing exporter: what is exported is a straight line already, and it is twenty times faster.
+    Uses the tracing exporter: what is exported is a straight line already, and it is twenty times faster. ``blocks``
+    prepares for ONNX Runtime's blocked layout.
     """
     buffer = io.BytesIO()
     names = _INPUTS[: len(inputs)]
@@ -284,7 +328,7 @@ def export_onnx(module: nn.Module, inputs: list[Tensor], outputs: list[str]) -> 
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         try:
             torch.onnx.export(
-                _Plain(module).eval(),
+                _Plain(module, blocks).eval(),
                 tuple(inputs),
                 buffer,  # type: ignore[arg-type]  # the tracing exporter takes a stream
                 input_names=names,
@@ -301,18 +345,18 @@ def export_onnx(module: nn.Module, inputs: list[Tensor], outputs: list[str]) -> 
 
 
 class _Plain(nn.Module):
-    """Hides a GraphModule, whose ``graph`` the exporter takes for its own.
+    """Hides a GraphModule, whose ``graph`` the exporter takes for its own. The rest is for ONNX Runtime.
 
     Features come in as ONNX Runtime's sessions hand them on, unblocked. If a shortcut takes them as they are, its add
     and all that follows are computed outside the blocked layout, unfused. A pool of one pixel, which changes nothing,
     is an operator that brings them into the layout once for all who use them.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, blocks: bool) -> None:
         super().__init__()
-        self.module = module
+        self.module, self.blocks = module, blocks and not is_quantized(module)
 
     def forward(self, features: Tensor, *context: Tensor) -> Any:
-        if features.dim() == 4 and features.shape[1] % _BLOCK == 0:
+        if self.blocks and features.dim() == 4 and features.shape[1] % _BLOCK == 0:
             features = functional.max_pool2d(features, 1)
         return self.module(features, *context)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dynamize.measure.latency import Contender, interleave
-from dynamize.nn.gated import Run
+from dynamize.nn.dispatch import Run
 from dynamize.nn.gates import ALL_OPEN
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.segments import build_segments
@@ -146,7 +146,7 @@ def _unit_ways(compiled: CompiledNetwork, image: Tensor) -> list[tuple[list[Run 
         for stage in compiled.stages:
             reached = features
             for piece in stage.pieces():
-                if piece.unit is not None:
+                if piece.choose is not None:
                     found.append((piece.ways, reached))
                 original = piece.ways[-1]
                 assert original is not None

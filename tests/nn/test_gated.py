@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dynamize.conversion import convert
 from dynamize.measure.costs import exit_costs
 from dynamize.measure.macs import count_macs
-from dynamize.nn import gated
+from dynamize.nn import dispatch
 from dynamize.nn.gated import GatedSegment
 from dynamize.nn.gates import ALL_OPEN, ConvGate
 from dynamize.nn.network import DynamicNetwork
@@ -134,18 +134,20 @@ def test_large_batches_go_through_the_units_in_parts(
     split_exits(network, images(64))
     wanted, sizes = run(network, batch), []
     for rows in (1, 3, 16):
-        monkeypatch.setattr(gated, "_BYTES", rows * 8 * 16 * 16 * 4)  # what the first stage's images take
-        sizes.append(_most_rows(network, batch))
+        monkeypatch.setattr(dispatch, "_TOGETHER", rows * 8 * 16 * 16 * 4)  # what the first stage's images take
+        sizes.append([_most_rows(network, batch, unit) for unit in (0, -1)])
         found = run(network, batch)
         assert torch.equal(found[1], wanted[1])
         assert torch.equal(found[2], wanted[2])
         assert close(found[0], wanted[0])
-    assert sizes == [1, 3, 16]
+    assert [first for first, _ in sizes] == [1, 3, 16]
+    if exits is None:  # smaller maps go more at a time, unless images have left
+        assert [last for _, last in sizes] == [5, 16, 16]
 
 
-def _most_rows(network: DynamicNetwork, batch: Tensor) -> int:
-    """Images that the first gate sees together."""
-    gate, sizes = network.units[0].gate, []
+def _most_rows(network: DynamicNetwork, batch: Tensor, unit: int) -> int:
+    """Images that a unit's gate sees together."""
+    gate, sizes = network.units[unit].gate, []
     decide = gate.decide
     gate.decide = lambda described, state=None: (sizes.append(len(described)), decide(described, state))[1]
     run(network, batch)

@@ -1,4 +1,4 @@
-"""The ledger: what it accepts, how it is kept, and what it says about MACs that the clock does not show."""
+"""The ledger: what it accepts, how it is kept, and its cells."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from dynamize.errors import DynamizeError
-from dynamize.report import Ledger, Row, cells, headline, share_of_saving_shown, verdicts
+from dynamize.report import Ledger, Row, cells, headline
 
 
 def with_row(ledger: Ledger, **changes: object) -> Ledger:
@@ -31,6 +31,20 @@ def test_file_is_a_list_of_rows_and_comes_back(ledger: Ledger, tmp_path: Path) -
     about = ledger.model_dump(include={"title", "model", "command", "backend", "machine"})
     assert Ledger.read(path, **about) == ledger
     assert os.listdir(path.parent) == ["ledger.json"]
+
+
+def test_rows_of_older_versions_lack_size_and_memory(ledger: Ledger, tmp_path: Path) -> None:
+    path = tmp_path / "ledger.json"
+    ledger.write(path)
+    rows = [{k: v for k, v in row.items() if k not in ("size", "peak_memory")} for row in json.loads(path.read_text())]
+    path.write_text(json.dumps(rows))
+    old = Ledger.read(path)
+    assert [row.accuracy for row in old.rows] == [row.accuracy for row in ledger.rows]
+    assert [column.title for column in cells.size_columns(ledger)] == ["size", "memory"]
+    assert cells.size_columns(old) == []
+    assert "memory" not in cells.legend(old)
+    mixed = Ledger(rows=[old.rows[0], *ledger.rows[1:]])
+    assert [column.cells[0] for column in cells.size_columns(mixed)] == ["-", "-"]
 
 
 def test_failed_write_keeps_the_old_file(ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,55 +116,6 @@ def test_main_backend_comes_first(ledger: Ledger) -> None:
     assert Ledger(rows=rows).batches("eager") == ["16", "128"]
 
 
-@pytest.mark.parametrize(
-    ("ratio", "speedup", "share"), [(0.5, 2.0, 1.0), (0.6, 1.0, 0.0), (0.5, 0.8, -0.5), (0.6, 1.25, 0.5)]
-)
-def test_share_of_saving_shown(ratio: float, speedup: float, share: float) -> None:
-    assert share_of_saving_shown(ratio, speedup) == pytest.approx(share)
-
-
-def test_no_share_where_nothing_was_saved() -> None:
-    assert share_of_saving_shown(1.0, 1.3) is None
-
-
-@pytest.mark.parametrize(
-    ("speedup", "said"),
-    [
-        ({"1": 1 / 0.97}, ["3 % of the time at batch 1"]),
-        ({"1": 1.0}, ["none of the time at batch 1"]),
-        ({"1": 0.8}, ["is 25 % slower at batch 1"]),
-        ({"64": 1 / 0.9, "1": 0.8}, ["is 25 % slower at batch 1 and 10 % of the time at batch 64"]),
-        ({"1": 1.5, "64": 1.1}, ["9 % of the time at batch 64"]),
-        ({"1": 1.5, "64": 1.6}, []),
-    ],
-)
-def test_verdict_on_one_step(ledger: Ledger, speedup: dict[str, float], said: list[str]) -> None:
-    changed = with_row(ledger, macs=0.6 * ledger.rows[0].macs, speedup={"onnxruntime": speedup})
-    expected = [f"Step 1, gates: saves 40 % of MACs but {part} in onnxruntime." for part in said]
-    assert verdicts(changed) == expected
-
-
-def test_untimed_saving_is_said_to_be_untimed(ledger: Ledger) -> None:
-    untimed = with_row(ledger, macs=0.6 * ledger.rows[0].macs, speedup={}, latency={})
-    assert verdicts(untimed) == ["Step 1, gates: saves 40 % of MACs, but its time was not measured."]
-
-
-def test_step_that_saves_no_macs_gets_no_verdict(ledger: Ledger) -> None:
-    slow = with_row(ledger, macs=0.99 * ledger.rows[0].macs, speedup={"onnxruntime": {"1": 0.5}})
-    assert verdicts(slow) == []
-
-
-def test_step_is_judged_by_its_own_change_and_the_run_as_a_whole(ledger: Ledger) -> None:
-    assert [line.split(":")[0] for line in verdicts(ledger)] == ["Step 3, skip_gates"]
-    slow = {"onnxruntime": {"1": 0.6, "64": 0.6}}
-    rows = [row.model_copy(update={"speedup": slow}) if row.step in (1, 2, 3) else row for row in ledger.rows]
-    rows[4] = rows[4].model_copy(update={"speedup": {"onnxruntime": {"1": 1.1, "64": 1.1}}})
-    assert verdicts(Ledger(rows=rows))[-1] == (
-        "All steps together: saves 43 % of MACs but 9 % of the time at batch 1 "
-        "and 9 % of the time at batch 64 in onnxruntime."
-    )
-
-
 def test_headline(ledger: Ledger) -> None:
     assert headline(ledger) == (
         "43 % fewer MACs; speed 1.49x at batch 1 and 1.63x at batch 64 in onnxruntime; accuracy 93.57 % to 93.27 %."
@@ -176,6 +141,11 @@ def test_headline(ledger: Ledger) -> None:
 )
 def test_counts_have_three_digits(value: float, text: str) -> None:
     assert cells.count(value) == text
+
+
+def test_sizes_are_in_bytes() -> None:
+    found = [cells.size(value) for value in (0, 999, 3_423_080, 102_228_128, 1_500_000_000, None)]
+    assert found == ["0 B", "999 B", "3.42 MB", "102 MB", "1.50 GB", "-"]
 
 
 @given(st.floats(min_value=1, max_value=9.9e11))

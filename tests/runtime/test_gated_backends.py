@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from backends import FLOAT32
 from gated_networks import gated_resnet, masked, scatter, split_exits
 from networks import SmallResNet, close, small_resnet, torchvision_network
 from torch import Tensor
@@ -11,9 +12,9 @@ from torch import Tensor
 from dynamize.conversion import convert
 from dynamize.measure.costs import exit_costs
 from dynamize.measure.macs import counting_macs
-from dynamize.nn import gated
+from dynamize.nn import dispatch
 from dynamize.nn.gates import ALL_OPEN
-from dynamize.runtime.compiled import BACKENDS, compile_network
+from dynamize.runtime.compiled import compile_network
 from dynamize.runtime.onnx import GatedOnnxStage
 from dynamize.transforms import SkipGates
 
@@ -29,7 +30,7 @@ def images(count: int) -> Tensor:
     return torch.randn(count, *SmallResNet.shape, generator=torch.Generator().manual_seed(count))
 
 
-@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("backend", FLOAT32)
 @pytest.mark.parametrize("exits", EXITS)
 @pytest.mark.parametrize("fields", GATES)
 def test_same_answers_and_routing_for_any_batch_size(backend: str, exits: dict | None, fields: dict) -> None:
@@ -89,7 +90,7 @@ def _counting(way: Any, name: str, ran: list[tuple[str, int]]) -> Any:
     return run
 
 
-@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("backend", FLOAT32)
 @pytest.mark.parametrize("gate", ["linear", "conv"])
 def test_a_torchvision_network(backend: str, gate: str) -> None:
     network, batch = torchvision_network("mobilenet_v3_small"), torch.randn(6, 3, 32, 32)
@@ -106,7 +107,7 @@ def test_a_torchvision_network(backend: str, gate: str) -> None:
     assert close(found.logits[clear], wanted.answers_NC[clear], 1e-4)
 
 
-@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("backend", FLOAT32)
 def test_the_offset_is_read_at_each_call(backend: str) -> None:
     network, batch = gated_resnet({}, keep_first=False), images(5)
     compiled = compile_network(network, backend)
@@ -122,7 +123,7 @@ def test_the_offset_is_read_at_each_call(backend: str) -> None:
     assert len(compiled.run(batch).choices.unique()) == 2
 
 
-@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("backend", FLOAT32)
 def test_forced_paths(backend: str) -> None:
     network, batch = gated_resnet({}, keep_first=False), images(9)
     compiled = compile_network(network, backend)
@@ -134,7 +135,7 @@ def test_forced_paths(backend: str) -> None:
     assert torch.equal(compiled.run(batch).choices, free.choices)  # for one call only
 
 
-@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("backend", FLOAT32)
 @pytest.mark.parametrize("fields", GATES)
 def test_weights_are_frozen_and_the_network_is_left_alone(backend: str, fields: dict) -> None:
     network, batch = gated_resnet({}, **fields).train(), images(6)
@@ -150,7 +151,7 @@ def test_weights_are_frozen_and_the_network_is_left_alone(backend: str, fields: 
     assert all(torch.equal(*pair) for pair in zip(compiled.run(batch), first, strict=True))
 
 
-@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("backend", FLOAT32)
 @pytest.mark.parametrize("fields", GATES)
 def test_the_images_are_not_overwritten(backend: str, fields: dict) -> None:
     network, batch = gated_resnet({"at": ["stem", "layer1"]}, **fields), images(8)
@@ -160,7 +161,7 @@ def test_the_images_are_not_overwritten(backend: str, fields: dict) -> None:
     assert torch.equal(batch, kept)
 
 
-@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("backend", FLOAT32)
 def test_an_empty_batch_and_images_that_want_gradients(backend: str) -> None:
     network = gated_resnet({})
     compiled = compile_network(network, backend)
@@ -168,7 +169,7 @@ def test_an_empty_batch_and_images_that_want_gradients(backend: str) -> None:
     assert torch.equal(compiled(images(2).requires_grad_()), compiled(images(2)))
 
 
-@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("backend", FLOAT32)
 def test_a_batch_that_leaves_early_has_a_column_for_every_unit(backend: str) -> None:
     network = gated_resnet({})
     network.thresholds = [float("-inf"), None]
@@ -180,14 +181,14 @@ def test_a_batch_that_leaves_early_has_a_column_for_every_unit(backend: str) -> 
         assert (choices[:, 0] >= 0).all()
 
 
-@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("backend", FLOAT32)
 def test_large_batches_go_through_the_units_in_parts(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     network, batch = gated_resnet({"chain": True}, gate="recurrent"), images(16)
     split_exits(network, images(64))
     compiled = compile_network(network, backend)
     wanted = compiled.run(batch)
     for rows in (1, 3):
-        monkeypatch.setattr(gated, "_BYTES", rows * 8 * 16 * 16 * 4)
+        monkeypatch.setattr(dispatch, "_TOGETHER", rows * 8 * 16 * 16 * 4)
         found = compiled.run(batch)
         assert torch.equal(found.exits, wanted.exits)
         assert torch.equal(found.choices, wanted.choices)

@@ -1,0 +1,98 @@
+"""How exactly each layer computes in bytes, against itself in float."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
+
+from dynamize.compression.parts import Key, Part, parts
+from dynamize.compression.quantization import routed, run_watched
+from dynamize.compression.steps import Steps
+from dynamize.nn.network import DynamicNetwork
+from dynamize.nn.quantized import Quantizer, quantized_layer
+
+
+class _Layer:
+    """One layer, in float and in bytes, and what was seen of both."""
+
+    def __init__(self, part: Part, index: int, node: fx.Node, steps: Callable[[Key], Steps]) -> None:
+        self.node, self.source, self.end = node, node.all_input_nodes[0], part.places.layers[node]
+        keys = part.tensor_keys(index)
+        before = steps(keys[self.source])
+        self._round = Quantizer(*before)
+        self._layer = quantized_layer(part.graph.get_submodule(str(node.target)), before.scale)
+        self._clamp = (None if self.end is node else part.graph, self.end)
+        self._round_end: nn.Module = Quantizer(*steps(keys[self.end])) if self.end in keys else nn.Identity()
+        self.signal, self.noise = 0.0, 0.0
+
+    def see(self, given: Tensor, wanted: Tensor) -> None:
+        """What the layer was given in float, and what it gave behind its clamp."""
+        for module in (self._round, self._layer, self._round_end):
+            module.to(given.device)
+        found = self._layer(self._round(given))
+        graph, end = self._clamp
+        if graph is not None:
+            found = _call(graph, end, found)
+        self.signal += float(wanted.double().square().sum())
+        self.noise += float((self._round_end(found) - wanted).double().square().sum())
+
+    @property
+    def decibels(self) -> float:
+        """Signal-to-noise ratio."""
+        if not self.signal:
+            return math.inf if not self.noise else -math.inf
+        return 10 * math.log10(self.signal / self.noise) if self.noise else math.inf
+
+
+def layer_fidelity(
+    network: DynamicNetwork, steps: Callable[[Key], Steps], batches: Sequence[Tensor], keep_float: Sequence[str]
+) -> dict[str, float]:
+    """Signal-to-noise ratio of each layer in dB, lowest first.
+
+    Each is given what reaches it in the float network, so its own rounding counts only: of what it reads, of its
+    weights, and of what it gives. A layer that none of the images reach is left out.
+
+    Args:
+        network: prepared.
+        steps: those of each rounded tensor.
+        batches: images (N, C, H, W).
+        keep_float: names of layers that stay in float.
+    """
+    found: dict[int, list[_Layer]] = {}
+    named: list[tuple[str, _Layer]] = []
+    whole = list(enumerate(parts(network, keep_float)))
+    for index, part in whole:
+        found[index] = [_Layer(part, index, node, steps) for node in part.places.layers]
+        named += [(part.layer_name(layer.node), layer) for layer in found[index]]
+    read = {layer.source for layers in found.values() for layer in layers}
+    values: dict[fx.Node, Tensor] = {}
+
+    def see(part: Part, index: int, node: fx.Node, value: Tensor) -> None:
+        if node.op == "placeholder":
+            values.clear()
+        if node in read:
+            values[node] = value
+        for layer in found[index]:
+            if layer.end is node:
+                layer.see(values[layer.source], value)
+
+    run_watched(whole, batches, see, routed(network))
+    ratios: dict[str, float] = {}
+    for name, layer in named:
+        if layer.signal or layer.noise:
+            ratios[name] = min(layer.decibels, ratios.get(name, math.inf))
+    return dict(sorted(ratios.items(), key=lambda item: item[1]))
+
+
+def _call(graph: fx.GraphModule, node: fx.Node, value: Tensor) -> Tensor:
+    """What a node with one tensor among its arguments gives for another tensor."""
+    if node.op == "call_module":
+        return cast(Tensor, graph.get_submodule(str(node.target))(value))
+    args: Any = map_arg(node.args, lambda _: value)
+    kwargs: Any = map_arg(node.kwargs, lambda _: value)
+    if node.op == "call_method":
+        return cast(Tensor, getattr(torch.Tensor, str(node.target))(*args, **kwargs))
+    return cast(Tensor, cast(Callable[..., Any], node.target)(*args, **kwargs))

@@ -1,0 +1,80 @@
+"""Bytes that a network takes: on disk, and at most at once while it answers. The same on every run and machine."""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dynamize.graph.trace import blank
+from dynamize.nn.gates import ALL_OPEN
+from dynamize.nn.network import DynamicNetwork
+from dynamize.nn.routing import run_stages
+
+
+def saved_bytes(network: DynamicNetwork) -> int:
+    """Size of the network's weights as a safetensors file; an int8 weight is one byte."""
+    state = {name: value.detach().cpu().contiguous().clone() for name, value in network.state_dict().items()}
+    return len(save(state, metadata={"format": "pt"}))
+
+
+def peak_bytes(network: DynamicNetwork) -> int:
+    """Weights, the image, and the most that feature maps take at once while one image goes the dearest path.
+
+    That path is the last exit with all gates open and those heads that are on. Counted are the tensors of eager PyTorch
+    while they are alive, not what an operator needs inside; a backend that fuses operators needs less, and integers
+    that eager PyTorch only imitates count as the floats that it computes with.
+    """
+    training, offset = network.training, network.gate_offset
+    thresholds = [None if one is None else float("inf") for one in network.thresholds]
+    network.eval().gate_offset = ALL_OPEN
+    weights = sum({id(one): one.nbytes for one in network.state_dict(keep_vars=True).values()}.values())
+    image = blank(network, 1, *network.input_shape)
+    try:
+        with torch.no_grad():
+            run_stages(network.stages(), thresholds, image)  # what is made once, on the first call, is not counted
+            with LiveBytes() as live:
+                run_stages(network.stages(), thresholds, image)
+    finally:
+        network.train(training)
+        network.gate_offset = offset
+    return weights + image.nbytes + live.peak
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors that are made inside the block, for as long as each of them is alive.
+
+    Attributes:
+        now: alive at this moment.
+        peak: the most that ever was.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._alive: set[int] = set()
+
+    def __torch_dispatch__(
+        self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = {id(one.untyped_storage()) for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)}
+        made = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor):
+                self._add(tensor.untyped_storage(), given)
+        return made
+
+    def _add(self, storage: torch.UntypedStorage, given: set[int]) -> None:
+        if id(storage) in given or id(storage) in self._alive:
+            return
+        self._alive.add(id(storage))
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._drop, id(storage), storage.nbytes())
+
+    def _drop(self, storage: int, size: int) -> None:
+        self._alive.discard(storage)
+        self.now -= size

@@ -1,0 +1,14 @@
+"""Which backends tests try: those that compute in float32 give the same answers to the last digits but one."""
+
+from importlib.util import find_spec
+
+import pytest
+
+from dynamize.runtime.compiled import BACKENDS
+
+needs_openvino = pytest.mark.skipif(find_spec("openvino") is None, reason="OpenVINO is not installed")
+FLOAT32 = [
+    pytest.param(name, marks=[needs_openvino] if name.startswith("openvino") else [])
+    for name in sorted(BACKENDS)
+    if not name.endswith("bf16")
+]

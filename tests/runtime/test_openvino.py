@@ -1,0 +1,131 @@
+"""What is OpenVINO's own: precisions, outputs that stay, integers, and what is said where it cannot be had."""
+
+from typing import Any, get_args
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from backends import needs_openvino
+from gated_networks import gated_resnet
+from networks import SmallResNet, close, dense, split_at, with_exits
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor
+
+from dynamize.errors import DynamizeError
+from dynamize.recipe import Recipe
+from dynamize.runtime import openvino
+from dynamize.runtime.compiled import BACKENDS, compile_network
+
+pytestmark = needs_openvino
+
+
+def images(count: int) -> Tensor:
+    return torch.randn(count, *SmallResNet.shape, generator=torch.Generator().manual_seed(count))
+
+
+def session(model: onnx.ModelProto, **options: Any) -> Any:
+    return openvino._session(model.SerializeToString(), {}, **({"precision": "f32", "threads": 1} | options))
+
+
+def test_recipes_know_every_backend() -> None:
+    (named,) = get_args(Recipe.model_fields["backends"].annotation)
+    assert set(get_args(named)) == set(BACKENDS)
+
+
+@pytest.mark.parametrize("gates", [False, True])
+def test_an_answer_stays_when_the_next_batch_is_answered(gates: bool) -> None:
+    network = gated_resnet({}) if gates else with_exits()
+    compiled = compile_network(network, "openvino")
+    features: Tensor | None = images(4)
+    for stage in compiled.stages:  # features too: a caller may keep what a stage hands on
+        assert features is not None
+        handed_on = stage(features, None, True)
+        kept = [one.clone() for one in handed_on if one is not None]
+        stage(features.flip(0) * 2, None, True)
+        assert all(map(torch.equal, kept, [one for one in handed_on if one is not None]))
+        features = handed_on.features
+    first = compiled(images(4))
+    kept_logits = first.clone()
+    compiled(images(4) + 1)
+    compiled(images(9))
+    assert torch.equal(first, kept_logits)
+
+
+def test_strided_images_are_read_in_their_order() -> None:
+    compiled, batch = compile_network(with_exits(), "openvino"), images(6)
+    wanted = compiled(batch)
+    assert torch.equal(compiled(batch.contiguous(memory_format=torch.channels_last)), wanted)
+    assert torch.equal(compiled(torch.stack([batch, batch + 1], 1)[:, 0]), wanted)
+
+
+def test_bfloat16_is_nearly_the_same_and_never_meant_by_float32() -> None:
+    """Eight bits of mantissa are lost over a dozen layers: a few per cent of the largest logit."""
+    if not openvino.computes_bfloat16():
+        pytest.skip("this CPU does not compute in bfloat16")
+    network, batch = with_exits(), images(64)
+    split_at(network, batch, [0.4, 0.5])
+    wanted, found = dense(network, batch), compile_network(network, "openvino-bf16").run(batch)
+    same = found.exits == wanted.exits_N
+    assert same.float().mean() > 0.9
+    assert close(found.logits[same], wanted.answers_NC[same], 0.05)
+    assert not close(found.logits[same], wanted.answers_NC[same], 1e-4)
+    exact = compile_network(network, "openvino").run(batch)
+    assert close(exact.logits, wanted.answers_NC)
+
+
+def quantised_convolution() -> onnx.ModelProto:
+    """uint8 features of scale 0.5 and zero point 3, int8 weights of scales 0.25 and 0.5, in QDQ form."""
+    weight = np.array([[1, -3], [3, 4]], np.int8).reshape(2, 2, 1, 1)
+    tensors = {
+        "scale": np.array(0.5, np.float32),
+        "zero": np.array(3, np.uint8),
+        "weight": weight,
+        "weight_scale": np.array([0.25, 0.5], np.float32),
+        "weight_zero": np.zeros(2, np.int8),
+    }
+    nodes = [
+        helper.make_node("QuantizeLinear", ["features", "scale", "zero"], ["quantised"]),
+        helper.make_node("DequantizeLinear", ["quantised", "scale", "zero"], ["taken"]),
+        helper.make_node("DequantizeLinear", ["weight", "weight_scale", "weight_zero"], ["weights"], axis=0),
+        helper.make_node("Conv", ["taken", "weights"], ["computed"]),
+        helper.make_node("QuantizeLinear", ["computed", "scale", "zero"], ["rounded"]),
+        helper.make_node("DequantizeLinear", ["rounded", "scale", "zero"], ["next_features"]),
+    ]
+    ends = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 2, 1, 1])
+        for name in ("features", "next_features")
+    ]
+    initial = [numpy_helper.from_array(value, name) for name, value in tensors.items()]
+    graph = helper.make_graph(nodes, "quantised", ends[:1], ends[1:], initial)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+
+
+@pytest.mark.parametrize("precision", ["f32", "bf16"])
+def test_integers_by_hand(precision: str) -> None:
+    """2.2 -> 4.4 steps -> 4 and -1.6 -> -3.2 -> -3, so 2.0 and -1.5 are taken: 0.25 (2 + 4.5) = 1.625, 3.25 steps, of
+    which 3 are left; 0.5 (6 - 6) = 0. Of 200, 255 - 3 = 252 steps are left, 126.0: 31.5 and 189, of which 126."""
+    if precision == "bf16" and not openvino.computes_bfloat16():
+        pytest.skip("this CPU does not compute in bfloat16")
+    given = torch.tensor([[2.2, -1.6], [200.0, 0.0]]).reshape(2, 2, 1, 1)
+    (found,) = session(quantised_convolution(), precision=precision)([given])
+    assert found.flatten(1).tolist() == [[1.5, 0.0], [31.5, 126.0]]
+
+
+def test_what_cannot_be_had_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = with_exits()
+    with pytest.raises(DynamizeError, match="openvino-bf16 runs on the CPU here, not on cuda: use --backend eager"):
+        compile_network(network, "openvino-bf16", "cuda")
+    with pytest.raises(DynamizeError, match="OpenVINO refuses a segment: .* Use --backend eager"):
+        openvino._session(b"no model", {}, precision="f32", threads=1)
+    monkeypatch.setattr(openvino, "_CAPABILITY", "NO SUCH")
+    with pytest.raises(DynamizeError, match="does not compute in bfloat16. Use --backend openvino"):
+        compile_network(network, "openvino-bf16")
+
+    def missing(name: str) -> Any:
+        raise ImportError(f"No module named '{name}'")
+
+    openvino._core.cache_clear()
+    monkeypatch.setattr(openvino.importlib, "import_module", missing)
+    with pytest.raises(DynamizeError, match=r"pip install 'dynamize\[openvino\]'"):
+        compile_network(network, "openvino")

@@ -1,0 +1,317 @@
+"""`quantize`: bytes in every part, ranges from the images that reach it, and back from an artifact."""
+
+import copy
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from digits import SHAPE, DigitNet, digit_network, digit_splits
+from gated_digits import gated_digits, set_scores
+from torch import Tensor, nn
+
+from dynamize import artifact
+from dynamize.calibration import collect
+from dynamize.compression.neural_compressor import chosen_steps
+from dynamize.compression.parts import prepare
+from dynamize.compression.quantization import sample
+from dynamize.conversion import apply, convert
+from dynamize.data import Splits
+from dynamize.errors import DynamizeError
+from dynamize.measure.accuracy import exit_accuracies
+from dynamize.measure.costs import exit_costs
+from dynamize.nn.network import DynamicNetwork
+from dynamize.nn.quantized import QuantizedConv2d, QuantizedLinear, Quantizer, quantized_layer
+from dynamize.nn.routing import record_routing
+from dynamize.runtime.compiled import compile_network
+from dynamize.runtime.onnx import export_stage, stages_with_inputs
+from dynamize.runtime.session import session_options
+from dynamize.transform import Context, check_order, parse_step, registered
+from dynamize.transforms import Calibrate, ChannelGates, Distill, Quantize, quantize
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def data() -> Splits:
+    return digit_splits(None)
+
+
+@pytest.fixture(scope="module")
+def trained(data: Splits) -> DynamicNetwork:
+    torch.manual_seed(0)
+    context = Context(data=data, teacher=DigitNet().eval())
+    network, _ = apply(digit_network(), Distill(epochs=6, batch_size=32, lr=0.2, alpha=0.0), context)
+    return network.eval()
+
+
+def context(data: Splits) -> Context:
+    return Context(data=data, teacher=DigitNet().eval())
+
+
+def images(data: Splits) -> Tensor:
+    return next(iter(data.test.batches(100)))[0]
+
+
+def quantizers(module: nn.Module) -> list[tuple[float, int]]:
+    found = [one for one in module.modules() if isinstance(one, Quantizer)]
+    return [(float(one.scale), int(one.zero_point)) for one in found]
+
+
+def test_accuracy_costs_and_size(trained: DynamicNetwork, data: Splits) -> None:
+    network, notes = apply(copy.deepcopy(trained), Quantize(), context(data))
+    kinds = [type(one) for one in network.modules()]
+    assert kinds.count(QuantizedConv2d) == 3 + 3  # of the network, and of the heads
+    assert kinds.count(QuantizedLinear) == 1
+    assert nn.Conv2d not in kinds
+    before, after = (exit_accuracies(one, data.test, CPU) for one in (trained, network))
+    assert min(before) > 0.6
+    assert max(abs(old - new) for old, new in zip(before, after, strict=True)) <= 0.03
+    assert exit_costs(network).cumulative().tolist() == exit_costs(trained).cumulative().tolist()
+    assert notes[0].startswith("7 of 7 layers compute in bytes, with ranges by mse from ")
+    assert notes[1].startswith("calibration accuracy, evaluated again in bytes: exit 1 ")
+    assert notes[2].startswith("least exact layers, signal to noise in dB: ")
+    weights = [tensor for name, tensor in network.state_dict().items() if name.endswith(".weight") and tensor.ndim == 4]
+    assert {tensor.dtype for tensor in weights} == {torch.int8}
+    assert quantizers(network.segments[0])[-1] == quantizers(network.segments[1])[0]  # one scale at a border
+    assert quantizers(network.segments[0])[-1] == quantizers(network.heads[0])[0]
+
+
+def test_backends_agree(trained: DynamicNetwork, data: Splits) -> None:
+    network, _ = apply(copy.deepcopy(trained), Quantize(), context(data))
+    batch = images(data)
+    for thresholds in ([None, None], [0.6, 0.6]):
+        network.thresholds = list(thresholds)
+        with torch.no_grad():
+            wanted = network(batch)
+        for backend in ("eager", "onnxruntime"):
+            found = compile_network(network, backend)(batch)
+            assert (found.argmax(1) == wanted.argmax(1)).double().mean() >= 0.97
+            off = (found - wanted).abs().amax(1)
+            assert float(off.median()) < 0.02 * float(wanted.abs().max())
+
+
+def test_one_stage_is_within_a_step(trained: DynamicNetwork, data: Splits) -> None:
+    """ONNX Runtime adds whole numbers, PyTorch floats: a tie may fall the other way, not more in one layer."""
+    import onnxruntime as ort
+
+    network, _ = apply(copy.deepcopy(trained), Quantize(max_drop=None), context(data))
+    stage, inputs = next(stages_with_inputs(network))
+    session = ort.InferenceSession(export_stage(stage, inputs)[0], session_options())
+    batch = images(data)
+    found = torch.from_numpy(session.run(["next_features"], {"features": batch.numpy()})[0])
+    with torch.no_grad():
+        wanted = network.segments[0](batch)
+    scale = quantizers(network.segments[0])[-1][0]
+    assert ((found - wanted).abs() / scale).round().max() <= 1
+    assert (found == wanted).double().mean() > 0.99
+
+
+def test_onnx_runtime_computes_in_bytes(trained: DynamicNetwork, data: Splits, tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    import onnxruntime as ort
+
+    network, _ = apply(copy.deepcopy(trained), Quantize(max_drop=None), context(data))
+    for stage, inputs in stages_with_inputs(network):
+        options = session_options()
+        options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+        ort.InferenceSession(export_stage(stage, inputs)[0], options)
+        kinds = [node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node]
+        assert "QLinearConv" in kinds
+        assert not {"Conv", "FusedConv"} & set(kinds)
+
+
+def test_each_part_has_ranges_of_the_images_that_reach_it(trained: DynamicNetwork, data: Splits) -> None:
+    """What reaches the second segment depends on the first threshold; what reaches the first does not."""
+    found = []
+    with torch.no_grad():
+        scores = torch.cat(
+            [trained.scores(trained.all_exits(batch)[0], 0) for batch, _ in data.calibration.batches(256)]
+        )
+    for threshold in (None, float(scores.quantile(0.1))):
+        network = copy.deepcopy(trained)
+        network.thresholds = [threshold, None]
+        found.append(apply(network, Quantize(ranges="minmax", max_drop=None), Context(data=data))[0])
+    everyone, hard = (one.segments for one in found)
+    assert quantizers(everyone[0])[:-1] == quantizers(hard[0])[:-1]
+    later = [quantizers(one[1]) + quantizers(one[2]) for one in (everyone, hard)]
+    assert later[0] != later[1]
+    pairs = zip(*later, strict=True)
+    assert all(one[0] >= other[0] for one, other in pairs)  # of fewer images the range is no wider
+
+
+def test_parts_that_nobody_reaches_are_shown_all(trained: DynamicNetwork, data: Splits) -> None:
+    network = copy.deepcopy(trained)
+    network.thresholds = [0.0, None]
+    found, notes = apply(network, Quantize(max_drop=None), Context(data=data))
+    assert notes[1] == "3 parts that fewer than 16 of these images reach have their ranges from all of them"
+    assert all(scale != 1.0 for scale, _ in quantizers(found))
+
+
+def test_layers_stay_in_float_as_asked(trained: DynamicNetwork, data: Splits) -> None:
+    network, notes = apply(copy.deepcopy(trained), Quantize(keep_float=["b", "heads.0"]), context(data))
+    floats = [name for name, one in network.named_modules() if isinstance(one, nn.Conv2d)]
+    assert floats == ["segments.1.b.0", "heads.0.body.0", "heads.0.body.3"]
+    assert "4 of 7 layers" in notes[0]
+    assert network.history[-1]["float_layers"] == ["b", "heads.0"]
+    assert torch.allclose(network.segments[1].get_submodule("b.0").weight, _folded_weight(trained), rtol=1e-6)
+    with pytest.raises(DynamizeError, match=r"keep_float has 'c.9', which is no layer .* Did you mean"):
+        apply(copy.deepcopy(trained), Quantize(keep_float=["c.9"]), context(data))
+
+
+def _folded_weight(network: DynamicNetwork) -> Tensor:
+    conv, norm = (network.segments[1].get_submodule(name) for name in ("b.0", "b.1"))
+    scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+    return (conv.weight.double() * scale[:, None, None, None]).float()
+
+
+def test_the_least_exact_layer_falls_back(
+    trained: DynamicNetwork, data: Splits, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """One layer's weights are spoilt by a channel whose bytes are far too coarse: it alone falls back."""
+
+    def coarse(layer: nn.Module, scale: float) -> nn.Module:
+        found = quantized_layer(layer, scale)
+        if layer.weight.shape[:2] == (12, 8):  # `b` and nothing else
+            found.weight.zero_()
+        return found
+
+    for module in ("dynamize.compression.quantization", "dynamize.compression.fidelity"):
+        monkeypatch.setattr(f"{module}.quantized_layer", coarse)
+    given = Context(data=data, teacher=DigitNet().eval(), work=tmp_path)
+    network, notes = apply(copy.deepcopy(trained), Quantize(max_drop=5), given)
+    assert network.history[-1]["float_layers"] == ["b.0"]
+    fallen = next(note for note in notes if "fell back" in note)
+    assert fallen.startswith("1 layers fell back to float (b.0): without, an exit loses ")
+    assert notes[-1].startswith("least exact layers, signal to noise in dB: b.0 ")
+    kept = json.loads((tmp_path / quantize.LAYERS).read_text())
+    assert kept["float"] == ["b.0"]
+    assert len(kept["decibels"]) == 7
+    spoilt, notes = apply(copy.deepcopy(trained), Quantize(max_drop=None), given)
+    assert spoilt.history[-1]["float_layers"] == []
+
+
+def test_calibrated_again_by_itself(trained: DynamicNetwork, data: Splits, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collect, "exit_latency", lambda *_: (np.array([1.0, 2.0, 3.0]), 3.0))
+    teacher = DigitNet().eval()
+    given = Context(data=data, teacher=teacher, backend="eager")
+    calibrated, _ = apply(copy.deepcopy(trained), Calibrate(macs_ratio=0.8, points=4), given)
+    network, notes = apply(copy.deepcopy(calibrated), Quantize(), given)
+    assert "calibrated again, as `calibrate` was before" in notes
+    assert notes[-1].startswith("expected at this operating point: 0.")
+    assert network.operating_point is not None
+    assert network.thresholds != calibrated.thresholds
+    assert [step["pass"] for step in network.history] == ["exits", "distill", "calibrate", "quantize"]
+    without, notes = apply(calibrated, Quantize(), Context(data=data))
+    assert "add a `calibrate` step behind" in notes[-1]
+    assert without.operating_points is None
+
+
+def test_gates_choose_among_paths_of_bytes(data: Splits) -> None:
+    torch.manual_seed(0)
+    network = gated_digits()
+    set_scores(network, [[0.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
+    quantized, notes = apply(copy.deepcopy(network), Quantize(max_drop=None), Context(data=data))
+    assert "1 parts that fewer than 16" in notes[1]  # the block that nobody takes
+    assert nn.Conv2d not in {type(one) for one in quantized.modules()}
+    batch = images(data)
+    found = []
+    for run in (quantized, compile_network(quantized, "onnxruntime"), compile_network(quantized, "eager")):
+        with torch.no_grad(), record_routing(quantized) as routing:
+            found.append(run(batch))
+        if run is quantized:
+            assert routing.choices.unique(dim=0).tolist() == [[1, 0, 1]]
+    assert all(float((one - found[0]).abs().max()) < 0.1 * float(found[0].abs().max()) for one in found)
+    borders = {quantizers(way)[-1] for unit in quantized.units for way in unit.paths() if way is not None}
+    assert len(borders) == 1  # who skips a block lies on the same steps as who takes it
+
+
+FRESH = """
+import sys, numpy as np, torch
+import dynamize as dz
+from digits import DigitNet
+from dynamize.graph.trace import NetworkTracer
+NetworkTracer()  # imports timm, which makes classes of its own with pickle
+def no_pickle(*_, **__):
+    raise AssertionError("an artifact needs no pickle")
+import pickle
+pickle.load = pickle.loads = pickle.Unpickler = no_pickle
+torch.set_num_threads(1)
+network = dz.load(sys.argv[1], network=DigitNet())
+batch = torch.from_numpy(np.load(sys.argv[2]))
+with torch.no_grad():
+    np.save(sys.argv[3], np.stack([one.numpy() for one in network.all_exits(batch)]))
+"""
+
+
+def test_comes_back_in_another_process(trained: DynamicNetwork, data: Splits, tmp_path: Path) -> None:
+    network, _ = apply(copy.deepcopy(trained), Quantize(keep_float=["a"]), context(data))
+    artifact.save(network, tmp_path / "artifact")
+    np.save(tmp_path / "images.npy", images(data).numpy())
+    arguments = [str(tmp_path / name) for name in ("artifact", "images.npy", "logits.npy")]
+    subprocess.run([sys.executable, "-c", FRESH, *arguments], check=True, cwd=Path(__file__).parents[1])
+    with torch.no_grad():
+        wanted = [one.numpy() for one in network.all_exits(images(data))]
+    assert np.array_equal(np.load(tmp_path / "logits.npy"), np.stack(wanted))
+    sizes = [(tmp_path / "artifact" / "weights.safetensors").stat().st_size]
+    artifact.save(trained, tmp_path / "float")
+    sizes.append((tmp_path / "float" / "weights.safetensors").stat().st_size)
+    assert sizes[0] < 0.7 * sizes[1]  # small layers: names and scales take their share
+
+
+def test_what_would_change_weights_comes_before() -> None:
+    changing = {"prune", "factorize", "expand_branches", "fuse_branches", "fold_batchnorm", "distill", "exits"}
+    changing |= {"skip_gates", "channel_gates", "recalibrate", "fuse_gates", "hybrid_gates", "q_gates"}
+    known = registered()
+    assert changing <= set(known)
+    for name in changing:
+        assert "quantize" in known[name].before, name
+    with pytest.raises(DynamizeError, match="`distill` comes after step 2 `quantize`, .* move `distill` above"):
+        check_order([parse_step({"pass": name}) for name in ("exits", "quantize", "distill")])
+    with pytest.raises(DynamizeError, match="second `quantize`"):
+        check_order([Quantize(), Quantize()])
+    check_order([parse_step({"pass": name}) for name in ("exits", "distill", "calibrate", "quantize")])
+    check_order([parse_step({"pass": name}) for name in ("exits", "distill", "quantize", "calibrate")])
+
+
+def test_channel_gates_are_refused(data: Splits) -> None:
+    from networks import SmallResNet, small_resnet
+
+    network = convert(small_resnet(), [ChannelGates(multiple=4)], SmallResNet.shape)
+    with pytest.raises(DynamizeError, match=r"channel gates, .*leave `channel_gates` out"):
+        apply(network, Quantize(), Context(data=data))
+
+
+def test_needs_images() -> None:
+    with pytest.raises(DynamizeError, match="`quantize` needs images"):
+        convert(DigitNet().eval(), [Quantize()], SHAPE)
+
+
+@pytest.mark.skipif(find_spec("neural_compressor") is None, reason="neural-compressor is not installed")
+def test_neural_compressor(trained: DynamicNetwork, data: Splits) -> None:
+    """Of one batch it takes the least and largest values, as `minmax` does; of several a moving average."""
+    prepared = prepare(trained)
+    theirs = chosen_steps(prepared, sample(data.calibration, 64, CPU))
+    assert len(theirs) == 5  # the image, two borders, and what one head and the classifier read inside
+    network, _ = apply(
+        copy.deepcopy(trained), Quantize(ranges="neural-compressor", max_drop=None, images=64), context(data)
+    )
+    ours, _ = apply(copy.deepcopy(trained), Quantize(ranges="minmax", max_drop=None, images=64), context(data))
+    found, wanted = quantizers(network), quantizers(ours)
+    assert len(found) == 12
+    ratios = [one[0] / other[0] for one, other in zip(found, wanted, strict=True)]
+    assert sum(ratio == pytest.approx(1, rel=0.02) for ratio in ratios) >= 11
+    assert min(ratios) > 0.98
+    assert all(any(one.scale == pytest.approx(scale) for scale, _ in found) for one in theirs.values())
+    before, after = (exit_accuracies(one, data.test, CPU) for one in (trained, network))
+    assert max(abs(old - new) for old, new in zip(before, after, strict=True)) <= 0.03
+
+
+def test_neural_compressor_is_missing(trained: DynamicNetwork, data: Splits, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "neural_compressor.torch", None)
+    with pytest.raises(DynamizeError, match=r"pip install 'dynamize\[quantize\]'"):
+        apply(copy.deepcopy(trained), Quantize(ranges="neural-compressor"), context(data))

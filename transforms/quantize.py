@@ -1,0 +1,200 @@
+"""`quantize`: 8-bit weights and features, each part of the network with the ranges of the images that reach it."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, PositiveInt
+from torch import Tensor
+
+from dynamize.compression.fidelity import layer_fidelity
+from dynamize.compression.neural_compressor import chosen_steps
+from dynamize.compression.parts import Key, layer_names, prepare
+from dynamize.compression.quantization import assemble, observe, placeholder_steps, sample, steps_of
+from dynamize.compression.steps import RangeName, Steps
+from dynamize.data import Images, Splits
+from dynamize.errors import DynamizeError, closest
+from dynamize.files import write_text
+from dynamize.measure.accuracy import exit_accuracies
+from dynamize.nn.channels import ChannelUnit
+from dynamize.nn.network import DynamicNetwork
+from dynamize.transform import Applied, Context, Transform, parse_step
+
+LAYERS = "layers.json"
+_LISTED = 5
+_COMPARED = 2  # batches on which single layers are compared
+_MOST_FLOAT = 0.5  # share of the layers that may fall back
+
+Find = Callable[[Key], Steps]
+
+
+class Quantize(Transform):
+    """Weights and features in bytes (static post-training quantisation, Jacob et al. 2018, sec. 2 and 3).
+
+    Convolutions, linear layers, sums, products, concatenations and pools compute in bytes on any backend; weights have
+    a scale for each output channel, features one for each tensor. Ranges come from calibration images at the network's
+    thresholds and gates: put it after `calibrate`, which is then solved again by itself.
+    """
+
+    pass_name: Literal["quantize"] = Field("quantize", alias="pass")
+    ranges: RangeName | Literal["neural-compressor"] = Field(
+        "mse",
+        description="what chooses the range of a tensor: mse: least squared error; percentile: nearly all values; "
+        "minmax: all values; neural-compressor: its own observers (needs dynamize[quantize])",
+    )
+    images: PositiveInt = Field(512, description="calibration images that ranges are taken from")
+    percentile: Annotated[float, Field(gt=50, le=100)] = Field(
+        99.99, description="for ranges: percentile: how many percent of a tensor's values lie below, and above"
+    )
+    max_drop: Annotated[float, Field(ge=0, le=100)] | None = Field(
+        0.5,
+        description="points of calibration accuracy that any exit may lose; beyond, the least exact layers fall back "
+        "to float until it holds. null: none falls back",
+    )
+    keep_float: list[str] = Field([], description="layers, or modules with all their layers, that stay in float")
+    float_layers: list[str] | None = Field(
+        None,
+        description="what the step decided, for building it again: layers in float. Given, weights have to be loaded "
+        "afterwards",
+    )
+
+    exact: ClassVar[bool] = False
+    once: ClassVar[bool] = True
+
+    def apply(self, network: DynamicNetwork, context: Context) -> Applied:
+        if any(isinstance(unit, ChannelUnit) for unit in network.units):
+            raise DynamizeError(
+                "quantize: the network has channel gates, whose narrower paths slice weights while the network runs, "
+                "which bytes with fixed ranges cannot follow: leave `channel_gates` out, make them static with "
+                "`fuse_gates` before, or use `skip_gates`"
+            )
+        if self.float_layers is not None:
+            return Applied(assemble(prepare(network), placeholder_steps, self.float_layers), self)
+        data = context.needs_data(self)
+        network.to(context.device)
+        prepared = prepare(network)
+        names = layer_names(prepared)
+        _check_names(prepared, names, self.keep_float)
+        batches = sample(data.calibration, self.images, context.device)
+        find, rare = self._find(prepared, batches)
+        fidelity = layer_fidelity(prepared, find, batches[:_COMPARED], self.keep_float)
+        chosen = self._choose(prepared, find, list(fidelity), data.calibration, context)
+        quantized, kept = chosen.network, chosen.kept
+        notes = [_summary(network, quantized, names, kept, self.ranges, sum(map(len, batches)))]
+        if rare:
+            notes.append(f"{rare} parts that fewer than 16 of these images reach have their ranges from all of them")
+        notes += [chosen.accuracy_note(), *chosen.fallback_note(self), _fidelity_note(fidelity)]
+        if context.work is not None:
+            context.work.mkdir(parents=True, exist_ok=True)
+            write_text(context.work / LAYERS, json.dumps({"decibels": fidelity, "float": kept}, indent=1))
+        notes += _calibrated_again(quantized, network, data, context)
+        return Applied(quantized, self.model_copy(update={"float_layers": kept}), notes)
+
+    def _find(self, prepared: DynamicNetwork, batches: Sequence[Tensor]) -> tuple[Find, int]:
+        """The steps of each tensor, and how many parts are rarely reached."""
+        ranges: RangeName = "minmax" if self.ranges == "neural-compressor" else self.ranges
+        theirs = chosen_steps(prepared, batches) if self.ranges == "neural-compressor" else {}
+        observed = observe(prepared, batches, histograms=ranges != "minmax")
+        ours = steps_of(observed.observers, ranges, self.percentile)
+        return lambda key: theirs[key] if key in theirs else ours(key), observed.rare
+
+    def _choose(
+        self, prepared: DynamicNetwork, find: Find, worst: list[str], images: Images, context: Context
+    ) -> "_Choice":
+        """As many of the worst layers in float as it takes, twice as many at each trial."""
+        before = exit_accuracies(prepared, images, context.device)
+        kept, count = list(self.keep_float), 0
+        first: _Choice | None = None
+        while True:
+            network = assemble(prepared, find, kept)
+            choice = _Choice(network, kept, before, exit_accuracies(network, images, context.device), first)
+            first = first or choice
+            count = max(1, 2 * count)
+            if self.max_drop is None or choice.drop <= self.max_drop / 100 or count > _MOST_FLOAT * len(worst):
+                return choice
+            kept = [*self.keep_float, *worst[:count]]
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """A network in bytes and its calibration accuracy at each exit, before and after; ``first`` had no fallback."""
+
+    network: DynamicNetwork
+    kept: list[str]
+    before: list[float]
+    after: list[float]
+    first: "_Choice | None"
+
+    @property
+    def drop(self) -> float:
+        """The most that any exit loses, as a fraction."""
+        return max(old - new for old, new in zip(self.before, self.after, strict=True))
+
+    def accuracy_note(self) -> str:
+        """Before and after, exit by exit."""
+        pairs = zip(self.before, self.after, strict=True)
+        each = ", ".join(f"exit {k + 1} {old:.2%} -> {new:.2%}" for k, (old, new) in enumerate(pairs))
+        return f"calibration accuracy, evaluated again in bytes: {each}"
+
+    def fallback_note(self, step: Quantize) -> list[str]:
+        """What fell back, and what it was good for."""
+        if self.first is None:
+            if step.max_drop is not None and self.drop > step.max_drop / 100:
+                return [f"an exit loses {100 * self.drop:.2f} points, more than max_drop {step.max_drop:g} allows"]
+            return []
+        fallen = self.kept[len(step.keep_float) :]
+        met = "" if self.drop * 100 <= (step.max_drop or 0) else f", still more than max_drop {step.max_drop:g} allows"
+        return [
+            f"{len(fallen)} layers fell back to float ({_listed(fallen)}): without, an exit loses "
+            f"{100 * self.first.drop:.2f} points, with them {100 * self.drop:.2f}{met}"
+        ]
+
+
+def _check_names(prepared: DynamicNetwork, names: list[str], given: list[str]) -> None:
+    if not names:
+        raise DynamizeError("quantize: the network has no convolution or linear layer that could compute in bytes")
+    for one in given:
+        if not any(f"{name}.".startswith(f"{one}.") for name in names):
+            parents = {name.rpartition(".")[0] for name in names}
+            raise DynamizeError(
+                f"quantize: keep_float has '{one}', which is no layer that could compute in bytes, nor a module with "
+                f"one. {closest(one, [*names, *sorted(parents)])}`dynamize inspect` lists the modules."
+            )
+
+
+def _summary(
+    network: DynamicNetwork, quantized: DynamicNetwork, names: list[str], kept: list[str], ranges: str, images: int
+) -> str:
+    floats = [name for name in names if any(f"{name}.".startswith(f"{one}.") for one in kept)]
+    return (
+        f"{len(names) - len(floats)} of {len(names)} layers compute in bytes, with ranges by {ranges} from {images} "
+        f"calibration images; weights take {_bytes(quantized) / _bytes(network):.2f} of the space before"
+    )
+
+
+def _fidelity_note(fidelity: dict[str, float]) -> str:
+    worst = [f"{name} {ratio:.1f}" for name, ratio in list(fidelity.items())[:_LISTED]]
+    return f"least exact layers, signal to noise in dB: {', '.join(worst)}"
+
+
+def _calibrated_again(quantized: DynamicNetwork, network: DynamicNetwork, data: Splits, context: Context) -> list[str]:
+    """Solve the operating points anew if there were any: thresholds are compared with other confidences now."""
+    last = [step for step in network.history if step["pass"] == "calibrate"]
+    if network.operating_points is None:
+        return []
+    if not last or context.teacher is None:
+        quantized.operating_points = None
+        quantized.set_operating_point(None)
+        return ["the operating points held for the network in float and are gone: add a `calibrate` step behind"]
+    notes = parse_step(last[-1]).apply(quantized, context).notes
+    return ["calibrated again, as `calibrate` was before", *(note for note in notes if note not in data.warnings)]
+
+
+def _bytes(network: DynamicNetwork) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values())
+
+
+def _listed(names: list[str]) -> str:
+    more = len(names) - _LISTED
+    return ", ".join(names[:_LISTED]) + (f" and {more} more" if more > 0 else "")
