@@ -202,7 +202,8 @@ class Runner:
         )
         save_state_dict(network.state_dict(), folder / WEIGHTS)
         write_text(folder / STATE, state.model_dump_json())
-        (folder / "checkpoint.pt").unlink(missing_ok=True)
+        for checkpoint in folder.rglob("checkpoint.pt"):  # steps that train in rounds have one for each
+            checkpoint.unlink()
 
     def _fingerprint(self, index: int) -> str:
         """Of everything that the outcome of step ``index`` depends on, later steps not among it."""

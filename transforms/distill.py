@@ -1,9 +1,12 @@
 """`distill`: train the exits, or the whole network with them, from the labels and from the original network."""
 
-from typing import Annotated, ClassVar, Literal
+from contextlib import nullcontext
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
+from torch import nn
 
+from dynamize.data.files import with_unlabelled
 from dynamize.errors import DynamizeError
 from dynamize.graph.trace import blank
 from dynamize.measure.costs import exit_costs
@@ -11,6 +14,7 @@ from dynamize.measure.macs import count_macs
 from dynamize.nn.network import DynamicNetwork
 from dynamize.runtime.profile import path_latency
 from dynamize.training.gating import BudgetLoss, GatedLoss
+from dynamize.training.hints import HintLoss
 from dynamize.training.loop import WEIGHT_DECAY, Plan, Precision, decide_precision, train
 from dynamize.training.objectives import MultiExitLoss
 from dynamize.transform import Applied, Context, Share, Transform
@@ -21,7 +25,8 @@ _DEFAULT_BUDGET = 0.6
 class Distill(Transform):
     """Train with cross entropy and knowledge distillation (Hinton et al. 2015).
 
-    On a network without exits this is plain fine-tuning towards the teacher; with ``alpha: 0``, towards labels.
+    On a network without exits this is plain fine-tuning towards the teacher; with ``alpha: 0``, towards labels. Train
+    images labelled -1 are learnt from the teacher alone; with ``alpha: 1`` no label counts.
     """
 
     pass_name: Literal["distill"] = Field("distill", alias="pass")
@@ -34,6 +39,14 @@ class Distill(Transform):
     weight_decay: Annotated[float, Field(ge=0)] = WEIGHT_DECAY
     alpha: Share = Field(0.5, description="share of each exit's loss that is distillation from the teacher")
     temperature: PositiveFloat = Field(2.0, description="of the distillation")
+    features: Annotated[float, Field(ge=0)] = Field(
+        0.0,
+        description="weight of the distance of feature maps to the teacher's, at exits and at the end of each "
+        "resolution, where both have one shape",
+    )
+    unlabelled: str | None = Field(
+        None, description="folder of images without labels, which are added to the train images"
+    )
     from_last: Annotated[float, Field(ge=0)] = Field(
         0.0, description="weight of the distillation of early exits from the last exit"
     )
@@ -59,10 +72,10 @@ class Distill(Transform):
     def apply(self, network: DynamicNetwork, context: Context) -> Applied:
         data = context.needs_data(self)
         self._check(network)
+        if self.unlabelled is not None:
+            data = with_unlabelled(data, self.unlabelled)
         precision = decide_precision(self.precision, context.device)
-        teacher = None
-        if context.teacher is not None and self.alpha > 0:
-            teacher = context.needs_teacher(self)
+        teacher = self._teacher(context)
         plan = Plan.of(
             context,
             epochs=self.epochs,
@@ -81,10 +94,14 @@ class Distill(Transform):
             from_last=self.from_last,
             weights=self.exit_weights,
         )
+        hints = HintLoss(answers, self.features, network, context.needs_teacher(self)) if self.features else None
         gated = bool(network.units) and self.train == "all"  # heads alone are trained with the gates as they are
-        loss = GatedLoss(answers, self._budget(network, context)) if gated else answers
+        loss: Any = hints or answers
+        if gated:
+            loss = GatedLoss(loss, self._budget(network, context))
         network.gradient_equilibrium = self.gradient_equilibrium
-        rows = train(network, data, loss, plan, context.progress)
+        with hints.watching() if hints else nullcontext():
+            rows = train(network, data, loss, plan, context.progress)
         network.gradient_equilibrium = False
         exits = ", ".join(f"{accuracy:.1%}" for accuracy in rows[-1]["calibration_accuracy"])
         found: dict[str, object] = {"precision": precision}
@@ -92,6 +109,11 @@ class Distill(Transform):
             found["gate_budget"] = self._target
         resolved = self.model_copy(update=found)
         return Applied(network, resolved, [f"accuracy of each exit on the calibration images: {exits}"])
+
+    def _teacher(self, context: Context) -> nn.Module | None:
+        """Who says what the logits should be, beside the labels."""
+        wanted = self.alpha > 0 and (context.teacher is not None or self.alpha == 1 or self.unlabelled is not None)
+        return context.needs_teacher(self) if wanted else None
 
     @property
     def _target(self) -> float:
@@ -124,5 +146,11 @@ class Distill(Transform):
             raise DynamizeError("distill: gate_budget, but the network has no gates: put `skip_gates` before")
         if self.gate_budget is not None and self.train == "heads":
             raise DynamizeError("distill: gate_budget, but train: heads leaves the gates as they are: use train: all")
+        if self.unlabelled is not None and self.alpha == 0:
+            raise DynamizeError(
+                "distill: unlabelled, but alpha: 0 takes nothing from the original network: give alpha above 0"
+            )
+        if self.features and self.train == "heads":
+            raise DynamizeError("distill: features, but train: heads leaves the feature maps as they are: set one only")
         if self.train == "heads" and network.exit_count == 1:
             raise DynamizeError("distill: train: heads, but the network has no exit heads: put an `exits` step before")

@@ -10,7 +10,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 from torch import Tensor
 
 from dynamize.compression.channels import ChannelGroup, faithful, remove
-from dynamize.compression.costs import Stopwatch, refresh, whole_macs
+from dynamize.compression.costs import Stopwatch, whole_macs
 from dynamize.compression.coupling import channel_groups
 from dynamize.compression.importance import Criterion, add_gradients, importance
 from dynamize.compression.layers import resize, sizes
@@ -31,6 +31,7 @@ from dynamize.errors import DynamizeError
 from dynamize.files import write_json_lines, write_text
 from dynamize.folders import METRICS
 from dynamize.nn.channels import ChannelUnit
+from dynamize.nn.exchange import count_again
 from dynamize.nn.network import DynamicNetwork
 from dynamize.training.statistics import estimate_statistics
 from dynamize.transform import Applied, Context, Transform
@@ -99,7 +100,7 @@ class Prune(Transform):
         _refuse_gates(network, self.recovery_epochs)
         if self.widths is not None:
             resize(network, self.widths)
-            refresh(network)
+            count_again(network)
             return Applied(network, self, [])
         network.to(context.device)
         before, macs = sizes(network), whole_macs(network)
@@ -113,7 +114,7 @@ class Prune(Transform):
             )
         final, notes = self._decide(network, groups, context, multiple)
         notes += self._rounds(network, groups, final, context, multiple)
-        refresh(network)
+        count_again(network)
         after = sizes(network)
         changed = {path: size for path, size in after.items() if size != before[path]}
         share = removed_share(groups, final)
@@ -206,7 +207,7 @@ class Prune(Transform):
                     f"{', '.join(group.name for group in groups)}."
                 )
             remove(network, groups, removed)
-            refresh(network)
+            count_again(network)
             if context.data is not None and self.statistics_images:
                 images = self.statistics_images
                 estimate_statistics(network, context.data.train, context.device, count=images, seed=context.seed)

@@ -6,21 +6,11 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from dynamize.graph.trace import blank
 from dynamize.measure.costs import exit_costs
 from dynamize.measure.latency import Contender, interleave
-from dynamize.nn.exchange import count_again
-from dynamize.nn.gates import ALL_OPEN, gate_macs
+from dynamize.nn.gates import ALL_OPEN
 from dynamize.nn.network import DynamicNetwork
 from dynamize.runtime.compiled import compile_network
-
-
-def refresh(network: DynamicNetwork) -> None:
-    """Count the MACs of the graph, the gated units and their gates again, after layers have changed their sizes."""
-    count_again(network)
-    shapes = {node.name: node.meta["shape"] for node in network.plain.graph.nodes}
-    for unit in network.units:
-        unit.gate_macs = gate_macs(unit.gate, blank(network.plain, *shapes[unit.region[0]]))
 
 
 def whole_macs(network: DynamicNetwork) -> float:

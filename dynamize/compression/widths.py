@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from dynamize.compression.channels import ChannelGroup, remove
-from dynamize.compression.costs import refresh
 from dynamize.compression.sensitivity import Sensitivity
+from dynamize.nn.exchange import count_again
 from dynamize.nn.network import DynamicNetwork
 
 Widths = tuple[int, ...]  # channels that stay, one for each group
@@ -58,7 +58,7 @@ def narrowed(network: DynamicNetwork, groups: Sequence[ChannelGroup], widths: Wi
     pairs = zip(groups, widths, strict=True)
     remove(narrow, groups, {group.name: range(width, group.channels) for group, width in pairs})
     if narrow.units:
-        refresh(narrow)
+        count_again(narrow)
     return narrow
 
 

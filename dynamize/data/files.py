@@ -1,18 +1,19 @@
-"""Image files that belong to no split: found by path, read under a network's test-time transform."""
+"""Image files that belong to no split: found by path, read under a network's test-time transform or trained on."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from dynamize.data.augment import Normalize
-from dynamize.data.images import ImageSet
+from dynamize.data.images import ImageSet, Together
 from dynamize.data.readers import IMAGE_ENDINGS, Pool, images_below
 from dynamize.data.spec import DataSpec
-from dynamize.data.splits import image_set
-from dynamize.data.storage import FileStorage
+from dynamize.data.splits import Splits, decode_what_fits, image_set
+from dynamize.data.storage import FileStorage, Geometry
 from dynamize.errors import DynamizeError
 
 
@@ -45,3 +46,43 @@ def files_as_images(paths: Sequence[str], spec: DataSpec, input_shape: tuple[int
     images = image_set("test", pool, np.arange(len(paths)), (), spec, input_shape)
     images.normalize = Normalize(*spec.normalize)
     return images
+
+
+def with_unlabelled(data: Splits, folder: str | os.PathLike[str]) -> Splits:
+    """The splits with all image files below ``folder`` among the train images, labelled -1.
+
+    They are sized, augmented and normalised like these. Files that are train images already are left out.
+
+    Raises:
+        DynamizeError: the folder holds no image or one of the calibration or test images, or the train images come
+            from a loader of the user's own.
+    """
+    train = data.train
+    if data.spec is None or not isinstance(train, ImageSet):
+        raise DynamizeError(
+            "unlabelled is for images that a data section names: let your own train loader give them, with the label -1"
+        )
+    found = sorted(images_below(os.fspath(folder))) if os.path.isdir(folder) else []
+    known = set(train.keys)
+    new = [(path, key) for path, key in found if key not in known]
+    if not new:
+        raise DynamizeError(f"unlabelled: {folder} holds no image that is not trained on already: name another folder")
+    judged = {key: part.name for part in (data.calibration, data.test) for key in getattr(part, "keys", ())}
+    for path, key in new:
+        if key in judged:
+            raise DynamizeError(
+                f"unlabelled: {path} is one of the {judged[key]} images, and a network is not judged on what it was "
+                "trained on: take it out of that folder"
+            )
+    pool = Pool(
+        os.fspath(folder),
+        FileStorage([path for path, _ in new]),
+        np.full(len(new), -1, dtype=np.int64),
+        [key for _, key in new],
+    )
+    images = image_set("train", pool, np.arange(len(new)), train.classes, data.spec, train.shape)
+    if images.geometry.shape != train.geometry.shape:  # arrays that had their size
+        images.geometry = Geometry(train.geometry.channels, train.geometry.size, resize=train.geometry.size)
+    sets = {name: one for name in ("train", "calibration", "test") if isinstance(one := getattr(data, name), ImageSet)}
+    decode_what_fits({**sets, "unlabelled": images}, data.spec.memory_gb, None)
+    return replace(data, train=Together(train, images))

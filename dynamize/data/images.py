@@ -110,6 +110,40 @@ class ImageSet(Dataset[Batch]):
         return loader(self, batch_size, shuffle=True, seed=seed, drop_last=len(self) >= batch_size)
 
 
+class Together(ImageSet):
+    """The images of two sets as one; everything else is as in the first.
+
+    Both give uint8 images of one size.
+    """
+
+    def __init__(self, first: ImageSet, second: ImageSet) -> None:
+        super().__init__(
+            first.name,
+            first.storage,
+            torch.cat([first.labels, second.labels]),
+            first.classes,
+            [*first.keys, *second.keys],
+            first.geometry,
+            (first.shape[1], first.shape[2]),
+            first.augmentation,
+        )
+        self.normalize = first.normalize
+        self.first, self.second = first, second
+
+    @property
+    def in_memory(self) -> bool:
+        return self.first.in_memory and self.second.in_memory
+
+    def __getitems__(self, index: Sequence[int]) -> Batch:
+        places = torch.as_tensor(index)
+        labels, ours = self.labels[places], places < len(self.first)
+        images = torch.empty((len(places), *self.geometry.shape), dtype=torch.uint8)
+        for part, here, offset in ((self.first, ours, 0), (self.second, ~ours, len(self.first))):
+            if bool(here.any()):
+                images[here] = part.__getitems__((places[here] - offset).tolist())[0]
+        return images, labels
+
+
 class LoaderSet:
     """A user's own loader of (normalised float images (N, C, H, W), int64 labels (N,)) as one split.
 

@@ -69,7 +69,7 @@ def load_data(
         name: image_set(name, pool, index, source.classes, spec, input_shape) for name, (pool, index) in dealt.items()
     }
     _check_disjoint({name: set(images.keys) for name, images in sets.items()})
-    _decode_what_fits(sets, spec.memory_gb, progress)
+    decode_what_fits(sets, spec.memory_gb, progress)
     if spec.normalize is None:
         spec = spec.model_copy(update={"normalize": _pixel_statistics(sets["train"])})
         logger.info("data.normalize computed on the train split: %s", spec.normalize)
@@ -295,7 +295,7 @@ def _warnings(source: Source, spec: DataSpec, shape: tuple[int, int, int]) -> li
     return found
 
 
-def _decode_what_fits(sets: dict[str, ImageSet], memory_gb: float, progress: Progress | None) -> None:
+def decode_what_fits(sets: dict[str, ImageSet], memory_gb: float, progress: Progress | None) -> None:
     """Into memory, smaller sets first (they are read most often), up to `memory_gb`; says the size before."""
     left = memory_gb * 1e9
     waiting: list[ImageSet] = []

@@ -11,7 +11,7 @@ from dynamize.graph.replace import TOLERANCE, difference, every_module, replace_
 from dynamize.graph.trace import NetworkTracer, annotate, blank
 from dynamize.measure.macs import count_macs
 from dynamize.nn.channels import ChannelUnit
-from dynamize.nn.gates import ALL_OPEN
+from dynamize.nn.gates import ALL_OPEN, gate_macs
 from dynamize.nn.heads import ExitHead
 from dynamize.nn.network import DynamicNetwork
 
@@ -24,9 +24,9 @@ def replace_layers(network: DynamicNetwork, new: Mapping[nn.Module, nn.Module]) 
 
 
 def count_again(network: DynamicNetwork) -> None:
-    """Write shapes and MACs into the original graph, and the MACs of their paths into the gated units.
+    """Write shapes and MACs into the original graph, and the MACs of paths and gates into the gated units.
 
-    For a network in eval mode whose layers were exchanged.
+    For a network in eval mode whose layers were exchanged or have changed their sizes.
     """
     annotate(network.plain, network.input_shape)
     shapes = {node.name: node.meta["shape"] for node in network.plain.graph.nodes}
@@ -35,6 +35,7 @@ def count_again(network: DynamicNetwork) -> None:
         macs = [0.0 if way is None else count_macs(way, example.clone()) for way in unit.paths()]
         unit.path_macs = tuple(macs)
         unit.path_costs.copy_(torch.tensor(macs) / macs[-1])
+        unit.gate_macs = gate_macs(unit.gate, example)
 
 
 def layers_and_norms(network: DynamicNetwork) -> dict[nn.Module, nn.Module]:

@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from dynamize.errors import DynamizeError
 from dynamize.graph.replace import every_module
 from dynamize.nn.dispatch import Chooser, Piece, Run, run_pieces
 from dynamize.nn.gates import Gate, State, choose, pool, sample_paths
@@ -117,7 +118,10 @@ class _FrozenUnit(Unit):
         return [None if same else way for way, same in zip(self.ways, self.unchanged, strict=True)]
 
     def blend(self, features_NCHW: Tensor, shares_NP: Tensor) -> Tensor:
-        raise RuntimeError("a compiled network is not trained")
+        raise DynamizeError(
+            "a compiled or quantised network is not trained: train the network it was made of, then compile or "
+            "quantise again"
+        )
 
 
 class GatedSegment(nn.Module):

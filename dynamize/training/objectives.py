@@ -6,12 +6,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div
 
+from dynamize.errors import DynamizeError
+
+UNLABELLED = -1
+
 
 class MultiExitLoss:
     """Weighted sum over exits of cross entropy and distillation, for ``loss(logits, images, labels)`` in any loop.
 
     Of each exit's loss, ``alpha`` is T^2 KL(teacher || exit) at temperature T (Hinton et al. 2015, eq. 4), the rest
     cross entropy. ``from_last`` adds the same distance to the last exit, detached (Phuong & Lampert 2019, sec. 3).
+    Images labelled -1 have no label: all of their loss is distillation.
 
     Args:
         teacher: a frozen classifier, or None for labels only.
@@ -36,15 +41,25 @@ class MultiExitLoss:
         self.weights = None if weights is None else [w * len(weights) / sum(weights) for w in weights]
 
     def __call__(self, logits: Tensor | Sequence[Tensor], images: Tensor, labels: Tensor) -> Tensor:
-        """Logits of all exits, each (N, classes); images (N, C, H, W) for the teacher; labels (N,). A scalar."""
+        """Logits of all exits, each (N, classes); images (N, C, H, W) for the teacher; labels (N,). A scalar.
+
+        Raises:
+            DynamizeError: there are images without labels and no teacher.
+        """
         exits = [logits.float()] if isinstance(logits, Tensor) else [one.float() for one in logits]
         taught = self._teach(images)
         weights = self.weights or [1.0] * len(exits)
+        if taught is None and bool((labels == UNLABELLED).any()):
+            raise DynamizeError(
+                f"there are images without labels ({UNLABELLED}), and no original network to learn them from: give a "
+                "teacher and alpha above 0, or label them"
+            )
+        shares_N = torch.where(labels == UNLABELLED, 1.0, self.alpha)
         losses = []
         for k, one in enumerate(exits):
-            loss = (1 - self.alpha) * cross_entropy(one, labels)
+            loss = (1 - self.alpha) * cross_entropy(one, labels, ignore_index=UNLABELLED, reduction="none").mean()
             if taught is not None:
-                loss = loss + self.alpha * self.distance(one, taught)
+                loss = loss + (shares_N * self.distances(one, taught)).mean()
             if self.from_last and k < len(exits) - 1:
                 loss = loss + self.from_last * self.distance(one, exits[-1].detach())
             losses.append(weights[k] * loss)
@@ -52,9 +67,13 @@ class MultiExitLoss:
 
     def distance(self, logits: Tensor, target: Tensor) -> Tensor:
         """T^2 KL(softmax(target / T) || softmax(logits / T)), mean over the batch."""
+        return self.distances(logits, target).mean()
+
+    def distances(self, logits: Tensor, target: Tensor) -> Tensor:
+        """The same of each image, (N,)."""
         t = self.temperature
         log_p, log_q = (target / t).log_softmax(1), (logits / t).log_softmax(1)
-        return t * t * kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+        return t * t * kl_div(log_q, log_p, log_target=True, reduction="none").sum(1)
 
     def _teach(self, images: Tensor) -> Tensor | None:
         if self.teacher is None or self.alpha == 0:

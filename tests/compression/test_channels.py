@@ -10,12 +10,13 @@ from pruned_networks import ConcatNet, NormedNet, SqueezeNet, made, masked_answe
 from torch import nn
 
 from dynamize.compression.channels import ChannelGroup, faithful, remove, silenced
-from dynamize.compression.costs import refresh, whole_macs
+from dynamize.compression.costs import whole_macs
 from dynamize.compression.coupling import channel_groups
 from dynamize.compression.layers import layers, resize, sizes
 from dynamize.conversion import convert, wrap
 from dynamize.errors import DynamizeError
 from dynamize.models import create
+from dynamize.nn.exchange import count_again
 from dynamize.nn.network import DynamicNetwork
 from dynamize.transforms import Exits, SkipGates
 
@@ -80,7 +81,7 @@ def test_removed_is_masked(name: str) -> None:
     with torch.no_grad():
         before = network(images)
     remove(network, groups, odd(groups))
-    refresh(network)
+    count_again(network)
     network.gate_offset = 1e4
     with torch.no_grad():
         found = network.all_exits(images)
@@ -94,7 +95,7 @@ def test_three_layers_by_hand() -> None:
     assert [(group.name, group.channels) for group in groups] == [("conv1", 4), ("conv2", 8)]
     assert lost == []
     remove(network, groups, {"conv1": [0, 2], "conv2": [1, 2, 3, 5, 7]})
-    refresh(network)
+    count_again(network)
     assert sizes(network) == {"conv1": [2, 3], "conv2": [3, 2], "linear": [5, 3]}
     # 8*8 pixels * 2 channels * 27, 4*4 * 3 * 2 * 9, 3 * 5
     assert whole_macs(network) == 8 * 8 * 2 * 27 + 4 * 4 * 3 * 2 * 9 + 15
@@ -143,7 +144,7 @@ def test_gates_read_the_trunk() -> None:
     costs = [unit.path_macs for unit in network.units]
     gates = [unit.gate_macs for unit in network.units]
     remove(network, [trunk], {trunk.name: range(8)})
-    refresh(network)
+    count_again(network)
     # layer2.1 (unit 2): 8*8 pixels * (16 hidden * 16 trunk + 16 trunk * 16 hidden) * 9, of which half of the trunk goes
     assert costs[2][1] == 8 * 8 * 2 * 16 * 16 * 9
     assert network.units[2].path_macs[1] == costs[2][1] / 2

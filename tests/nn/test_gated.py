@@ -10,6 +10,7 @@ from networks import SmallResNet, close, small_resnet
 from torch import Tensor, nn
 
 from dynamize.conversion import convert
+from dynamize.errors import DynamizeError
 from dynamize.measure.costs import exit_costs
 from dynamize.measure.macs import count_macs
 from dynamize.nn import dispatch
@@ -318,3 +319,9 @@ def test_gates_of_two_kinds_after_each_other() -> None:
     assert all({0, 1} <= set(column.tolist()) for column in choices.T)
     assert torch.equal(choices[wanted.clear], wanted.choices_NU[wanted.clear])
     assert close(found[wanted.clear], wanted.answers_NC[wanted.clear])
+
+
+def test_a_compiled_network_is_not_trained() -> None:
+    frozen = only_segment(gated_resnet()).compiled(lambda way: way).train()
+    with pytest.raises(DynamizeError, match="train the network it was made of"):
+        frozen(images(2))

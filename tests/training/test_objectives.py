@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dynamize.training.objectives import MultiExitLoss
+from dynamize.errors import DynamizeError
+from dynamize.training.objectives import UNLABELLED, MultiExitLoss
 
 LABELS = torch.tensor([0, 2, 1, 1])
 IMAGES = torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -101,3 +102,21 @@ def test_half_precision_logits_give_a_float32_loss() -> None:
     found = MultiExitLoss()([one.bfloat16() for one in exits()], IMAGES, LABELS)
     assert found.dtype == torch.float32
     assert float(found) == pytest.approx(float(MultiExitLoss()(exits(), IMAGES, LABELS)), rel=0.02)
+
+
+def test_images_without_labels_are_learnt_from_the_teacher_alone() -> None:
+    teacher, logits = Teacher(), exits()[0]
+    labels = torch.tensor([0, UNLABELLED, 1, UNLABELLED])
+    loss = MultiExitLoss(teacher, alpha=0.3, temperature=2.0)
+    taught = teacher(IMAGES).detach()
+    total = 0.0
+    for row, wanted, label in zip(logits, taught, labels.tolist(), strict=True):
+        apart = float(loss.distance(row[None], wanted[None]))
+        total += apart if label < 0 else 0.3 * apart - 0.7 * math.log(float(row.softmax(0)[label]))
+    assert float(loss(logits, IMAGES, labels)) == pytest.approx(total / 4, rel=1e-5)
+    nothing = torch.full((4,), UNLABELLED)
+    for alpha in (0.3, 1.0):
+        found = MultiExitLoss(teacher, alpha=alpha, temperature=2.0)(logits, IMAGES, nothing)
+        assert float(found) == pytest.approx(float(loss.distance(logits, taught)), rel=1e-5)
+    with pytest.raises(DynamizeError, match="no original network to learn them from"):
+        MultiExitLoss(None)(logits, IMAGES, labels)
