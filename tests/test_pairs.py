@@ -176,7 +176,7 @@ class Maker:
 LOAD_ALL = """
 import sys, torch, dynamize as dz
 from pathlib import Path
-from test_chains import found
+from test_pairs import found
 torch.set_num_threads(1)
 images = torch.load("images.pt")
 folders = [file.parent for file in sorted(Path().glob("*/manifest.json"))]
@@ -222,7 +222,7 @@ def check(pair: tuple[str, str], outcome: tuple[Found, Found] | DynamizeError) -
 
 def test_every_transform_has_settings() -> None:
     missing = sorted(set(registered()) - set(SETTINGS))
-    assert not missing, f"give {missing} in tests/test_chains.py the smallest settings with which they do something"
+    assert not missing, f"give {missing} in tests/test_pairs.py the smallest settings with which they do something"
     assert set(REFUSED) <= set(CHAINS)
 
 
