@@ -11,6 +11,18 @@ from typer.testing import CliRunner, Result
 from dynamize.cli import app
 
 Cli = Callable[..., Result]
+ON_DIGITS = [  # options with which `run` takes a recipe for images of your own to the digits, with hardly any timing
+    "--model=dynamize:digits_resnet",
+    "--data=digits",
+    "--set=model.kwargs={pretrained: true}",
+    "--set=model.input=[1, 8, 8]",
+    "--set=data.normalize=[[0.305], [0.376]]",
+    "--set=data.test_limit=100",
+    "--set=backends=[eager]",
+    "--set=batches=[32]",
+    "--set=timing_seconds=0.01",
+    "--quiet",
+]
 
 
 def call(*arguments: object) -> Result:

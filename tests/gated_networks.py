@@ -15,7 +15,25 @@ from dynamize.nn.heads import extend_context
 from dynamize.nn.network import DynamicNetwork
 from dynamize.transforms import Exits, SkipGates
 
+GATES: list[dict[str, Any]] = [
+    {"gate": "linear", "keep_first": False},
+    {"gate": "linear", "group": 2, "keep_first": False},
+    {"gate": "conv", "keep_first": False},
+    {"gate": "recurrent"},
+]
 CLEAR = 1e-3  # scores this far apart are not turned round by rounding
+
+
+def images(count: int) -> Tensor:
+    """As many as asked for, always the same (N, C, H, W)."""
+    return torch.randn(count, *SmallResNet.shape, generator=torch.Generator().manual_seed(count))
+
+
+def only_segment(network: DynamicNetwork) -> GatedSegment:
+    """The segment of a network with gates and without exits."""
+    (segment,) = network.segments
+    assert isinstance(segment, GatedSegment)
+    return segment
 
 
 def gated_resnet(exits: dict[str, Any] | None = None, seed: int = 0, **fields: Any) -> DynamicNetwork:

@@ -4,23 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from commandline import call
+from commandline import ON_DIGITS, call
 from ledgers import ledger_of
 
-ON_DIGITS = [
-    "--model=dynamize:digits_resnet",
-    "--data=digits",
-    "--set=model.kwargs={pretrained: true}",
-    "--set=model.input=[1, 8, 8]",
-    "--set=data.normalize=[[0.305], [0.376]]",
-    "--set=data.train_limit=300",
-    "--set=data.test_limit=100",
-    "--set=steps.1.epochs=1",
-    "--set=backends=[eager]",
-    "--set=batches=[32]",
-    "--set=timing_seconds=0.01",
-    "--quiet",
-]
+FEW_IMAGES = [*ON_DIGITS, "--set=data.train_limit=300", "--set=steps.1.epochs=1"]
 STEPS = {
     "compress_static": ["prune", "distill", "quantize"],
     "dynamic_int8": ["exits", "distill", "calibrate", "quantize"],
@@ -35,7 +22,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, short_timing: object) -> dict
         "dynamic_int8": ["--set=steps.2.max_drop=null", "--set=steps.2.macs_ratio=0.9"],
     }
     for name, out in made.items():
-        result = call("run", name, "--out", out, *ON_DIGITS, *budgets[name])
+        result = call("run", name, "--out", out, *FEW_IMAGES, *budgets[name])
         assert result.exit_code == 0, result.output
     return made
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commandline import Cli, call
+from commandline import ON_DIGITS, Cli, call
 from ledgers import ledger_of
 
 
@@ -14,18 +14,6 @@ def at_budget(step: int) -> list[str]:
 
 
 GATES = ["skip_gates", "channel_gates", "gates_and_exits"]
-ON_DIGITS = [
-    "--model=dynamize:digits_resnet",
-    "--data=digits",
-    "--set=model.kwargs={pretrained: true}",
-    "--set=model.input=[1, 8, 8]",
-    "--set=data.normalize=[[0.305], [0.376]]",
-    "--set=data.test_limit=100",
-    "--set=backends=[eager]",
-    "--set=batches=[32]",
-    "--set=timing_seconds=0.01",
-    "--quiet",
-]
 FEW = {  # after so little training the budget that calibration asks for is what closes gates
     "skip_gates": ["--set=steps.0.group=1", "--set=steps.1.epochs=1", *at_budget(2)],
     "channel_gates": ["--set=steps.0.multiple=4", "--set=steps.1.epochs=1", *at_budget(3)],

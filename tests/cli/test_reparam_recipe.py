@@ -3,28 +3,23 @@
 import json
 from pathlib import Path
 
-from commandline import call
+from commandline import ON_DIGITS, call
 from ledgers import ledger_of
 
-ON_DIGITS = [
-    "--model=dynamize:digits_resnet",
-    "--data=digits",
-    "--set=model.kwargs={pretrained: true}",
-    "--set=model.input=[1, 8, 8]",
-    "--set=data.normalize=[[0.305], [0.376]]",
-    "--set=data.train_limit=200",
-    "--set=data.test_limit=100",
-    "--set=steps.0.layers=[layer1.0.conv1, layer2.0.conv1]",
-    "--set=steps.1.epochs=1",
-    "--set=backends=[eager]",
-    "--set=batches=[32]",
-    "--set=timing_seconds=0.01",
-    "--quiet",
-]
+LAYERS = "--set=steps.0.layers=[layer1.0.conv1, layer2.0.conv1]"
 
 
 def test_reparam_costs_in_the_end_what_it_cost_at_first(tmp_path: Path) -> None:
-    result = call("run", "reparam", "--out", tmp_path / "out", *ON_DIGITS)
+    result = call(
+        "run",
+        "reparam",
+        "--out",
+        tmp_path / "out",
+        *ON_DIGITS,
+        "--set=data.train_limit=200",
+        LAYERS,
+        "--set=steps.1.epochs=1",
+    )
     assert result.exit_code == 0, result.output
     rows = ledger_of(tmp_path / "out")
     assert [row["transform"] for row in rows] == ["static", "expand_branches", "distill", "fuse_branches"]

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from gated_networks import gated_resnet, masked, scatter, split_exits
+from gated_networks import GATES, gated_resnet, images, masked, only_segment, scatter, split_exits
 from networks import SmallResNet, close, small_resnet
 from torch import Tensor, nn
 
@@ -14,29 +14,12 @@ from dynamize.errors import DynamizeError
 from dynamize.measure.costs import exit_costs
 from dynamize.measure.macs import count_macs
 from dynamize.nn import dispatch
-from dynamize.nn.gated import GatedSegment
 from dynamize.nn.gates import ALL_OPEN, ConvGate
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.routing import record_routing
 from dynamize.transforms import SkipGates
 
-GATES: list[dict[str, Any]] = [
-    {"gate": "linear", "keep_first": False},
-    {"gate": "linear", "group": 2, "keep_first": False},
-    {"gate": "conv", "keep_first": False},
-    {"gate": "recurrent"},
-]
 EXITS: list[dict[str, Any] | None] = [None, {}, {"chain": True}]
-
-
-def images(count: int) -> Tensor:
-    return torch.randn(count, *SmallResNet.shape, generator=torch.Generator().manual_seed(count))
-
-
-def only_segment(network: DynamicNetwork) -> GatedSegment:
-    (segment,) = network.segments
-    assert isinstance(segment, GatedSegment)
-    return segment
 
 
 def run(network: DynamicNetwork, batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,34 +5,16 @@ from typing import Any
 
 import pytest
 import torch
-from gated_networks import gated_resnet
-from networks import SmallResNet, close, conv_block, randomise_norms
+from gated_networks import GATES, gated_resnet, images, only_segment
+from networks import close, conv_block, randomise_norms
 from torch import Tensor, nn
 from torch.nn import functional
 
 from dynamize.conversion import convert
 from dynamize.models import create
-from dynamize.nn.gated import GatedSegment
 from dynamize.nn.gates import ALL_OPEN
 from dynamize.nn.network import DynamicNetwork
 from dynamize.transforms import ChannelGates, SkipGates
-
-GATES: list[dict[str, Any]] = [
-    {"gate": "linear", "keep_first": False},
-    {"gate": "linear", "group": 2, "keep_first": False},
-    {"gate": "conv", "keep_first": False},
-    {"gate": "recurrent"},
-]
-
-
-def images(count: int) -> Tensor:
-    return torch.randn(count, *SmallResNet.shape, generator=torch.Generator().manual_seed(count))
-
-
-def only_segment(network: DynamicNetwork) -> GatedSegment:
-    (segment,) = network.segments
-    assert isinstance(segment, GatedSegment)
-    return segment
 
 
 @pytest.mark.parametrize("fields", GATES)
