@@ -13,7 +13,7 @@ from dynamize.measure.costs import exit_costs
 from dynamize.measure.macs import count_macs
 from dynamize.nn.network import DynamicNetwork
 from dynamize.runtime.profile import path_latency
-from dynamize.training.gating import BudgetLoss, GatedLoss
+from dynamize.training.gating import BudgetLoss, GatedLoss, Noise
 from dynamize.training.hints import HintLoss
 from dynamize.training.loop import WEIGHT_DECAY, Plan, Precision, decide_precision, train
 from dynamize.training.objectives import MultiExitLoss
@@ -62,6 +62,11 @@ class Distill(Transform):
     gate_cost: Literal["macs", "ms"] = Field(
         "macs", description="what `gate_budget` counts; ms: times measured on the run's backend at batch 1"
     )
+    gate_noise: Literal["auto", "falling", "long"] = Field(
+        "auto",
+        description="how gate decisions are drawn: falling: less and less at random from the start; long: at random "
+        "for 60 % of the training; auto: long if all gates choose between two paths (skip or run)",
+    )
     precision: Precision = "auto"
     trackers: list[str] = Field([], description="accelerate's trackers by name, e.g. tensorboard")
 
@@ -106,7 +111,7 @@ class Distill(Transform):
         exits = ", ".join(f"{accuracy:.1%}" for accuracy in rows[-1]["calibration_accuracy"])
         found: dict[str, object] = {"precision": precision}
         if gated:
-            found["gate_budget"] = self._target
+            found |= {"gate_budget": self._target, "gate_noise": self._noise(network)}
         resolved = self.model_copy(update=found)
         return Applied(network, resolved, [f"accuracy of each exit on the calibration images: {exits}"])
 
@@ -119,6 +124,11 @@ class Distill(Transform):
     def _target(self) -> float:
         return _DEFAULT_BUDGET if self.gate_budget is None else self.gate_budget
 
+    def _noise(self, network: DynamicNetwork) -> Noise:
+        if self.gate_noise != "auto":
+            return self.gate_noise
+        return "long" if all(len(unit.path_macs) == 2 for unit in network.units) else "falling"
+
     def _budget(self, network: DynamicNetwork, context: Context) -> BudgetLoss:
         counted = exit_costs(network)
         always = float((counted.segments + counted.heads).sum())
@@ -127,7 +137,7 @@ class Distill(Transform):
         if self.gate_cost == "ms":
             paths, always, whole = path_latency(network, context.backend, context.device)
         fixed = always - sum(costs[-1] for costs in paths)
-        budget = BudgetLoss(network, self._target, paths, fixed, whole)
+        budget = BudgetLoss(network, self._target, paths, fixed, whole, self._noise(network))
         cheapest, dearest = budget.reachable
         if not cheapest < self._target <= dearest:
             raise DynamizeError(

@@ -15,6 +15,7 @@ from torch import Tensor
 Contender = Callable[[Tensor], object]
 _FEWEST_ROUNDS = 5
 _TURN = 16  # short against the seconds over which a clock or a neighbour changes
+REST = 0.05  # seconds: ONNX Runtime's threads spin for 0.04 after a call, against those of another backend
 _BUSY = 0.15  # cores that other processes may use before timings are called unreliable
 
 
@@ -45,7 +46,11 @@ class Times:
 
 
 def interleave(
-    contenders: Mapping[str, Contender], inputs: Sequence[Tensor], device: torch.device, seconds: float = 5.0
+    contenders: Mapping[str, Contender],
+    inputs: Sequence[Tensor],
+    device: torch.device,
+    seconds: float = 5.0,
+    rest: float = 0.0,
 ) -> Times:
     """Time every contender on every input, round after round, in rotating order.
 
@@ -56,6 +61,7 @@ def interleave(
         contenders: name -> what is called with an input.
         inputs: batches (N, C, H, W) already on ``device``.
         seconds: how long to go on.
+        rest: seconds of quiet before each turn; :data:`REST` where contenders are on different backends.
     """
     names = list(contenders)
     rounds: list[NDArray[np.float64]] = []
@@ -66,6 +72,7 @@ def interleave(
         for turn, first in enumerate(range(0, len(inputs), _TURN)):
             some = inputs[first : first + _TURN]
             for j in np.roll(np.arange(len(names)), -(turn + len(rounds))):
+                time.sleep(rest)
                 taken[j, first : first + _TURN] = _turn(contenders[names[j]], some, device)
         rounds.append(taken)
     counted = np.stack(rounds[1:])

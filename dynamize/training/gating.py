@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,8 +12,11 @@ from dynamize.nn.network import DynamicNetwork
 
 _WEIGHT = 10.0  # of the cost, against a cross entropy of 1 (DynConv; LAUDNet)
 _ANNEALED = 1 / 3  # of the training, in which the target falls and the bounds widen
-_QUIET = 0.8  # until here the noise of the decisions falls to none; DynConv (sec. 3.2) cuts it off here, and the mean
-# cost jumps when gates that were open for half of the draws become open for all images or none
+_QUIET = 0.8  # from here on decisions are those of eval mode (DynConv, sec. 3.2). Noise falls to none before: cut off
+# at once, the mean cost jumps when gates that were open for half of the draws become open for all images or none
+
+Noise = Literal["falling", "long"]
+_FALLS_FROM: dict[Noise, float] = {"falling": 0.0, "long": 0.6}
 
 
 class BudgetLoss:
@@ -30,12 +33,20 @@ class BudgetLoss:
         costs: for each unit the cost of its paths (P,).
         fixed: cost of all that always runs.
         whole: cost of the original network.
+        noise: falling: decisions are drawn at a temperature that falls from the first step on; long: they are drawn
+            from the softmax of the scores for the first 60 % of the training, and it falls after that.
     """
 
     def __init__(
-        self, network: DynamicNetwork, target: float, costs: Sequence[Sequence[float]], fixed: float, whole: float
+        self,
+        network: DynamicNetwork,
+        target: float,
+        costs: Sequence[Sequence[float]],
+        fixed: float,
+        whole: float,
+        noise: Noise = "falling",
     ) -> None:
-        self.network, self.target = network, target
+        self.network, self.target, self.noise = network, target, noise
         self.costs = [torch.tensor(path_costs, dtype=torch.float32) / whole for path_costs in costs]
         self.fixed = fixed / whole
         self.progress = 0.0
@@ -49,8 +60,9 @@ class BudgetLoss:
     def advance(self, progress: float) -> None:
         """Tell how much of the training is over, 0 to 1."""
         self.progress = progress
+        start = _FALLS_FROM[self.noise]
         for segment in self._segments():
-            segment.noise = max(0.0, 1 - progress / _QUIET)
+            segment.noise = min(1.0, max(0.0, (_QUIET - progress) / (_QUIET - start)))
 
     def __call__(self) -> Tensor:
         """The loss of the decisions of the last batch, a scalar."""

@@ -5,20 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commandline import ON_DIGITS, Cli, call
+from commandline import FEW_EPOCHS, ON_DIGITS, Cli, call
 from ledgers import ledger_of
 
-
-def at_budget(step: int) -> list[str]:
-    return [f"--set=steps.{step}.max_drop=null", f"--set=steps.{step}.macs_ratio=0.8"]
-
-
-GATES = ["skip_gates", "channel_gates", "gates_and_exits"]
-FEW = {  # after so little training the budget that calibration asks for is what closes gates
-    "skip_gates": ["--set=steps.0.group=1", "--set=steps.1.epochs=1", *at_budget(2)],
-    "channel_gates": ["--set=steps.0.multiple=4", "--set=steps.1.epochs=1", *at_budget(3)],
-    "gates_and_exits": ["--set=steps.1.group=1", "--set=steps.2.epochs=1", *at_budget(3)],
-}
+GATES = list(FEW_EPOCHS)
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +16,7 @@ def gated_runs(tmp_path_factory: pytest.TempPathFactory, short_timing: object) -
     runs = {}
     for name in GATES:
         runs[name] = tmp_path_factory.mktemp("gates") / name
-        result = call("run", name, "--out", runs[name], *ON_DIGITS, *FEW[name])
+        result = call("run", name, "--out", runs[name], *ON_DIGITS, *FEW_EPOCHS[name])
         assert result.exit_code == 0, result.output
     return runs
 

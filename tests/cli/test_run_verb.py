@@ -1,12 +1,6 @@
-"""`dynamize run`: flags, refusals, exit codes, and a run that was killed."""
+"""`dynamize run`: flags, refusals and exit codes."""
 
 import json
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -155,22 +149,3 @@ def test_unknown_exception_keeps_its_traceback(tmp_path: Path, cli: Cli, monkeyp
     monkeypatch.setattr("dynamize.run.run_recipe", bug)
     with pytest.raises(ZeroDivisionError):
         cli("run", "quickstart", "--out", tmp_path / "out")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
-def test_killed_at_any_moment_resumes_to_the_same_ledger(seed: int, finished_run: Path, tmp_path: Path) -> None:
-    out = tmp_path / "killed"
-    command = [sys.executable, "-m", "dynamize", "run", "quickstart", "--out", str(out), *TINY]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    begun = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (out / "steps" / "0" / "state.json").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    time.sleep(random.Random(seed).uniform(0, 1.5))
-    begun.send_signal(signal.SIGKILL)
-    begun.wait()
-    assert not (out / "manifest.json").exists() or (out / "weights.safetensors").exists()
-    resumed = subprocess.run([*command, "--resume", "--quiet"], env=environment, capture_output=True, text=True)
-    assert resumed.returncode == 0, resumed.stderr
-    assert ledger_of(out) == ledger_of(finished_run)

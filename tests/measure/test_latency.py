@@ -53,6 +53,12 @@ def test_a_turn_of_several_calls_begins_with_one_that_is_not_counted(clock: Cloc
     assert "".join(clock.calls).startswith("a" * 17 + "b" * 17 + "b" * 5 + "a" * 5)
 
 
+def test_there_is_quiet_before_each_turn(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency.time, "sleep", lambda seconds: clock.calls.append(f"rest {seconds}"))
+    interleave({n: clock.takes(n, 1.0) for n in ("a", "b")}, [torch.zeros(1)], CPU, seconds=0, rest=0.5)
+    assert clock.calls[:6] == ["rest 0.5", "a", "a", "rest 0.5", "b", "b"]
+
+
 def test_contenders_take_turns_in_rotating_order(clock: Clock) -> None:
     names = ["a", "b", "c"]
     interleave({n: clock.takes(n, 1.0) for n in names}, [torch.zeros(1)], CPU, seconds=0)

@@ -112,6 +112,38 @@ def test_integers_by_hand(precision: str) -> None:
     assert found.flatten(1).tolist() == [[1.5, 0.0], [31.5, 126.0]]
 
 
+@pytest.mark.parametrize(("one_takes", "several_take", "chosen"), [(1.0, 2.0, "one"), (3.0, 2.0, "several")])
+def test_single_images_go_where_they_are_faster(
+    one_takes: float, several_take: float, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, calls = 0.0, list[tuple[str, int]]()
+    monkeypatch.setattr(openvino.time, "perf_counter", lambda: now)
+
+    def taking(name: str, seconds: float) -> Any:
+        def run(inputs: list[Tensor]) -> list[Tensor]:
+            nonlocal now
+            now += seconds
+            calls.append((name, len(inputs[0])))
+            return inputs
+
+        return run
+
+    tuned = openvino._Tuned(taking("several", several_take), lambda: taking("one", one_takes))
+    tuned([torch.zeros(2, 1)])
+    assert calls == [("several", 2)]  # no second model is made for batches
+    tuned([torch.zeros(1, 1)])
+    calls.clear()
+    tuned([torch.zeros(1, 1)])
+    tuned([torch.zeros(4, 1)])
+    assert calls == [(chosen, 1), ("several", 4)]
+
+
+def test_single_images_are_answered_as_in_a_batch() -> None:
+    compiled, batch = compile_network(with_exits(), "openvino"), images(6)
+    wanted = compiled(batch)
+    assert all(close(compiled(one), answer[None]) for one, answer in zip(batch.split(1), wanted, strict=True))
+
+
 def test_what_cannot_be_had_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     network = with_exits()
     with pytest.raises(DynamizeError, match="openvino-bf16 runs on the CPU here, not on cuda: use --backend eager"):

@@ -18,7 +18,7 @@ from dynamize.measure.macs import count_macs
 from dynamize.models import create
 from dynamize.nn.gated import GatedSegment
 from dynamize.nn.network import DynamicNetwork
-from dynamize.training.gating import BudgetLoss, GatedLoss
+from dynamize.training.gating import BudgetLoss, GatedLoss, Noise
 from dynamize.training.objectives import MultiExitLoss
 from dynamize.transform import Context
 from dynamize.transforms import Distill, Exits, SkipGates
@@ -72,9 +72,17 @@ def test_the_cost_is_not_rounded_under_autocast() -> None:
     assert float(found) == float(loss())
 
 
-def test_the_noise_of_decisions_falls_to_none_in_the_first_four_fifths() -> None:
+@pytest.mark.parametrize(
+    ("kind", "wanted"),
+    [
+        ("falling", ((0.0, 1.0), (0.4, 0.5), (0.8, 0.0), (0.81, 0.0), (0.2, 0.75))),
+        ("long", ((0.0, 1.0), (0.6, 1.0), (0.7, 0.5), (0.8, 0.0), (1.0, 0.0))),
+    ],
+)
+def test_the_noise_of_decisions_falls_to_none_in_the_first_four_fifths(kind: Noise, wanted: tuple) -> None:
     loss = loss_of([OPENED], [OPENED])
-    for progress, noise in ((0.0, 1.0), (0.4, 0.5), (0.8, 0.0), (0.81, 0.0), (0.2, 0.75)):
+    loss.noise = kind
+    for progress, noise in wanted:
         loss.advance(progress)
         assert [s.noise for s in loss.network.segments if isinstance(s, GatedSegment)] == [pytest.approx(noise)] * 2
 
@@ -94,6 +102,12 @@ def images(count: int) -> Tensor:
 
 def budget_of(network: DynamicNetwork, target: float) -> BudgetLoss:
     return Distill(gate_budget=target)._budget(network, Context())
+
+
+@pytest.mark.parametrize(("asked", "wanted"), [("auto", "long"), ("falling", "falling"), ("long", "long")])
+def test_gates_that_skip_or_run_are_drawn_at_random_for_longer(asked: str, wanted: str) -> None:
+    network = gated_resnet({})
+    assert Distill(gate_budget=0.9, gate_noise=asked)._budget(network, Context()).noise == wanted
 
 
 @pytest.mark.parametrize("exits", [None, {"head": "linear"}, {"head": "linear", "chain": True}])
