@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from dynamize.data import Splits
 
 Share = Annotated[float, Field(ge=0, le=1)]
+NOTHING_TO_REFINE = "nothing to refine: `fuse_gates` left no gates"
 T = TypeVar("T")
 Progress = Callable[[Iterable[T], str, int], Iterable[T]]
 
@@ -123,6 +124,25 @@ def find_transform(name: str) -> type[Transform]:
     if name not in known:
         raise DynamizeError(f"'{name}' is no transform. {closest(name, list(known))}Known: {', '.join(sorted(known))}.")
     return known[name]
+
+
+def gates_are_fused(network: DynamicNetwork) -> bool:
+    """Whether `fuse_gates` has made all gates of the network static."""
+    return not network.units and any(step["pass"] == "fuse_gates" for step in network.history)
+
+
+def has_gates_to_refine(step: Transform, network: DynamicNetwork) -> bool:
+    """Whether there are gates to train; False where `fuse_gates` has left none.
+
+    Raises:
+        DynamizeError: there never were any.
+    """
+    if not network.units and not gates_are_fused(network):
+        raise DynamizeError(
+            f"{step.pass_name}: the network has no gates: put `skip_gates` or `channel_gates` before, and `distill`, "
+            "which trains them first"
+        )
+    return bool(network.units)
 
 
 def check_order(steps: list[Transform], done: Sequence[str] = ()) -> None:

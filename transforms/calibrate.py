@@ -16,7 +16,7 @@ from dynamize.calibration.gates import GateTables, best_point, curve
 from dynamize.errors import DynamizeError
 from dynamize.measure.controls import adaptivity
 from dynamize.nn.network import DynamicNetwork
-from dynamize.transform import Applied, Context, Transform
+from dynamize.transform import Applied, Context, Transform, gates_are_fused
 
 _DEFAULT_DROP = 0.2
 
@@ -54,7 +54,7 @@ class Calibrate(Transform):
 
     def apply(self, network: DynamicNetwork, context: Context) -> Applied:
         if not network.heads and not network.units:
-            if any(step["pass"] == "fuse_gates" for step in network.history):
+            if gates_are_fused(network):
                 return Applied(network, self, ["nothing to solve: `fuse_gates` left a static network"])
             raise DynamizeError(
                 "calibrate: the network has neither exits nor gates: put `exits`, `skip_gates` or `channel_gates` "

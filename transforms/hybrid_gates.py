@@ -8,7 +8,7 @@ from dynamize.nn.network import DynamicNetwork
 from dynamize.training.loop import WEIGHT_DECAY, Plan, Precision, decide_precision, train
 from dynamize.training.objectives import MultiExitLoss
 from dynamize.training.policy import HybridLoss, deciding, relative_costs
-from dynamize.transform import Applied, Context, Share, Transform
+from dynamize.transform import NOTHING_TO_REFINE, Applied, Context, Share, Transform, has_gates_to_refine
 
 
 class HybridGates(Transform):
@@ -37,6 +37,8 @@ class HybridGates(Transform):
     before: ClassVar[tuple[str, ...]] = ("recalibrate", "quantize", "calibrate")
 
     def apply(self, network: DynamicNetwork, context: Context) -> Applied:
+        if not has_gates_to_refine(self, network):
+            return Applied(network, self, [NOTHING_TO_REFINE])
         data = context.needs_data(self)
         precision = decide_precision(self.precision, context.device)
         teacher = context.needs_teacher(self) if self.alpha > 0 else None

@@ -14,14 +14,16 @@ from dynamize.compression.costs import Stopwatch, whole_macs
 from dynamize.compression.coupling import channel_groups
 from dynamize.compression.importance import Criterion, add_gradients, importance
 from dynamize.compression.layers import resize, sizes
-from dynamize.compression.search import least
+from dynamize.compression.search import bracket, least
 from dynamize.compression.sensitivity import RATIOS, Sensitivity, scan
 from dynamize.compression.widths import (
     Widths,
     between,
+    by_harm,
     least_worth,
     liked_multiple,
     narrowed,
+    partly,
     removed_share,
     spared,
     uniform,
@@ -154,7 +156,14 @@ class Prune(Transform):
         context: Context,
         at: Callable[[float], Widths],
     ) -> tuple[Widths, list[str]]:
-        """The widths at the least knob that meets the target."""
+        """The widths at the least knob that meets the target. Where groups of one size give up channels together, no
+        more of them do than the target takes."""
+
+        def meeting(figure: str, target: float, measure: Callable[[Widths], float], rounds: int) -> Widths:
+            wide, narrow = bracket("prune", figure, target, at, measure, rounds)
+            order = by_harm(groups, self._worth(network, groups, context), wide, narrow)
+            return least("prune", figure, target, lambda knob: partly(wide, narrow, order, knob), measure, rounds)
+
         if self.latency_ratio is not None:
             watch = Stopwatch(network, context.backend, context.device)
             times: dict[Widths, float] = {}
@@ -162,19 +171,19 @@ class Prune(Transform):
             def time(widths: Widths) -> float:
                 return times.setdefault(widths, watch.ratio(narrowed(network, groups, widths)))
 
-            widths = least("prune", "latency_ratio", self.latency_ratio, at, time, _TIMED_ROUNDS)
+            widths = meeting("latency_ratio", self.latency_ratio, time, _TIMED_ROUNDS)
             return widths, [f"on {context.backend} at batch 1 it takes {times[widths]:.2f} of the time before"]
         if self.ratio is not None:
             if not self.sensitivity:
                 return at(self.ratio), []
             left = 1 - self.ratio
-            return least("prune", "channels left", left, at, lambda w: 1 - removed_share(groups, w), _ROUNDS), []
+            return meeting("channels left", left, lambda w: 1 - removed_share(groups, w), _ROUNDS), []
         macs, target = whole_macs(network), self.macs_ratio or _DEFAULT_RATIO
 
         def share(widths: Widths) -> float:
             return whole_macs(narrowed(network, groups, widths)) / macs
 
-        return least("prune", "macs_ratio", target, at, share, _ROUNDS), []
+        return meeting("macs_ratio", target, share, _ROUNDS), []
 
     def _scan(self, network: DynamicNetwork, groups: list[ChannelGroup], context: Context) -> Sensitivity:
         data = context.needs_data(self)

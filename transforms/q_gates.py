@@ -22,7 +22,7 @@ from dynamize.training.q_learning import (
     find_loss_scale,
     scale_scores,
 )
-from dynamize.transform import Applied, Context, Share, Transform
+from dynamize.transform import NOTHING_TO_REFINE, Applied, Context, Share, Transform, has_gates_to_refine
 
 _SEEDS_BETWEEN = 7919  # of two phases, so that they do not see the same batches in the same order
 _FOLLOW = 0.05  # of the target copy, in each step
@@ -66,6 +66,8 @@ class QGates(Transform):
     before: ClassVar[tuple[str, ...]] = ("recalibrate", "quantize", "calibrate")
 
     def apply(self, network: DynamicNetwork, context: Context) -> Applied:
+        if not has_gates_to_refine(self, network):
+            return Applied(network, self, [NOTHING_TO_REFINE])
         resolved = self._resolve(network, context)
         costs = relative_costs(network)
         shares = [float(each[-1]) for each in costs]

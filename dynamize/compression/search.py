@@ -11,7 +11,16 @@ P = TypeVar("P", bound=Hashable)
 def least(
     step: str, figure: str, target: float, plan_at: Callable[[float], P], measure: Callable[[P], float], rounds: int
 ) -> P:
-    """The plan of the smallest knob, 0 to 1, whose figure is no more than ``target``.
+    """The plan of the smallest knob, 0 to 1, whose figure is no more than ``target``; arguments as for
+    :func:`bracket`."""
+    return bracket(step, figure, target, plan_at, measure, rounds)[1]
+
+
+def bracket(
+    step: str, figure: str, target: float, plan_at: Callable[[float], P], measure: Callable[[P], float], rounds: int
+) -> tuple[P, P]:
+    """The plan of the largest knob that misses ``target`` and that of the smallest that meets it; where all meet it,
+    the plan at 0 twice.
 
     Args:
         step: name of the transform, for the error.
@@ -40,11 +49,11 @@ def least(
             nearest,
         )
     if reaches(plan_at(low)):
-        return plan_at(low)
+        return plan_at(low), plan_at(low)
     for _ in range(rounds):
         middle = (low + high) / 2
         if reaches(plan_at(middle)):
             high = middle
         else:
             low = middle
-    return plan_at(high)
+    return plan_at(low), plan_at(high)

@@ -52,6 +52,23 @@ def least_worth(groups: Sequence[ChannelGroup], worth: Mapping[str, Tensor], wid
     }
 
 
+def by_harm(groups: Sequence[ChannelGroup], worth: Mapping[str, Tensor], wide: Widths, narrow: Widths) -> list[int]:
+    """Indices of the groups that two plans differ in; first those whose channels in between are worth least in sum."""
+
+    def harm(index: int) -> float:
+        group = groups[index]
+        ascending = worth[group.name].sort().values
+        return float(ascending[group.channels - wide[index] : group.channels - narrow[index]].sum())
+
+    return sorted((i for i in range(len(groups)) if wide[i] != narrow[i]), key=harm)
+
+
+def partly(wide: Widths, narrow: Widths, order: Sequence[int], share: float) -> Widths:
+    """The first ``share`` of the groups in ``order`` as the second plan says, the others as the first does."""
+    taken = set(order[: round(share * len(order))])
+    return tuple(narrow[i] if i in taken else wide[i] for i in range(len(wide)))
+
+
 def narrowed(network: DynamicNetwork, groups: Sequence[ChannelGroup], widths: Widths) -> DynamicNetwork:
     """A copy of these widths, to be counted and timed: which channels stay makes no difference to that."""
     narrow = copy.deepcopy(network)

@@ -11,13 +11,15 @@ from torch import nn
 
 from dynamize.compression.channels import ChannelGroup, Member
 from dynamize.compression.importance import add_gradients, importance
-from dynamize.compression.search import least
+from dynamize.compression.search import bracket, least
 from dynamize.compression.sensitivity import Sensitivity, scan
 from dynamize.compression.widths import (
     between,
+    by_harm,
     kept_width,
     least_worth,
     liked_multiple,
+    partly,
     removed_share,
     spared,
     uniform,
@@ -93,6 +95,23 @@ def test_uniform_and_shares() -> None:
     worth = {"a": torch.arange(64.0), "b": -torch.arange(32.0)}
     gone = least_worth(groups, worth, (62, 31))
     assert gone == {"a": [0, 1], "b": [31]}
+
+
+def test_groups_that_lose_least_go_first() -> None:
+    groups = [plain_group("a", 4), plain_group("b", 4), plain_group("c", 4)]
+    worth = {"a": torch.tensor([9.0, 1, 2, 8]), "b": torch.tensor([0.5, 1, 1, 9]), "c": torch.ones(4)}
+    wide, narrow = (4, 3, 2), (2, 2, 2)  # a would lose 1 + 2, b 1 more, c is decided
+    order = by_harm(groups, worth, wide, narrow)
+    assert order == [1, 0]
+    assert [partly(wide, narrow, order, share) for share in (0, 0.5, 1)] == [wide, (4, 2, 2), narrow]
+
+
+def test_the_bracket_of_a_target() -> None:
+    def plan_at(knob: float) -> int:
+        return round(4 * knob)
+
+    assert bracket("x", "figure", 1.5, plan_at, lambda plan: 4 - plan, 16) == (2, 3)
+    assert bracket("x", "figure", 4, plan_at, lambda plan: 4 - plan, 16) == (0, 0)
 
 
 def test_magnitude_by_hand() -> None:

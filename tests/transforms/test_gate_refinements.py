@@ -1,24 +1,25 @@
 """What `hybrid_gates` and `q_gates` have in common: their place, what they need, that they repeat and resume to the
 bit, and that they save."""
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from digits import digit_splits
+from digits import SHAPE, digit_splits
 from gated_digits import GatedDigitNet, accuracy_and_macs, gated_digits, same, set_scores
 from interrupter import Interrupter
 
-from dynamize.conversion import apply
+from dynamize.conversion import apply, wrap
 from dynamize.errors import DynamizeError
 from dynamize.nn.network import DynamicNetwork
 from dynamize.training import loop, state
 from dynamize.training.loop import Plan, train
 from dynamize.training.objectives import MultiExitLoss
 from dynamize.transform import Context, Transform, check_order
-from dynamize.transforms import Calibrate, Distill, HybridGates, QGates, SkipGates
+from dynamize.transforms import Calibrate, Distill, FuseGates, HybridGates, QGates, SkipGates
 
 BRIEF: dict[str, Any] = {"batch_size": 32, "alpha": 0.0, "precision": "float32"}
 SHORT: list[Transform] = [
@@ -62,6 +63,17 @@ def test_without_data_or_teacher_they_say_what_to_give(step: Transform, context:
         apply(gated_digits(), step, Context())
     with pytest.raises(DynamizeError, match=f"`{step.pass_name}` needs the original network"):
         apply(gated_digits(), step.model_copy(update={"alpha": 0.5}), Context(data=context.data))
+
+
+@both
+def test_without_gates_they_say_so_or_leave_alone_what_was_fused(step: Transform, context: Context) -> None:
+    with pytest.raises(DynamizeError, match=f"{step.pass_name}: the network has no gates: put `skip_gates`"):
+        apply(wrap(GatedDigitNet().eval(), SHAPE), step, context)
+    fused, _ = apply(gated_digits(), FuseGates(time=False), context)
+    assert not fused.units
+    again, notes = apply(copy.deepcopy(fused), step, context)
+    assert notes == ["nothing to refine: `fuse_gates` left no gates"]
+    assert same(again, fused)
 
 
 @both

@@ -59,6 +59,16 @@ def test_macs_ratio_is_met_and_hardly_more() -> None:
     assert sizes(halved) == sizes(network)
 
 
+@pytest.mark.parametrize("target", [0.6, 0.8])
+def test_no_more_groups_of_one_width_are_narrowed_than_it_takes(target: float) -> None:
+    """All blocks of a stage would go from 16 to 8 channels together, and the MACs to half of what is asked."""
+    torch.manual_seed(0)
+    source = randomise_norms(create("cifar_resnet20")).eval()
+    network = pruned(source, (3, 32, 32), macs_ratio=target, round_to=8)
+    share = whole_macs(network) / whole_macs(wrap(source, (3, 32, 32)))
+    assert target - 0.05 < share <= target
+
+
 def test_impossible_macs_name_the_least() -> None:
     with pytest.raises(InfeasibleError, match="macs_ratio 0.01 cannot be reached") as refused:
         pruned(small_resnet(), SmallResNet.shape, macs_ratio=0.01, round_to=4)
