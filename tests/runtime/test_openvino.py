@@ -128,14 +128,15 @@ def test_single_images_go_where_they_are_faster(
 
         return run
 
-    tuned = openvino._Tuned(taking("several", several_take), lambda: taking("one", one_takes))
+    makers = [lambda: taking("one", one_takes), lambda: taking("several", several_take)]
+    tuned = openvino._Tuned(taking("batches", 1.0), makers)
     tuned([torch.zeros(2, 1)])
-    assert calls == [("several", 2)]  # no second model is made for batches
+    assert calls == [("batches", 2)]  # no other model is made for them
     tuned([torch.zeros(1, 1)])
     calls.clear()
     tuned([torch.zeros(1, 1)])
     tuned([torch.zeros(4, 1)])
-    assert calls == [(chosen, 1), ("several", 4)]
+    assert calls == [(chosen, 1), ("batches", 4)]
 
 
 def test_single_images_are_answered_as_in_a_batch() -> None:
