@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from functools import partial
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ TRAINED = SourceSpec(source="dynamize:digits_resnet", kwargs={"pretrained": True
 TRAINING: dict[str, Any] = {"epochs": 1, "batch_size": 50, "lr": 0.01, "precision": "float32"}
 
 SETTINGS: dict[str, dict[str, Any]] = {  # the smallest that do something
-    "calibrate": {"max_drop": 20, "points": 2},
+    "calibrate": {"max_drop": 60, "points": 2},
     "channel_gates": {"blocks": ["layer1.2", "layer3.1", "layer3.2"], "multiple": 4},
     "distill": TRAINING,
     "exits": {"at": ["layer1.2", "layer2.2"], "size": [8, 8], "share": 1.0},
@@ -59,6 +59,7 @@ NEEDS = {"fuse_branches": ("expand_branches",)}  # where the digits network woul
 REFUSED = {  # what the second says where the rules allow a pair that cannot be
     ("channel_gates", "quantize"): "narrower paths slice weights while the network runs",
     ("expand_branches", "expand_branches"): "is no square convolution of odd size above 1",
+    ("factorize", "factorize"): "is no linear layer and no convolution with groups=1",
     ("fold_batchnorm", "fold_batchnorm"): "no convolution or linear layer whose output only a batch norm",
     ("fuse_branches", "fuse_branches"): "the network has no parallel linear branches to fuse",
 }
@@ -89,7 +90,8 @@ def chain(first: str, second: str) -> Names | None:
     needed = [one for name in (first, second) for one in (NEEDS.get(name), registered()[name].after) if one]
     for before in ((), *product(*needed)):
         names = (*dict.fromkeys(before), first, second)
-        if allowed(names):
+        others = set(combinations(names, 2)) - {(first, second)}
+        if allowed(names) and not others & REFUSED.keys():
             return names
     return None
 

@@ -17,7 +17,7 @@ from dynamize.training.gating import BudgetLoss, GatedLoss, Noise
 from dynamize.training.hints import HintLoss
 from dynamize.training.loop import WEIGHT_DECAY, Plan, Precision, decide_precision, train
 from dynamize.training.objectives import MultiExitLoss
-from dynamize.transform import Applied, Context, Share, Transform
+from dynamize.transform import Applied, Context, Share, Transform, gates_are_fused
 
 _DEFAULT_BUDGET = 0.6
 
@@ -113,7 +113,10 @@ class Distill(Transform):
         if gated:
             found |= {"gate_budget": self._target, "gate_noise": self._noise(network)}
         resolved = self.model_copy(update=found)
-        return Applied(network, resolved, [f"accuracy of each exit on the calibration images: {exits}"])
+        notes = [f"accuracy of each exit on the calibration images: {exits}"]
+        if self.gate_budget is not None and not gated:
+            notes.append("gate_budget did nothing: `fuse_gates` left no gates")
+        return Applied(network, resolved, notes)
 
     def _teacher(self, context: Context) -> nn.Module | None:
         """Who says what the logits should be, beside the labels."""
@@ -152,7 +155,7 @@ class Distill(Transform):
                 f"distill: exit_weights has {len(self.exit_weights)} entries, the network {network.exit_count} exits "
                 "(its own classifier is the last)"
             )
-        if self.gate_budget is not None and not network.units:
+        if self.gate_budget is not None and not network.units and not gates_are_fused(network):
             raise DynamizeError("distill: gate_budget, but the network has no gates: put `skip_gates` before")
         if self.gate_budget is not None and self.train == "heads":
             raise DynamizeError("distill: gate_budget, but train: heads leaves the gates as they are: use train: all")

@@ -17,7 +17,7 @@ from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.segments import Region, fix_paths
 from dynamize.nn.widths import path_widths
 from dynamize.runtime.profile import gate_latency
-from dynamize.transform import Applied, Context, Share, Transform
+from dynamize.transform import Applied, Context, Share, Transform, gates_are_fused
 
 
 class FuseGates(Transform):
@@ -46,8 +46,11 @@ class FuseGates(Transform):
     before: ClassVar[tuple[str, ...]] = ("quantize", "calibrate")
 
     def apply(self, network: DynamicNetwork, context: Context) -> Applied:
+        if not network.units and (gates_are_fused(network) or self.paths == {}):
+            notes = ["nothing to do: an earlier `fuse_gates` left no gates"]
+            return Applied(network, self.model_copy(update={"paths": {}}), notes)
         if not network.units:
-            raise DynamizeError("fuse_gates: the network has no gates left: put `skip_gates` or `channel_gates` before")
+            raise DynamizeError("fuse_gates: the network has no gates: put `skip_gates` or `channel_gates` before")
         notes: list[str] = []
         if self.paths == "auto":
             paths, notes = self._decide(network, context)

@@ -1,17 +1,20 @@
 """`fuse_gates`: which gates go and why, what the network answers without them, what comes back, what is refused."""
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from digits import digit_splits
+from gated_digits import UNITS, gated_digits
 from gated_networks import gated_resnet, masked, scatter, split_exits
 from networks import SmallResNet, close, small_resnet
 from pydantic import ValidationError
 from torch import Tensor
 
 from dynamize import artifact
-from dynamize.conversion import apply, convert, replay
+from dynamize.conversion import apply, convert, replay, wrap
 from dynamize.data import Splits
 from dynamize.data.splits import from_loaders
 from dynamize.errors import DynamizeError
@@ -23,7 +26,7 @@ from dynamize.nn.routing import record_routing
 from dynamize.runtime.compiled import compile_network
 from dynamize.runtime.profile import gate_latency
 from dynamize.transform import Context, check_order
-from dynamize.transforms import Calibrate, ChannelGates, Exits, FuseGates, Recalibrate, SkipGates, fuse_gates
+from dynamize.transforms import Calibrate, ChannelGates, Distill, Exits, FuseGates, Recalibrate, SkipGates, fuse_gates
 
 FIVE = ["layer1.1", "layer2.0", "layer2.1", "layer3.0", "layer3.1"]
 SIX = ["layer1.0", *FIVE]
@@ -302,8 +305,8 @@ def test_refusals() -> None:
         fused(gated_resnet(), {"layer1.1": 2})
     with pytest.raises(DynamizeError, match="has a recurrent gate, which hands its state to the next one"):
         fused(gated_resnet(gate="recurrent"), {"layer1.1": 1})
-    with pytest.raises(DynamizeError, match="no gates left: put `skip_gates` or `channel_gates` before"):
-        fused(fused(gated_resnet(), dict.fromkeys(FIVE, 1)), {})
+    with pytest.raises(DynamizeError, match="has no gates: put `skip_gates` or `channel_gates` before"):
+        apply(wrap(small_resnet(), SmallResNet.shape), FuseGates(), Context())
     with pytest.raises(DynamizeError, match="`fuse_gates` needs images"):
         apply(gated_resnet(), FuseGates(), Context())
     with pytest.raises(DynamizeError, match="needs `skip_gates` or `channel_gates` before it"):
@@ -313,6 +316,21 @@ def test_refusals() -> None:
     for fields in ({"paths": {"a": -1}}, {"share": 1.5}, {"tolerance": -1}, {"gate": 1}):
         with pytest.raises(ValidationError):
             FuseGates.model_validate(fields)
+
+
+def test_where_no_gate_is_left_nothing_is_done_again() -> None:
+    static = fused(gated_resnet(), dict.fromkeys(FIVE, 1))
+    again, notes = apply(copy.deepcopy(static), FuseGates(), Context())
+    assert notes == ["nothing to do: an earlier `fuse_gates` left no gates"]
+    rebuilt = replay(small_resnet(), again.history, SmallResNet.shape)
+    assert rebuilt.state_dict().keys() == static.state_dict().keys()
+
+
+def test_a_budget_of_gates_that_are_gone_is_told_not_refused() -> None:
+    static = fused(gated_digits(), dict.fromkeys(UNITS, 1))
+    training = Distill(epochs=1, alpha=0.0, gate_budget=0.5, precision="float32")
+    _, notes = apply(static, training, Context(data=digit_splits(64)))
+    assert notes[-1] == "gate_budget did nothing: `fuse_gates` left no gates"
 
 
 def test_calibration_has_nothing_to_solve_where_no_gate_is_left() -> None:
