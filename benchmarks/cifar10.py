@@ -19,12 +19,13 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
+from cifar10_images import CPU, JUDGING, SHAPE, halves
 
 import dynamize as dz
 from dynamize.calibration import ConfidenceTable, OperatingPoint, point_for_budget, point_for_drop
 from dynamize.calibration.collect import TableMaker
 from dynamize.conversion import wrap
-from dynamize.data import DataSpec, Splits, load_data
+from dynamize.data import Splits
 from dynamize.evaluation import gather, representative
 from dynamize.files import write_text
 from dynamize.measure.accuracy import answers
@@ -32,8 +33,6 @@ from dynamize.measure.latency import interleave
 from dynamize.nn.network import DynamicNetwork
 from dynamize.report import share_of_saving_shown
 
-CPU = torch.device("cpu")
-MEAN_STD = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 BUDGETS = (0.25, 0.30, 0.35, 0.40, 0.45, 0.50, 0.55, 0.60, 0.70, 0.80)
 DROPS = (0.002, 0.003)
 BATCHES = (1, 8, 64)
@@ -109,10 +108,7 @@ def main(
 def make_fold(
     network: DynamicNetwork, statics: dict[str, torch.nn.Module], data: Path, fold: int, backend: str
 ) -> Fold:
-    spec = DataSpec(
-        source=f"imagefolder:{data}", calibration_from="test", fold=fold, normalize=MEAN_STD, train_limit=1000
-    )
-    splits = load_data(spec, (3, 32, 32), 10)
+    splits = halves(data, fold=fold, train_limit=JUDGING)
     tables = TableMaker(network, splits.calibration, statics[STATIC], CPU, backend)
     rivals = {}
     for name, static in statics.items():
@@ -158,7 +154,7 @@ def latency(
     """All static networks against the dynamic one at the chosen point and at the speed of each smaller rival."""
     # further fine-tuning does not change the time, so each depth is timed once
     contenders = {
-        f"ResNet-{depth}": dz.compile_network(wrap(statics[f"ResNet-{depth} as given"], (3, 32, 32)), backend)
+        f"ResNet-{depth}": dz.compile_network(wrap(statics[f"ResNet-{depth} as given"], SHAPE), backend)
         for depth in DEPTHS
     }
     inputs = mixed(folds[-1], chosen["thresholds"], batch)

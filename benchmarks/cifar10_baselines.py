@@ -10,16 +10,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from cifar10_images import SHAPE, halves
 
 import dynamize as dz
 from dynamize.checkpoints import save_state_dict
 from dynamize.conversion import apply, wrap
-from dynamize.data import DataSpec, load_data
 from dynamize.measure.accuracy import exit_accuracies
 from dynamize.transform import Context
 from dynamize.transforms import Distill
-
-MEAN_STD = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 def main(
@@ -31,8 +29,7 @@ def main(
     depths: Annotated[str, typer.Option(help="comma-separated")] = "56,32,20",
 ) -> None:
     """Fine-tune the three static networks and save them."""
-    spec = DataSpec(source=f"imagefolder:{data}", calibration_from="test", normalize=MEAN_STD, seed=seed)
-    splits = load_data(spec, (3, 32, 32), 10)
+    splits = halves(data, seed=seed)
     for depth in depths.split(","):
         target = out / f"resnet{depth}.safetensors"
         if target.exists():
@@ -40,7 +37,7 @@ def main(
         network = dz.source(f"dynamize:cifar_resnet{depth}", checkpoint=checkpoints / f"resnet{depth}-cifar10-jpeg.pt")
         work = out / f"resnet{depth}"
         context = Context(data=splits, seed=seed, work=work, resume=True)
-        tuned, _ = apply(wrap(network, (3, 32, 32)), Distill(epochs=epochs, alpha=0.0), context)
+        tuned, _ = apply(wrap(network, SHAPE), Distill(epochs=epochs, alpha=0.0), context)
         accuracies = exit_accuracies(tuned, splits.calibration, context.device)
         state = {name.removeprefix("segments.0."): value for name, value in tuned.state_dict().items()}
         state.pop("temperatures")

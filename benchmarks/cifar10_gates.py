@@ -15,13 +15,14 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
+from cifar10_images import CPU, JUDGING, SHAPE, halves
 
 import dynamize as dz
 from dynamize.calibration import OperatingPoint, point_for_drop
 from dynamize.calibration.collect import TableMaker
 from dynamize.calibration.gates import GateTables, best_point
 from dynamize.conversion import wrap
-from dynamize.data import DataSpec, Splits, load_data
+from dynamize.data import Splits
 from dynamize.errors import InfeasibleError
 from dynamize.evaluation import Evaluator, Judgement, gather, representative
 from dynamize.files import write_text
@@ -30,8 +31,6 @@ from dynamize.measure.latency import interleave
 from dynamize.nn.network import DynamicNetwork
 from dynamize.report import share_of_saving_shown
 
-CPU, SHAPE = torch.device("cpu"), (3, 32, 32)
-MEAN_STD = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 DROPS = (0.0, 0.002, 0.003, 0.005, 0.01)
 LEAST_CHOSEN = 0.003
 BATCHES = (1, 64)
@@ -58,7 +57,7 @@ def main(
     """Measure everything and print one Markdown report."""
     network = dz.load(artifact)
     static = dz.source("dynamize:cifar_resnet56", checkpoint=baseline)
-    folds = [_splits(data, fold) for fold in (0, 1)]
+    folds = [halves(data, fold=fold, train_limit=JUDGING) for fold in (0, 1)]
     judged = [judge_fold(network, static, splits) for splits in folds]
     lines = [
         "| drop asked | executed MACs | accuracy % | drop, points | promised MACs | promised drop |",
@@ -74,13 +73,6 @@ def main(
         lines += times(network, static, folds[-1], halves[-1], backends.split(","), seconds)
     write_text(out, "\n".join(lines) + "\n")
     print("\n".join(lines))
-
-
-def _splits(data: Path, fold: int) -> Splits:
-    spec = DataSpec(
-        source=f"imagefolder:{data}", calibration_from="test", fold=fold, normalize=MEAN_STD, train_limit=1000
-    )
-    return load_data(spec, SHAPE, 10)
 
 
 def _row(drop: float, halves: list[Half | InfeasibleError]) -> str:

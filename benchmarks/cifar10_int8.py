@@ -17,13 +17,14 @@ from typing import Annotated
 
 import torch
 import typer
+from cifar10_images import CPU, JUDGING, SHAPE, halves
 from torch import Tensor
 
 import dynamize as dz
 from dynamize.calibration import OperatingPoint, point_for_budget, point_for_drop
 from dynamize.calibration.collect import TableMaker
 from dynamize.conversion import apply, wrap
-from dynamize.data import DataSpec, Images, Splits, load_data
+from dynamize.data import Images, Splits
 from dynamize.errors import InfeasibleError
 from dynamize.evaluation import gather, representative
 from dynamize.files import write_text
@@ -33,8 +34,6 @@ from dynamize.nn.network import DynamicNetwork
 from dynamize.runtime.compiled import CompiledNetwork
 from dynamize.transform import Context
 
-CPU, SHAPE = torch.device("cpu"), (3, 32, 32)
-MEAN_STD = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 DEPTHS = (56, 32, 20)
 BUDGETS = (0.6, 0.5, 0.4, 0.3, 0.25)
 BATCHES = (1, 64)
@@ -87,10 +86,7 @@ def main(
 
 def make_fold(statics: dict[int, torch.nn.Module], folders: list[Path], data: Path, fold: int, max_drop: float) -> Fold:
     """Quantise everything with one half and solve for the drop and the budgets on it."""
-    spec = DataSpec(
-        source=f"imagefolder:{data}", calibration_from="test", fold=fold, normalize=MEAN_STD, train_limit=1000
-    )
-    splits = load_data(spec, SHAPE, 10)
+    splits = halves(data, fold=fold, train_limit=JUDGING)
     context = Context(data=splits, teacher=statics[56])
     settings = []
     for depth, static in statics.items():

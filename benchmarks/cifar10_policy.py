@@ -10,19 +10,15 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import torch
 import typer
+from cifar10_images import CPU, SHAPE, halves
 
 import dynamize as dz
 from dynamize.conversion import wrap
-from dynamize.data import DataSpec, load_data
 from dynamize.evaluation import Evaluator
 from dynamize.files import write_text
 from dynamize.nn.network import DynamicNetwork
 from dynamize.transform import Context, Transform
-
-CPU, SHAPE = torch.device("cpu"), (3, 32, 32)
-MEAN_STD = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 def main(
@@ -34,8 +30,7 @@ def main(
     seeds: Annotated[int, typer.Option(help="how many")] = 3,
 ) -> None:
     """Refine with every seed and print one Markdown table."""
-    spec = DataSpec(source=f"imagefolder:{data}", calibration_from="test", normalize=MEAN_STD, train_limit=images)
-    splits = load_data(spec, SHAPE, 10)
+    splits = halves(data, train_limit=images)
     teacher = dz.source("dynamize:cifar_resnet56", checkpoint=checkpoint)
     evaluator = Evaluator(wrap(teacher, SHAPE), splits.test, CPU, ())
     steps: dict[str, Transform] = {

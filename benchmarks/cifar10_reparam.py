@@ -13,19 +13,16 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import torch
 import typer
+from cifar10_images import CPU, SHAPE, halves
 from scipy import stats
 
 import dynamize as dz
 from dynamize.conversion import apply, wrap
-from dynamize.data import DataSpec, Splits, load_data
+from dynamize.data import Splits
 from dynamize.files import write_text
 from dynamize.measure.accuracy import answers
 from dynamize.transform import Context, Transform
-
-CPU, SHAPE = torch.device("cpu"), (3, 32, 32)
-MEAN_STD = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 def main(
@@ -39,9 +36,7 @@ def main(
     train_limit: Annotated[int | None, typer.Option(help="train images; all if not given")] = None,
 ) -> None:
     """Train every seed plain and with each form, and print one Markdown table."""
-    splits = load_data(
-        DataSpec(source=f"imagefolder:{data}", calibration=1000, normalize=MEAN_STD, train_limit=train_limit), SHAPE, 10
-    )
+    splits = halves(data, calibration_from="train", calibration=1000, train_limit=train_limit)
     names = ["plain", *forms.split(",")]
     found: dict[str, list[float]] = {name: [] for name in names}
     minutes = dict.fromkeys(names, 0.0)

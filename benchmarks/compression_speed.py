@@ -14,19 +14,18 @@ from typing import Annotated
 
 import torch
 import typer
+from cifar10_images import CPU, JUDGING, SHAPE, halves
 
 import dynamize as dz
 from dynamize.compression.costs import whole_macs
 from dynamize.conversion import apply, wrap
-from dynamize.data import DataSpec, Splits, load_data
+from dynamize.data import Splits
 from dynamize.files import write_text
 from dynamize.measure.accuracy import answers
 from dynamize.measure.latency import REST, interleave
 from dynamize.nn.network import DynamicNetwork
 from dynamize.transform import Context
 
-CPU = torch.device("cpu")
-MEAN_STD = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 LARGE = ("resnet50", "mobilenet_v3_large")
 INT8_ENGINES = ("onnxruntime", "openvino")
 
@@ -44,8 +43,8 @@ def main(
         "| network | step | MACs | answers | engine | batch | float ms | ms | x |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    large = load(data, (3, 224, 224), test_limit=200)
-    small = load(data, (3, 32, 32), test_limit=None)
+    large = halves(data, (3, 224, 224), train_limit=100, test_limit=200)
+    small = halves(data, train_limit=JUDGING)
     for name in LARGE:
         torch.manual_seed(0)
         static = wrap(dz.source(f"torchvision:{name},num_classes=10").eval(), (3, 224, 224))
@@ -55,22 +54,11 @@ def main(
             lines += rows(name, "prune", static, pruned, macs, "", ("onnxruntime",), sizes, seconds)
         found, said = quantised(static, large)
         lines += rows(name, "quantize", static, found, "1.00", said, INT8_ENGINES, sizes, seconds)
-    static = wrap(dz.source("dynamize:cifar_resnet56", checkpoint=checkpoint), (3, 32, 32))
+    static = wrap(dz.source("dynamize:cifar_resnet56", checkpoint=checkpoint), SHAPE)
     found, said = quantised(static, small)
     lines += rows("ResNet-56", "quantize", static, found, "1.00", said, INT8_ENGINES, sizes, seconds)
     write_text(out, "\n".join(lines) + "\n")
     print("\n".join(lines))
-
-
-def load(data: Path, shape: tuple[int, int, int], test_limit: int | None) -> Splits:
-    spec = DataSpec(
-        source=f"imagefolder:{data}",
-        calibration_from="test",
-        normalize=MEAN_STD,
-        train_limit=100,
-        test_limit=test_limit,
-    )
-    return load_data(spec, shape, 10)
 
 
 def quantised(static: DynamicNetwork, splits: Splits) -> tuple[DynamicNetwork, str]:

@@ -21,6 +21,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
+from cifar10_images import CPU, SHAPE, halves
 from earlyon.core.thresholds import (
     CalibrationResult,
     calibrate_thresholds,
@@ -40,7 +41,7 @@ from dynamize import artifact
 from dynamize.calibration import OperatingPoint, point_for_budget, point_for_drop
 from dynamize.calibration.collect import TableMaker
 from dynamize.conversion import wrap
-from dynamize.data import DataSpec, Images, Splits, load_data, set_epoch
+from dynamize.data import Images, Splits, set_epoch
 from dynamize.errors import DynamizeError
 from dynamize.evaluation import gather
 from dynamize.measure.accuracy import answers
@@ -49,8 +50,7 @@ from dynamize.nn.network import DynamicNetwork
 from dynamize.runtime.compiled import CompiledNetwork, compile_network
 from dynamize.training.loop import decide_precision
 
-NETWORK, SHAPE, BATCH, TIMED, CPU = "dynamize:cifar_resnet56", (3, 32, 32), 64, 256, torch.device("cpu")
-MEAN_STD = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+NETWORK, BATCH, TIMED = "dynamize:cifar_resnet56", 64, 256
 EXITS = ("layer1", "layer2", "layer3.4")  # as in earlyon's CIFAR ResNet, whose last comes after everything
 DROPS, BUDGETS = (0.2, 1.0, 2.0), (0.8, 0.65, 0.5)  # targets: points of accuracy; share of the network's MACs
 BACKENDS = {"onnxruntime": "ONNX Runtime", "eager": "eager, folded, channels last"}
@@ -228,13 +228,12 @@ def main(
 ) -> None:
     """Train earlyon's exits, calibrate and measure both sides, and write the table."""
     limits = {"train_limit": train_limit, "test_limit": test_limit, "calibration": test_limit}
-    spec = DataSpec(source=f"imagefolder:{data}", calibration_from="test", normalize=MEAN_STD, **limits)
-    halves = [load_data(spec.model_copy(update={"fold": fold}), SHAPE, 10) for fold in (0, 1)]
+    both = [halves(data, fold=fold, **limits) for fold in (0, 1)]
     teacher, network = dz.source(NETWORK, checkpoint=checkpoint).eval(), artifact.load(converted)
     plans = {"frozen": frozen_epochs, "joint": joint_epochs}
-    rivals = {mode: trained(mode, n, checkpoint, halves[0], work) for mode, n in plans.items() if n > 0}
+    rivals = {mode: trained(mode, n, checkpoint, both[0], work) for mode, n in plans.items() if n > 0}
     folds: dict[Key, list[list[float]]] = defaultdict(list)
-    for half in halves:
+    for half in both:
         contenders = static_contenders(teacher, half.test) | our_contenders(network, teacher, half)
         for mode, model in rivals.items():
             contenders |= earlyon_contenders(mode, model, half)
