@@ -31,8 +31,6 @@ from dynamize.measure.latency import interleave
 from dynamize.nn.network import DynamicNetwork
 from dynamize.report import share_of_saving_shown
 
-DROPS = (0.0, 0.002, 0.003, 0.005, 0.01)
-LEAST_CHOSEN = 0.003
 BATCHES = (1, 64)
 
 
@@ -53,24 +51,27 @@ def main(
     out: Annotated[Path, typer.Option(help="Markdown file to write")],
     backends: Annotated[str, typer.Option(help="comma-separated")] = "onnxruntime,eager",
     seconds: Annotated[float, typer.Option(help="for each comparison of times")] = 10.0,
+    drops: Annotated[str, typer.Option(help="points, comma-separated")] = "0,0.2,0.3,0.5,1",
+    chosen: Annotated[float, typer.Option(help="points: the least of these drops to look at closer")] = 0.3,
 ) -> None:
     """Measure everything and print one Markdown report."""
+    asked = [float(drop) for drop in drops.split(",")]
     network = dz.load(artifact)
     static = dz.source("dynamize:cifar_resnet56", checkpoint=baseline)
     folds = [halves(data, fold=fold, train_limit=JUDGING) for fold in (0, 1)]
-    judged = [judge_fold(network, static, splits) for splits in folds]
+    judged = [judge_fold(network, static, splits, asked) for splits in folds]
     lines = [
         "| drop asked | executed MACs | accuracy % | drop, points | promised MACs | promised drop |",
         "|---|---|---|---|---|---|",
     ]
-    lines += [_row(drop, [halves[drop] for halves in judged]) for drop in DROPS]
-    chosen = next((d for d in DROPS if d >= LEAST_CHOSEN and all(isinstance(one[d], Half) for one in judged)), None)
-    if chosen is None:
+    lines += [_row(drop, [found[drop] for found in judged]) for drop in asked]
+    nearest = next((d for d in asked if d >= chosen and all(isinstance(one[d], Half) for one in judged)), None)
+    if nearest is None:
         lines += ["", "No drop asked is feasible on both halves: there is no point to look at closer."]
     else:
-        halves = [half for one in judged if isinstance(half := one[chosen], Half)]
-        lines += _at_point(network, static, chosen, folds, halves)
-        lines += times(network, static, folds[-1], halves[-1], backends.split(","), seconds)
+        points = [half for one in judged if isinstance(half := one[nearest], Half)]
+        lines += _at_point(network, static, nearest, folds, points)
+        lines += times(network, static, folds[-1], points[-1], backends.split(","), seconds)
     write_text(out, "\n".join(lines) + "\n")
     print("\n".join(lines))
 
@@ -80,12 +81,12 @@ def _row(drop: float, halves: list[Half | InfeasibleError]) -> str:
     if refused:
         least = max(error.nearest for error in refused)
         return (
-            f"| {100 * drop:.1f} | infeasible on {len(refused)} of {len(halves)} halves: "
+            f"| {drop:g} | infeasible on {len(refused)} of {len(halves)} halves: "
             f"at least {100 * least:.2f} points are expected | | | | |"
         )
     found = [half for half in halves if isinstance(half, Half)]
     return (
-        f"| {100 * drop:.1f} | {mean(h.macs_ratio for h in found):.3f} "
+        f"| {drop:g} | {mean(h.macs_ratio for h in found):.3f} "
         f"| {100 * mean(h.judged.accuracy for h in found):.2f} | {100 * mean(h.drop for h in found):.2f} "
         f"| {mean(h.point.macs_ratio for h in found):.3f} | {100 * mean(h.point.accuracy_drop for h in found):.2f} |"
     )
@@ -104,22 +105,24 @@ def _at_point(
     routings = [len(half.judged.choices.unique(dim=0)) for half in halves]
     return [
         "",
-        f"At drop {100 * drop:.1f}, on the judging halves: {' And: '.join(verdicts)}.",
+        f"At drop {drop:g}, on the judging halves: {' And: '.join(verdicts)}.",
         "",
         f"Images (%) that take more than the cheapest path: {units}. Different routings: {routings}.",
         "",
     ]
 
 
-def judge_fold(network: DynamicNetwork, static: torch.nn.Module, splits: Splits) -> dict[float, Half | InfeasibleError]:
+def judge_fold(
+    network: DynamicNetwork, static: torch.nn.Module, splits: Splits, drops: list[float]
+) -> dict[float, Half | InfeasibleError]:
     """Solve every drop on the calibration half and judge it on the other."""
     network.set_operating_point(None)
     tables = GateTables(TableMaker(network, splits.calibration, static, CPU, "onnxruntime"))
     evaluator = Evaluator(wrap(static, SHAPE), splits.test, CPU, ())
     found: dict[float, Half | InfeasibleError] = {}
-    for drop in DROPS:
+    for drop in drops:
         try:
-            point = best_point(tables, lambda table, drop=drop: point_for_drop(table, drop), cheapest=True)
+            point = best_point(tables, lambda table, drop=drop: point_for_drop(table, drop / 100), cheapest=True)
         except InfeasibleError as error:
             found[drop] = error
             continue
