@@ -14,6 +14,7 @@ from dynamize.errors import DynamizeError, InfeasibleError
 
 FOLDS = 10
 DROP_STEPS = 12  # bisections of the budget: the curve's width / 4096
+DROP_SCAN = 22  # budgets looked at where the curve's dearer end does not keep the drop
 TIGHTENINGS = 4
 SLACK = 1 + 1e-9
 
@@ -163,7 +164,7 @@ def point_for_drop(
 ) -> OperatingPoint:
     """The cheapest point whose cross-fitted expected accuracy drop is at most max_drop (a fraction).
 
-    Found by bisection of the budget. DynamizeError naming the least expected drop where none is small enough.
+    Found by bisection of the budget. InfeasibleError naming the least expected drop where none is small enough.
     """
     if not 0 <= max_drop <= 1:
         raise DynamizeError(
@@ -173,16 +174,7 @@ def point_for_drop(
     label = name or f"drop-{max_drop:g}"
     off: Thresholds = [None] * (table.exits - 1)
     tried = [(off, apply_folds(table, off, [off] * FOLDS, FOLDS, seed))]
-    low, high = frontier_budgets(table, measure, 3)
-    tried += [_fit(table, low, measure, seed), _fit(table, high, measure, seed)]
-    if tried[1][1].drop.mean() > max_drop >= tried[2][1].drop.mean():
-        for _ in range(DROP_STEPS):
-            middle = (low + high) / 2
-            tried.append(_fit(table, middle, measure, seed))
-            if tried[-1][1].drop.mean() <= max_drop:
-                high = middle
-            else:
-                low = middle
+    tried += _around_drop(table, max_drop, measure, seed)
     met = [found for found in tried if found[1].drop.mean() <= max_drop * SLACK + 1e-12]
     if not met:
         nearest = min(float(fit.drop.mean()) for _, fit in tried)
@@ -194,6 +186,33 @@ def point_for_drop(
         )
     thresholds, fit = min(met, key=lambda found: float(found[1].costs[measure].mean()))
     return _point(table, label, thresholds, fit)
+
+
+def _around_drop(table: ConfidenceTable, max_drop: float, measure: str, seed: int) -> list[tuple[Thresholds, CrossFit]]:
+    """Settings of several budgets, among them about the least whose expected drop is at most ``max_drop``.
+
+    The most accurate setting is also the one most fitted to the table: where it is expected to lose too much, cheaper
+    ones may still do.
+    """
+    tried: list[tuple[Thresholds, CrossFit]] = []
+
+    def keeps(budget: float) -> bool:
+        tried.append(_fit(table, budget, measure, seed))
+        return bool(tried[-1][1].drop.mean() <= max_drop)
+
+    cheapest, *inner, dearest = frontier_budgets(table, measure, DROP_SCAN)
+    if keeps(cheapest):
+        return tried
+    low, high = cheapest, dearest
+    if not keeps(dearest):
+        place = next((i for i, budget in enumerate(inner) if keeps(budget)), None)
+        if place is None:
+            return tried
+        low, high = [cheapest, *inner][place], inner[place]
+    for _ in range(DROP_STEPS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if keeps(middle) else (middle, high)
+    return tried
 
 
 def _fit(table: ConfidenceTable, budget: float, measure: str, seed: int) -> tuple[Thresholds, CrossFit]:
