@@ -98,8 +98,8 @@ def make_fold(statics: dict[int, torch.nn.Module], folders: list[Path], data: Pa
 
 
 def dynamic_settings(folder: Path, splits: Splits, context: Context, max_drop: float) -> list[Setting]:
-    """An artifact in bytes: at the drop and at each budget."""
-    network, _ = apply(dz.load(folder), dz.Calibrate(max_drop=max_drop), context)
+    """An artifact in bytes: at the drop, if it can be kept, and at each budget."""
+    network, _ = apply(dz.load(folder), dz.Calibrate(macs_ratio=BUDGETS[1]), context)  # images reach all segments
     quantised, notes = apply(network, dz.Quantize(max_drop=None), context)
     print(f"{folder.name}: {'; '.join(notes)}", flush=True)
     maker = TableMaker(quantised.eval(), splits.calibration, context.needs_teacher(dz.Quantize()), CPU, "onnxruntime")
