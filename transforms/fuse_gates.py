@@ -47,8 +47,8 @@ class FuseGates(Transform):
 
     def apply(self, network: DynamicNetwork, context: Context) -> Applied:
         if not network.units and (gates_are_fused(network) or self.paths == {}):
-            notes = ["nothing to do: an earlier `fuse_gates` left no gates"]
-            return Applied(network, self.model_copy(update={"paths": {}}), notes)
+            nothing = ["nothing to do: an earlier `fuse_gates` left no gates"]
+            return Applied(network, self.model_copy(update={"paths": {}}), nothing)
         if not network.units:
             raise DynamizeError("fuse_gates: the network has no gates: put `skip_gates` or `channel_gates` before")
         notes: list[str] = []
