@@ -10,7 +10,7 @@ are medians of interleaved rounds in one process; nothing else may run meanwhile
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ import typer
 from cifar10_images import CPU, JUDGING, SHAPE, halves
 
 import dynamize as dz
-from dynamize.calibration import OperatingPoint, point_for_drop
+from dynamize.calibration import ConfidenceTable, OperatingPoint, point_for_budget, point_for_drop
 from dynamize.calibration.collect import TableMaker
 from dynamize.calibration.gates import GateTables, best_point
 from dynamize.conversion import wrap
@@ -34,9 +34,25 @@ from dynamize.report import share_of_saving_shown
 BATCHES = (1, 64)
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A largest drop in points, or a share of the MACs."""
+
+    figure: Literal["drop", "MACs"]
+    value: float
+
+    def __str__(self) -> str:
+        return f"{self.figure} {self.value:g}"
+
+    def solve(self, table: ConfidenceTable) -> OperatingPoint:
+        if self.figure == "drop":
+            return point_for_drop(table, self.value / 100)
+        return point_for_budget(table, self.value * table.static_cost["macs"])
+
+
 @dataclass
 class Half:
-    """What one drop asked for gives on one judging half."""
+    """What was asked for gives on one judging half."""
 
     point: OperatingPoint
     judged: Judgement
@@ -52,22 +68,25 @@ def main(
     backends: Annotated[str, typer.Option(help="comma-separated")] = "onnxruntime,eager",
     seconds: Annotated[float, typer.Option(help="for each comparison of times")] = 10.0,
     drops: Annotated[str, typer.Option(help="points, comma-separated")] = "0,0.2,0.3,0.5,1",
+    budgets: Annotated[str, typer.Option(help="shares of the MACs, comma-separated")] = "0.7",
     chosen: Annotated[float, typer.Option(help="points: the least of these drops to look at closer")] = 0.3,
 ) -> None:
     """Measure everything and print one Markdown report."""
-    asked = [float(drop) for drop in drops.split(",")]
+    asked = [Asked("drop", float(drop)) for drop in drops.split(",") if drop]
+    asked += [Asked("MACs", float(ratio)) for ratio in budgets.split(",") if ratio]
     network = dz.load(artifact)
     static = dz.source("dynamize:cifar_resnet56", checkpoint=baseline)
     folds = [halves(data, fold=fold, train_limit=JUDGING) for fold in (0, 1)]
     judged = [judge_fold(network, static, splits, asked) for splits in folds]
     lines = [
-        "| drop asked | executed MACs | accuracy % | drop, points | promised MACs | promised drop |",
+        "| asked | executed MACs | accuracy % | drop, points | promised MACs | promised drop |",
         "|---|---|---|---|---|---|",
     ]
-    lines += [_row(drop, [found[drop] for found in judged]) for drop in asked]
-    nearest = next((d for d in asked if d >= chosen and all(isinstance(one[d], Half) for one in judged)), None)
+    lines += [_row(one, [found[one] for found in judged]) for one in asked]
+    met = [one for one in asked if all(isinstance(found[one], Half) for found in judged)]
+    nearest = next((one for one in met if one.figure == "MACs" or one.value >= chosen), None)
     if nearest is None:
-        lines += ["", "No drop asked is feasible on both halves: there is no point to look at closer."]
+        lines += ["", "Nothing asked is feasible on both halves: there is no point to look at closer."]
     else:
         points = [half for one in judged if isinstance(half := one[nearest], Half)]
         lines += _at_point(network, static, nearest, folds, points)
@@ -76,26 +95,26 @@ def main(
     print("\n".join(lines))
 
 
-def _row(drop: float, halves: list[Half | InfeasibleError]) -> str:
+def _row(asked: Asked, halves: list[Half | InfeasibleError]) -> str:
     refused = [half for half in halves if isinstance(half, InfeasibleError)]
     if refused:
         least = max(error.nearest for error in refused)
         return (
-            f"| {drop:g} | infeasible on {len(refused)} of {len(halves)} halves: "
+            f"| {asked} | infeasible on {len(refused)} of {len(halves)} halves: "
             f"at least {100 * least:.2f} points are expected | | | | |"
         )
     found = [half for half in halves if isinstance(half, Half)]
     return (
-        f"| {drop:g} | {mean(h.macs_ratio for h in found):.3f} "
+        f"| {asked} | {mean(h.macs_ratio for h in found):.3f} "
         f"| {100 * mean(h.judged.accuracy for h in found):.2f} | {100 * mean(h.drop for h in found):.2f} "
         f"| {mean(h.point.macs_ratio for h in found):.3f} | {100 * mean(h.point.accuracy_drop for h in found):.2f} |"
     )
 
 
 def _at_point(
-    network: DynamicNetwork, static: torch.nn.Module, drop: float, folds: list[Splits], halves: list[Half]
+    network: DynamicNetwork, static: torch.nn.Module, asked: Asked, folds: list[Splits], halves: list[Half]
 ) -> list[str]:
-    """Whether the network is input-adaptive at each half's point for ``drop``, and how its images are spread."""
+    """Whether the network is input-adaptive at each half's point, and how its images are spread."""
     verdicts = []
     for splits, half in zip(folds, halves, strict=True):
         network.set_operating_point(half.point)
@@ -105,7 +124,7 @@ def _at_point(
     routings = [len(half.judged.choices.unique(dim=0)) for half in halves]
     return [
         "",
-        f"At drop {drop:g}, on the judging halves: {' And: '.join(verdicts)}.",
+        f"At {asked}, on the judging halves: {' And: '.join(verdicts)}.",
         "",
         f"Images (%) that take more than the cheapest path: {units}. Different routings: {routings}.",
         "",
@@ -113,23 +132,23 @@ def _at_point(
 
 
 def judge_fold(
-    network: DynamicNetwork, static: torch.nn.Module, splits: Splits, drops: list[float]
-) -> dict[float, Half | InfeasibleError]:
-    """Solve every drop on the calibration half and judge it on the other."""
+    network: DynamicNetwork, static: torch.nn.Module, splits: Splits, asked: list[Asked]
+) -> dict[Asked, Half | InfeasibleError]:
+    """Solve for all that is asked on the calibration half and judge it on the other."""
     network.set_operating_point(None)
     tables = GateTables(TableMaker(network, splits.calibration, static, CPU, "onnxruntime"))
     evaluator = Evaluator(wrap(static, SHAPE), splits.test, CPU, ())
-    found: dict[float, Half | InfeasibleError] = {}
-    for drop in drops:
+    found: dict[Asked, Half | InfeasibleError] = {}
+    for one in asked:
         try:
-            point = best_point(tables, lambda table, drop=drop: point_for_drop(table, drop / 100), cheapest=True)
+            point = best_point(tables, one.solve, cheapest=one.figure == "drop")
         except InfeasibleError as error:
-            found[drop] = error
+            found[one] = error
             continue
         network.set_operating_point(point)
         judged = evaluator.judge(network)
         lost = evaluator.reference.accuracy - judged.accuracy
-        found[drop] = Half(point, judged, lost, float(judged.macs.mean()) / evaluator.static_macs)
+        found[one] = Half(point, judged, lost, float(judged.macs.mean()) / evaluator.static_macs)
     return found
 
 
