@@ -15,7 +15,7 @@ from gated_digits import gated_digits, set_scores
 from torch import Tensor, nn
 
 from dynamize import artifact
-from dynamize.calibration import collect
+from dynamize.calibration import EVERYONE, collect
 from dynamize.compression.neural_compressor import chosen_steps
 from dynamize.compression.parts import prepare
 from dynamize.compression.quantization import sample
@@ -146,7 +146,7 @@ def test_each_part_has_ranges_of_the_images_that_reach_it(trained: DynamicNetwor
 
 def test_parts_that_nobody_reaches_are_shown_all(trained: DynamicNetwork, data: Splits) -> None:
     network = copy.deepcopy(trained)
-    network.thresholds = [0.0, None]
+    network.thresholds = [EVERYONE, None]
     found, notes = apply(network, Quantize(max_drop=None), Context(data=data))
     assert notes[1] == "3 parts that fewer than 16 of these images reach have their ranges from all of them"
     assert all(scale != 1.0 for scale, _ in quantizers(found))
