@@ -43,7 +43,7 @@ def main(
         "| network | step | MACs | answers | engine | batch | float ms | ms | x |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    large = halves(data, (3, 224, 224), train_limit=100, test_limit=200)
+    large = halves(data, (3, 224, 224), train_limit=100, calibration=200, test_limit=200)
     small = halves(data, train_limit=JUDGING)
     for name in LARGE:
         torch.manual_seed(0)

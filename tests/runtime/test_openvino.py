@@ -7,7 +7,7 @@ import onnx
 import pytest
 import torch
 from backends import needs_openvino
-from gated_networks import gated_resnet
+from gated_networks import gated_resnet, masked, split_exits
 from networks import SmallResNet, close, dense, split_at, with_exits
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
@@ -112,31 +112,79 @@ def test_integers_by_hand(precision: str) -> None:
     assert found.flatten(1).tolist() == [[1.5, 0.0], [31.5, 126.0]]
 
 
-@pytest.mark.parametrize(("one_takes", "several_take", "chosen"), [(1.0, 2.0, "one"), (3.0, 2.0, "several")])
-def test_single_images_go_where_they_are_faster(
-    one_takes: float, several_take: float, chosen: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now, calls = 0.0, list[tuple[str, int]]()
-    monkeypatch.setattr(openvino.time, "perf_counter", lambda: now)
+class FakeModels:
+    """Makes models that echo what they are given and keep what they are called with: (threads, size, images)."""
 
-    def taking(name: str, seconds: float) -> Any:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: dict[int, float] | None = None) -> None:
+        self.now, self.calls, self.made = 0.0, list[tuple[int, int | None, int]](), list[int | None]()
+        self.seconds = seconds or {}
+        monkeypatch.setattr(openvino.time, "perf_counter", lambda: self.now)
+
+    def __call__(self, threads: int, size: int | None) -> Any:
+        self.made.append(size)
+
         def run(inputs: list[Tensor]) -> list[Tensor]:
-            nonlocal now
-            now += seconds
-            calls.append((name, len(inputs[0])))
+            self.now += self.seconds.get(threads, 1.0)
+            self.calls.append((threads, size, len(inputs[0])))
             return inputs
 
         return run
 
-    makers = [lambda: taking("one", one_takes), lambda: taking("several", several_take)]
-    tuned = openvino._Tuned(taking("batches", 1.0), makers)
-    tuned([torch.zeros(2, 1)])
-    assert calls == [("batches", 2)]  # no other model is made for them
-    tuned([torch.zeros(1, 1)])
-    calls.clear()
-    tuned([torch.zeros(1, 1)])
-    tuned([torch.zeros(4, 1)])
-    assert calls == [(chosen, 1), ("batches", 4)]
+    def last(self, session: Any, images: int, bytes_each: int = 4) -> tuple[int, int | None, int]:
+        """How a batch was called."""
+        session([torch.zeros(images, bytes_each, dtype=torch.uint8)])
+        return self.calls[-1]
+
+
+@pytest.mark.parametrize(("seconds", "fastest"), [({1: 1.0, 8: 2.0}, 1), ({1: 3.0, 8: 2.0}, 8)])
+def test_single_images_go_where_they_are_faster(
+    seconds: dict[int, float], fastest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = FakeModels(monkeypatch, seconds)
+    shaped = openvino._Shaped(models, threads=8, small=False)
+    assert models.last(shaped, 2) == (8, None, 2)
+    assert models.made == [None]  # no other model is made for them
+    assert models.last(shaped, 1) == (fastest, 1, 1)
+    assert models.last(shaped, 4) == (8, None, 4)
+    assert models.last(shaped, 1) == (fastest, 1, 1)
+    assert models.made == [None, 1, 1]
+
+
+def test_a_size_that_comes_often_has_a_model_up_to_which_batches_are_filled(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = FakeModels(monkeypatch)
+    shaped = openvino._Shaped(models, threads=2, small=True)
+    for images in [38, 39] * (openvino._OFTEN // 2 - 1) + [40]:
+        assert models.last(shaped, images) == (2, None, images)
+    assert models.last(shaped, 37) == (2, 40, 37)
+    assert models.last(shaped, 41) == (2, None, 41)
+    assert models.last(shaped, 0) == (2, None, 0)
+    for images in range(1, 17):
+        for _ in range(openvino._OFTEN + 1):
+            last = models.last(shaped, images)
+        assert last == (1 if images == 1 else 2, images if images < openvino._MOST_SHAPES else None, images)
+
+
+def test_what_is_large_has_one_model_for_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = FakeModels(monkeypatch)
+    for small, bytes_each in ((False, 1), (True, openvino._SMALL_FEATURES // 4 + 1)):
+        shaped = openvino._Shaped(models, threads=2, small=small)
+        for _ in range(openvino._OFTEN + 1):
+            assert models.last(shaped, 4, bytes_each) == (2, None, 4)
+
+
+def test_batches_filled_up_are_answered_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gates and exits leave batches of all sizes; 35 images after 64 leave rows of theirs in the model for 36."""
+    monkeypatch.setattr(openvino, "_OFTEN", 1)  # every size has a model
+    network = gated_resnet({})
+    split_exits(network, images(64))
+    compiled = compile_network(network, "openvino")
+    for count in (64, 36, 35, 18, 17, 36):
+        wanted, found = masked(network, images(count)), compiled.run(images(count))
+        clear = wanted.clear
+        assert clear.float().mean() > 0.9
+        assert torch.equal(found.exits[clear], wanted.exits_N[clear])
+        assert torch.equal(found.choices[clear], wanted.choices_NU[clear])
+        assert close(found.logits[clear], wanted.answers_NC[clear], 2e-5)
 
 
 def test_single_images_are_answered_as_in_a_batch() -> None:
