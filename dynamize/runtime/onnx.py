@@ -193,12 +193,10 @@ def _choice(unit: Unit) -> Chooser:
         return eager_choice(unit)
     weight, bias = (value.detach().numpy().T.copy() for value in (unit.gate.linear.weight, unit.gate.linear.bias))
     costs = unit.path_costs.numpy()
+    shifted = cache(lambda offset: bias + np.float32(offset) * costs)
 
     def choose_paths(described: Tensor, state: State, offset: float) -> tuple[list[int], State]:
-        scores = described.numpy() @ weight + bias
-        if offset:
-            scores += offset * costs
-        return scores.argmax(1).tolist(), state
+        return (described.numpy() @ weight + shifted(offset)).argmax(1).tolist(), state
 
     return choose_paths
 
