@@ -99,7 +99,7 @@ def run_pieces(
 def _run_single(
     pieces: Sequence[Piece], offset: float, features_1CHW: Tensor, forced_1U: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The same for one image, which no rows are gathered for: gates are asked between sessions of a few microseconds."""
+    """The same for one image: there are no rows to gather, and the sessions between two gates take microseconds."""
     features, means, state = features_1CHW, None, None
     taken: list[int] = []
     for piece in pieces:
