@@ -90,32 +90,13 @@ def run_pieces(
         features, and the path that each image took through each unit, (N, U), int64. The features given are not
         written to unless the segment begins with a unit, and then only without autograd.
     """
-    if len(features_NCHW) == 1:
-        return _run_single(pieces, offset, features_NCHW, forced_NU)
-    whole = _join(_run(pieces, offset, [_Flow(features_NCHW, None, None, [], forced_NU)]))
+    whole = _Flow(features_NCHW, None, None, [], forced_NU)
+    if len(whole) <= 1:  # nothing to split, and sessions between two gates that take microseconds
+        for piece in pieces:
+            whole.run(piece, offset)
+    else:
+        whole = _join(_run(pieces, offset, [whole]))
     return whole.features, torch.from_numpy(np.array(whole.taken, np.int64).reshape(len(whole.taken), len(whole)).T)
-
-
-def _run_single(
-    pieces: Sequence[Piece], offset: float, features_1CHW: Tensor, forced_1U: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The same for one image: there are no rows to gather, and the sessions between two gates take microseconds."""
-    features, means, state = features_1CHW, None, None
-    taken: list[int] = []
-    for piece in pieces:
-        if piece.choose is None:
-            path = 0
-        else:
-            assert piece.describe is not None
-            described = means if means is not None and piece.pooled else piece.describe(features)
-            (path,), state = piece.choose(described, state, offset)
-            path = path if forced_1U is None else int(forced_1U[0, len(taken)])
-            taken.append(path)
-            means = described if piece.pooled else None
-        way = piece.ways[path]
-        if way is not None:
-            features, means = way(features)
-    return features, torch.tensor([taken], dtype=torch.int64)
 
 
 def _run(pieces: Sequence[Piece], offset: float, flows: Sequence[_Flow]) -> Sequence[_Flow]:
@@ -123,14 +104,13 @@ def _run(pieces: Sequence[Piece], offset: float, flows: Sequence[_Flow]) -> Sequ
     flows = _split(flows)
     size, ran = flows[0].size, len(pieces)
     in_turn = max(1, _CACHE // max(1, size * len(flows[0])))
-    alone = sum(map(len, flows)) <= 1
     found: list[_Flow] = []
     for start in range(0, len(flows), in_turn):
         some = flows[start : start + in_turn]
         for count, piece in enumerate(pieces[:ran], start=1):
             for flow in some:
                 flow.run(piece, offset)
-            if not alone and not size < 2 * some[0].size < 4 * size:
+            if not size < 2 * some[0].size < 4 * size:
                 ran = count
                 break
         larger = some[0].size > size  # then these images go on before the next come, which would fill the cache
