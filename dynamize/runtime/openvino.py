@@ -22,7 +22,7 @@ from dynamize.runtime.onnx import Engine, Session, as_array, engine_stages
 Precision = Literal["f32", "bf16"]
 _CAPABILITY = "BF16"
 _WARM, _TIMED = 3, 15  # calls
-_OFTEN = 16  # batches of a size
+_OFTEN = 256  # batches of a size: compiling takes as long as some hundreds of them lose
 _MOST_SHAPES = 12
 _SMALL_MODEL, _SMALL_FEATURES = 2**23, 2**22  # bytes
 
