@@ -1,6 +1,7 @@
 """What the reinforcement steps do to trained gates, with seeds: `hybrid_gates` and `q_gates` after a run with gates.
 
-    python benchmarks/cifar10_policy.py --artifact runs/skip --data cifar10 --out runs/figures/policy.md
+    python benchmarks/cifar10_policy.py --artifact runs/skip --data cifar10 --checkpoint resnet56-cifar10-jpeg.pt \\
+        --out runs/figures/policy.md
 
 Each seed starts from the same artifact, refines its gates on the same part of the train images, and is judged on the
 half of the test images that the run did not calibrate on. Offsets are zero: what the gates themselves decide.
