@@ -101,7 +101,7 @@ def run_stages(stages: Sequence[Stage], thresholds: Sequence[float | None], imag
 
 
 def _run_single(stages: Sequence[Stage], thresholds: Sequence[float | None], image_1CHW: Tensor) -> Routed:
-    """The same for one image, which has no rows to keep in order: a third of the time between two sessions."""
+    """The same for one image, which has no rows to keep in order: that is a third of the Python between sessions."""
     features, context = image_1CHW, None
     chosen: list[tuple[Indices, Tensor]] = []
     for k, (stage, threshold) in enumerate(zip(stages, [*thresholds, None], strict=True)):
