@@ -71,8 +71,6 @@ def run_stages(stages: Sequence[Stage], thresholds: Sequence[float | None], imag
         thresholds: one for each of the K - 1 early exits; None switches an exit off.
         images_NCHW: the batch.
     """
-    if len(images_NCHW) == 1:
-        return _run_single(stages, thresholds, images_NCHW)
     features, context = images_NCHW, None
     waiting_N = np.arange(len(images_NCHW))  # row r of `features` belongs to image waiting[r]
     exits_N = np.zeros(len(images_NCHW), np.int64)
@@ -100,27 +98,12 @@ def run_stages(stages: Sequence[Stage], thresholds: Sequence[float | None], imag
     return Routed(_in_order(answered), torch.from_numpy(exits_N), choices_NU)
 
 
-def _run_single(stages: Sequence[Stage], thresholds: Sequence[float | None], image_1CHW: Tensor) -> Routed:
-    """The same for one image, which has no rows to keep in order: that is a third of the Python between sessions."""
-    features, context = image_1CHW, None
-    chosen: list[tuple[Indices, Tensor]] = []
-    for k, (stage, threshold) in enumerate(zip(stages, [*thresholds, None], strict=True)):
-        last = k == len(stages) - 1
-        output = stage(features, context, last or threshold is not None)
-        if output.choices is not None:
-            chosen.append((_ONLY, output.choices))
-        if last or (threshold is not None and output.score is not None and output.score.item() >= threshold):
-            break
-        assert output.features is not None
-        features, context = output.features, output.context
-    assert output.logits is not None
-    return Routed(output.logits, torch.tensor([k]), _all_choices(chosen, stages, 1))
-
-
 def _leaving(score_N: Tensor | None, threshold: float | None, count: int) -> Indices:
     """Rows whose score reaches the threshold; without one, as at the last exit, all."""
     if score_N is None or threshold is None:
         return np.arange(count)
+    if count == 1:  # a single image waits for every microsecond between two sessions
+        return _ONLY if score_N.item() >= threshold else _NOBODY
     scores = score_N.detach().cpu().numpy().astype(np.float64)  # in float32 the threshold would be rounded
     return np.flatnonzero(scores >= threshold)
 
