@@ -7,13 +7,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dynamize.devices import cache_bytes
 from dynamize.nn.gates import State
 
 _LARGE = 2**18  # bytes of an image's feature maps from which it goes by itself
 _TOGETHER = 2**22  # bytes of feature maps that are gathered and computed together
-_CACHE = 2**24  # bytes of feature maps that a piece takes in turn
+_CACHE = 1 / 2  # of the last cache: feature maps that a piece takes in turn
 
-Run = Callable[[Tensor], tuple[Tensor, Tensor | None]]  # features -> features and their channel means, if asked for
+Run = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+"""Features, which it may write over -> features and their channel means, if asked for."""
 Chooser = Callable[[Tensor, State, float], tuple[list[int], State]]
 """Description (N, D), state and offset -> the path of each image and the next state."""
 
@@ -87,8 +89,8 @@ def run_pieces(
     piece takes as many of these groups in turn as a cache holds before the next piece does: its weights are there.
 
     Returns:
-        features, and the path that each image took through each unit, (N, U), int64. The features given are not
-        written to unless the segment begins with a unit, and then only without autograd.
+        features, and the path that each image took through each unit, (N, U), int64. The features given may be
+        written to, but not under autograd.
     """
     whole = _Flow(features_NCHW, None, None, [], forced_NU)
     if len(whole) <= 1:  # nothing to split, and sessions between two gates that take microseconds
@@ -103,7 +105,7 @@ def _run(pieces: Sequence[Piece], offset: float, flows: Sequence[_Flow]) -> Sequ
     """Run all pieces; where feature maps get twice or half as large, other numbers of images suit them."""
     flows = _split(flows)
     size, ran = flows[0].size, len(pieces)
-    in_turn = max(1, _CACHE // max(1, size * len(flows[0])))
+    in_turn = max(1, int(_CACHE * cache_bytes()) // max(1, size * len(flows[0])))
     found: list[_Flow] = []
     for start in range(0, len(flows), in_turn):
         some = flows[start : start + in_turn]

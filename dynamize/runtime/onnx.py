@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, cast
 
 import numpy as np
@@ -26,6 +26,7 @@ from dynamize.nn.gates import ConvGate, Gate, LinearGate, State, pool_map
 from dynamize.nn.network import DynamicNetwork, NetworkStage
 from dynamize.nn.quantized import is_quantized
 from dynamize.nn.routing import Stage, StageOutput
+from dynamize.runtime.inplace import InPlace, can_write_over
 from dynamize.runtime.integers import exchange_bytes
 from dynamize.runtime.layout import blocks, exchange_blocked
 from dynamize.runtime.session import session_options
@@ -46,10 +47,12 @@ class Engine:
     Attributes:
         load: makes a session of a model; a mapping names the inputs and outputs that it exchanges in ONNX Runtime's
             blocked layout, with their channels (:func:`exchange_blocked`).
-        blocks: whether it can exchange any so.
+        load_way: the same for a session that may write over the features it is given.
+        blocks: whether it can exchange any in blocks.
     """
 
     load: Callable[[bytes, Mapping[str, int]], Session]
+    load_way: Callable[[bytes, Mapping[str, int]], Session]
     blocks: bool
 
 
@@ -57,7 +60,7 @@ def onnx_stages(network: DynamicNetwork, device: torch.device) -> list[Stage]:
     """Every stage of ``network`` as ONNX Runtime sessions on the CPU: one, or one for each way through its gates."""
     if device.type != "cpu":
         raise DynamizeError(f"backend onnxruntime runs on the CPU here, not on {device}: use --backend eager")
-    return engine_stages(network, Engine(_session, blocks=not is_quantized(network)))
+    return engine_stages(network, Engine(_session, partial(_session, overwrite=True), not is_quantized(network)))
 
 
 def engine_stages(network: DynamicNetwork, engine: Engine) -> list[Stage]:
@@ -167,7 +170,7 @@ class GatedOnnxStage:
         if pooled and "next_features" in ends:
             ends = ends | {"means": ends["next_features"]}  # a map of one pixel is the same in either layout
         exported = export_onnx(_Way(module, pooled), [features], outputs, self._engine.blocks)
-        session = self._engine.load(exported, ends)
+        session = self._engine.load_way(exported, ends)
 
         def run(features: Tensor) -> tuple[Tensor, Tensor | None]:
             found = session([features])
@@ -278,7 +281,7 @@ class _Description(nn.Module):
         return self.gate.describe(features)
 
 
-def _session(model: bytes, channels: Mapping[str, int]) -> Session:
+def _session(model: bytes, channels: Mapping[str, int], overwrite: bool = False) -> Session:
     """ONNX Runtime's; ``channels`` names the inputs and outputs in the blocked layout (:func:`exchange_blocked`)."""
     options = session_options()
     try:
@@ -288,6 +291,8 @@ def _session(model: bytes, channels: Mapping[str, int]) -> Session:
         session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except (_ort.Fail, _ort.NotImplemented, _ort.InvalidGraph) as error:
         raise DynamizeError(f"ONNX Runtime refuses a segment: {error}. Use --backend eager.") from error
+    if overwrite and channels and can_write_over(model, _INPUTS[0], "next_features"):
+        return InPlace(session)
 
     def run(inputs: list[Tensor]) -> list[Tensor]:
         arrays = map(as_array, inputs)

@@ -42,7 +42,7 @@ def openvino_stages(network: DynamicNetwork, device: torch.device, precision: Pr
     if precision == "bf16" and not computes_bfloat16():
         raise DynamizeError(f"backend {name}: this CPU does not compute in bfloat16. Use --backend openvino")
     load = partial(_session, precision=precision, threads=torch.get_num_threads())
-    return engine_stages(network, Engine(load, blocks=False))
+    return engine_stages(network, Engine(load, load, blocks=False))
 
 
 def backend_name(precision: Precision) -> str:

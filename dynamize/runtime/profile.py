@@ -147,7 +147,7 @@ def _unit_ways(compiled: CompiledNetwork, image: Tensor) -> list[tuple[list[Run 
             reached = features
             for piece in stage.pieces():
                 if piece.choose is not None:
-                    found.append((piece.ways, reached))
+                    found.append((piece.ways, reached.clone()))
                 original = piece.ways[-1]
                 assert original is not None
                 reached, _ = original(reached)
@@ -158,6 +158,8 @@ def _unit_ways(compiled: CompiledNetwork, image: Tensor) -> list[tuple[list[Run 
 
 
 def _on(way: Run, features: Tensor) -> Contender:
+    """Always on the same features, though it may write over them: whatever they hold takes the same time."""
+
     def run(_: Tensor) -> Tensor:
         with torch.inference_mode():
             return way(features)[0]

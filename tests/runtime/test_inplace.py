@@ -1,0 +1,126 @@
+"""Blocks that ONNX Runtime adds to their input where it lies: the same numbers, in the input's memory."""
+
+import gc
+from collections.abc import Callable
+
+import onnxruntime as ort
+import pytest
+import torch
+from gated_networks import masked, scatter
+from networks import Residual, close, randomise_norms, torchvision_network
+from torch import Tensor, nn
+
+from dynamize.conversion import convert
+from dynamize.runtime.compiled import compile_network
+from dynamize.runtime.inplace import InPlace, can_write_over
+from dynamize.runtime.layout import blocks, exchange_blocked
+from dynamize.runtime.onnx import export_onnx
+from dynamize.runtime.session import session_options
+from dynamize.transforms import SkipGates
+
+pytestmark = pytest.mark.skipif(not blocks((1, 16, 4, 4)), reason="ONNX Runtime computes in no blocks on this machine")
+
+CHANNELS = 32
+
+
+class Linear(nn.Module):
+    """A block whose sum nothing follows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features + self.conv(features.relu())
+
+
+class Alone(Linear):
+    """One convolution that reads what it would add to."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features + self.conv(features)
+
+
+class ReadLater(Linear):
+    """The input is read again once the sum is there."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        added = features + self.conv(features.relu())
+        return added * features
+
+
+class NoShortcut(Linear):
+    def forward(self, features: Tensor) -> Tensor:
+        return torch.relu(self.conv(features))
+
+
+class WithMeans(nn.Module):
+    def __init__(self, block: nn.Module, of_input: bool = False) -> None:
+        super().__init__()
+        self.block, self.of_input = block, of_input
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        found = self.block(features)
+        read = found * features if self.of_input else found
+        return found, nn.functional.adaptive_avg_pool2d(read, 1)
+
+
+def optimised(module: nn.Module, outputs: int) -> bytes:
+    exported = export_onnx(module, [torch.randn(2, CHANNELS, 8, 8)], ["next_features", "means"][:outputs])
+    return exchange_blocked(exported, dict.fromkeys(("features", "next_features"), CHANNELS))
+
+
+def session(model: bytes) -> ort.InferenceSession:
+    options = session_options()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+@pytest.mark.parametrize("count", [0, 1, 5])
+@pytest.mark.parametrize(
+    ("make", "outputs"),
+    [(Linear, 1), (lambda: Residual(CHANNELS, CHANNELS), 1), (lambda: WithMeans(Residual(CHANNELS, CHANNELS)), 2)],
+)
+def test_written_over_the_input(make: Callable[[], nn.Module], outputs: int, count: int) -> None:
+    torch.manual_seed(0)
+    model = optimised(randomise_norms(make()).eval(), outputs)
+    assert can_write_over(model, "features", "next_features")
+    plain, in_place, features = session(model), InPlace(session(model)), torch.randn(count, CHANNELS, 8, 8)
+    wanted = plain.run(None, {"features": features.numpy()})
+    found = in_place([features])
+    assert found[0].data_ptr() == features.data_ptr()
+    assert len(found) == outputs
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.equal(one, torch.from_numpy(other))
+
+
+def test_rows_of_a_batch() -> None:
+    model = optimised(Linear().eval(), 1)
+    batch = torch.randn(4, CHANNELS, 8, 8)
+    before, (wanted,) = batch.clone(), session(model).run(None, {"features": batch.numpy()})
+    InPlace(session(model))([batch[1:3]])
+    assert torch.equal(batch[1:3], torch.from_numpy(wanted[1:3]))
+    assert torch.equal(batch[[0, 3]], before[[0, 3]])
+
+
+@pytest.mark.parametrize(
+    ("module", "outputs"),
+    [(Alone(), 1), (ReadLater(), 1), (NoShortcut(), 1), (WithMeans(Linear(), of_input=True), 2), (nn.Sigmoid(), 1)],
+    ids=["alone", "read later", "no shortcut", "means of the input", "no convolution"],
+)
+def test_left_alone(module: nn.Module, outputs: int) -> None:
+    assert not can_write_over(optimised(module.eval(), outputs), "features", "next_features")
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small"])
+def test_a_gated_network(name: str) -> None:
+    network, batch = torchvision_network(name), torch.randn(6, 3, 64, 64)
+    dynamic = scatter(convert(network, [SkipGates(group=1)], (3, 64, 64)), torch.randn(32, 3, 64, 64))
+    before = sum(isinstance(one, InPlace) for one in gc.get_objects())
+    compiled, wanted = compile_network(dynamic, "onnxruntime"), masked(dynamic, batch)
+    assert sum(isinstance(one, InPlace) for one in gc.get_objects()) > before
+    kept = batch.clone()
+    for images in (batch, batch[:1]):
+        found = compiled.run(images, wanted.choices_NU[: len(images)])
+        assert close(found.logits, wanted.answers_NC[: len(images)], 1e-4)
+    assert torch.equal(batch, kept)
