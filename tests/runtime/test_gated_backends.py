@@ -1,5 +1,7 @@
 """Backends route through gates as the module does, image by image, and run only what is chosen."""
 
+from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import pytest
@@ -30,9 +32,15 @@ def images(count: int) -> Tensor:
     return torch.randn(count, *SmallResNet.shape, generator=torch.Generator().manual_seed(count))
 
 
-@pytest.mark.parametrize("backend", FLOAT32)
-@pytest.mark.parametrize("exits", EXITS)
-@pytest.mark.parametrize("fields", GATES)
+def every_combination() -> Iterator[Any]:
+    """OpenVINO takes seconds for each, to compile: one in the fast set."""
+    for backend, exits, fields in product(FLOAT32, EXITS, GATES):
+        slow = backend.values == ("openvino",) and (exits, fields) != (EXITS[-1], GATES[0])
+        marks = [*backend.marks, pytest.mark.slow] if slow else backend.marks
+        yield pytest.param(*backend.values, exits, fields, marks=marks)
+
+
+@pytest.mark.parametrize(("backend", "exits", "fields"), every_combination())
 def test_same_answers_and_routing_for_any_batch_size(backend: str, exits: dict | None, fields: dict) -> None:
     network = gated_resnet(exits, **fields)
     split_exits(network, images(64))
