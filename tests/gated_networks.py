@@ -10,7 +10,6 @@ from torch.nn import functional
 
 from dynamize.conversion import convert
 from dynamize.nn.gated import GatedSegment, Unit
-from dynamize.nn.gates import RecurrentGate
 from dynamize.nn.heads import extend_context
 from dynamize.nn.network import DynamicNetwork
 from dynamize.transforms import Exits, SkipGates
@@ -47,10 +46,8 @@ def gated_resnet(exits: dict[str, Any] | None = None, seed: int = 0, **fields: A
 
 
 def scatter(network: DynamicNetwork, images: Tensor) -> DynamicNetwork:
-    """Random weights for all gates, under which each sends about half of ``images`` each way.
-
-    Recurrent gates share their last layer, so only the first is balanced."""
-    features, ready = images, False
+    """Random weights for all gates, under which each sends about half of ``images`` each way."""
+    features = images
     with torch.no_grad():
         for segment in network.segments:
             if not isinstance(segment, GatedSegment):
@@ -67,18 +64,15 @@ def scatter(network: DynamicNetwork, images: Tensor) -> DynamicNetwork:
                     gate.norm.running_mean.copy_(described.mean(0))
                     gate.norm.running_var.copy_(described.var(0))
                 scores, following = gate.decide(described, state)
-                last = network.memory.linear if isinstance(gate, RecurrentGate) else gate.linear
-                if not ready or last is not getattr(network.memory, "linear", None):
-                    last.weight.normal_(0, 1)
-                    last.bias.zero_()
-                    scores, _ = gate.decide(described, state)
-                    last.weight.mul_(5 / (scores[:, -1] - scores[:, 0]).std())
-                    scores, _ = gate.decide(described, state)
-                    ranked = (scores[:, -1] - scores[:, 0]).sort().values
-                    last.bias[0] = (ranked[len(ranked) // 2 - 1] + ranked[len(ranked) // 2]) / 2
-                    scores, following = gate.decide(described, state)
-                    ready = True
-                state = following
+                last = gate.linear
+                last.weight.normal_(0, 1)
+                last.bias.zero_()
+                scores, _ = gate.decide(described, state)
+                last.weight.mul_(5 / (scores[:, -1] - scores[:, 0]).std())
+                scores, _ = gate.decide(described, state)
+                ranked = (scores[:, -1] - scores[:, 0]).sort().values
+                last.bias[0] = (ranked[len(ranked) // 2 - 1] + ranked[len(ranked) // 2]) / 2
+                scores, state = gate.decide(described, state)
                 features = piece.blend(features, functional.one_hot(scores.argmax(1), scores.shape[1]).float())
     return network
 

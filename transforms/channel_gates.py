@@ -14,7 +14,7 @@ from dynamize.graph.extract import extract
 from dynamize.graph.narrow import importance, reorder
 from dynamize.graph.trace import annotate, blank
 from dynamize.nn.channels import ChannelUnit, Widths, path_costs
-from dynamize.nn.gates import RecurrentMemory, gate_macs, make_gate
+from dynamize.nn.gates import gate_macs, make_gate, make_memory
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.segments import Region, build_segments
 from dynamize.transform import Applied, Context, Transform
@@ -64,7 +64,7 @@ class ChannelGates(Transform):
         with torch.random.fork_rng():  # initialising layers draws from the global generator
             torch.manual_seed(0)
             if self.gate == "recurrent" and network.memory is None:
-                network.memory = RecurrentMemory(self.groups)
+                network.memory = make_memory()
             added = {region: self._unit(network, region, chains) for region, chains in found.items()}
         network.segments = torch.nn.ModuleList(build_segments(plain, network.cuts, {**units, **added}))
         network.to(blank(plain)).train(network.training)
@@ -114,8 +114,7 @@ class ChannelGates(Transform):
         paths = max(len(self._widths(chain)) for chain in chains)
         widths: Widths = {chain.name: _spread(self._widths(chain), paths) for chain in chains}
         shape = next(node.meta["shape"] for node in body.graph.nodes if node.op == "placeholder")
-        memory = network.memory if isinstance(network.memory, RecurrentMemory) else None
-        gate = make_gate(self.gate, shape[1], paths, memory)
+        gate = make_gate(self.gate, shape[1], paths, network.memory)
         example = blank(body, *shape)
         return ChannelUnit(
             _label(network.plain, region[1]),

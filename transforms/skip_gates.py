@@ -6,14 +6,14 @@ from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field, PositiveInt
-from torch import fx
+from torch import fx, nn
 
 from dynamize.errors import DynamizeError, closest
 from dynamize.graph.extract import extract
 from dynamize.graph.residual import ResidualBlock, bypass, keeping_input, masked, residual_blocks
 from dynamize.graph.trace import annotate, blank
 from dynamize.nn.gated import SkipUnit
-from dynamize.nn.gates import RecurrentMemory, gate_macs, make_gate
+from dynamize.nn.gates import gate_macs, make_gate, make_memory
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.segments import build_segments
 from dynamize.runtime.profile import gate_price
@@ -108,15 +108,15 @@ class SkipGates(Transform):
         plain = network.plain
         with torch.random.fork_rng():  # initialising layers draws from the global generator
             torch.manual_seed(0)
-            memory = RecurrentMemory(_PATHS) if self.gate == "recurrent" else None
-            units = [self._unit(plain, run, memory) for run in runs]
-        network.memory = memory or network.memory
+            if self.gate == "recurrent" and network.memory is None:
+                network.memory = make_memory()
+            units = [self._unit(plain, run, network.memory) for run in runs]
         network.segments = torch.nn.ModuleList(
             build_segments(plain, network.cuts, {unit.region: unit for unit in [*network.units, *units]})
         )
         network.to(blank(plain)).train(network.training)
 
-    def _unit(self, plain: fx.GraphModule, run: Sequence[ResidualBlock], memory: RecurrentMemory | None) -> SkipUnit:
+    def _unit(self, plain: fx.GraphModule, run: Sequence[ResidualBlock], memory: nn.LSTMCell | None) -> SkipUnit:
         first, last = run[0], run[-1]
         gate = make_gate(self.gate, first.shape[0], _PATHS, memory)
         detour = len(run) == 1 and not first.identity

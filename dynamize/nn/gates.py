@@ -20,11 +20,13 @@ State = tuple[Tensor, Tensor] | None
 class Gate(nn.Module):
     """Scores P paths, the cheapest first and the original last, in two halves.
 
-    ``describe`` reads the feature map and is the part that a backend compiles; ``decide`` is a few small products. A
-    gate that is ``pooled`` describes a map by its channel means, which an image that skipped a unit keeps.
+    ``describe`` reads the feature map and is the part that a backend compiles; ``decide`` is a few small products, the
+    last of them ``linear``. A gate that is ``pooled`` describes a map by its channel means, which an image that skipped
+    a unit keeps.
     """
 
     pooled = True
+    linear: nn.Linear
 
     def describe(self, features_NCHW: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, D)."""
@@ -72,34 +74,31 @@ class ConvGate(Gate):
         return self.linear(described_ND.to(self.linear.weight.dtype)), state
 
 
-class RecurrentMemory(nn.Module):
-    """What all recurrent gates of a network share: an LSTM cell and the scores of the most ``paths`` that any has."""
-
-    def __init__(self, paths: int) -> None:
-        super().__init__()
-        self.cell = nn.LSTMCell(_MEMORY, _MEMORY)
-        self.linear = open_linear(_MEMORY, paths)
+def make_memory() -> nn.LSTMCell:
+    """What all recurrent gates of a network share."""
+    return nn.LSTMCell(_MEMORY, _MEMORY)
 
 
 class RecurrentGate(Gate):
     """SkipNet's recurrent gate (Wang et al. 2018, sec. 4.1): pooled features, projected, through a shared LSTM.
 
-    The state starts anew in each segment, so that it need not be carried through an exit.
+    The last layer, which SkipNet shares as well, is each gate's own: all gates would open and close together. The state
+    starts anew in each segment, so that it need not be carried through an exit.
     """
 
-    def __init__(self, channels: int, paths: int, memory: RecurrentMemory) -> None:
+    def __init__(self, channels: int, paths: int, memory: nn.LSTMCell) -> None:
         super().__init__()
-        self.paths = paths
         self.norm: nn.Module = nn.BatchNorm1d(channels, affine=False)
         self.project = nn.Linear(channels, _MEMORY)
+        self.linear = open_linear(_MEMORY, paths)
         self._memory = (memory,)  # a tuple: the network registers it once, not every gate again
 
     def decide(self, described_ND: Tensor, state: State = None) -> tuple[Tensor, State]:
         (memory,) = self._memory
         normalised_ND = _normalised(self.norm, described_ND.to(self.project.weight.dtype))
-        state = memory.cell(self.project(normalised_ND), state)
+        state = memory(self.project(normalised_ND), state)
         assert state is not None
-        return memory.linear(state[0])[:, -self.paths :], state
+        return self.linear(state[0]), state
 
     def fold(self) -> None:
         self.norm, self.project = nn.Identity(), _folded(self.norm, self.project)
@@ -167,7 +166,7 @@ def choose(scores_NP: Tensor, costs_P: Tensor, offset: float) -> Tensor:
     return (scores_NP + offset * costs_P if offset else scores_NP).argmax(1)
 
 
-def make_gate(kind: str, channels: int, paths: int, memory: RecurrentMemory | None) -> Gate:
+def make_gate(kind: str, channels: int, paths: int, memory: nn.LSTMCell | None) -> Gate:
     """A gate of a kind: linear, conv or recurrent, which needs the memory."""
     if kind == "recurrent":
         assert memory is not None

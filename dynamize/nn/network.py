@@ -55,7 +55,7 @@ class DynamicNetwork(nn.Module):
         confidence: ConfidenceName = "top_probability",
         plain: fx.GraphModule | None = None,
         cuts: Sequence[str] = (),
-        memory: nn.Module | None = None,
+        memory: nn.LSTMCell | None = None,
     ) -> None:
         super().__init__()
         if len(segments) != len(heads) + 1:

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from dynamize.data import Images
 from dynamize.nn.gated import GatedSegment, Unit
-from dynamize.nn.gates import RecurrentMemory, State
+from dynamize.nn.gates import State
 from dynamize.nn.network import DynamicNetwork
 from dynamize.training.policy import Decision, Recorder, best, executed_costs, mean_cross_entropy
 
@@ -123,17 +123,10 @@ def follow(target: nn.Module, source: nn.Module, share: float) -> None:
 
 @torch.no_grad()
 def scale_scores(network: DynamicNetwork, factors: Sequence[float]) -> None:
-    """Multiply the scores of each unit's gate; gates that share their last layer get the mean of their factors."""
-    layers: dict[nn.Linear, list[float]] = {}
+    """Multiply the scores of each unit's gate."""
     for unit, factor in zip(network.units, factors, strict=True):
-        layer = getattr(unit.gate, "linear", None)
-        if layer is None:
-            assert isinstance(network.memory, RecurrentMemory)
-            layer = network.memory.linear
-        layers.setdefault(layer, []).append(factor)
-    for layer, found in layers.items():
-        for parameter in (layer.weight, layer.bias):
-            parameter.mul_(sum(found) / len(found))
+        for parameter in unit.gate.linear.parameters():
+            parameter.mul_(factor)
 
 
 def find_loss_scale(network: DynamicNetwork, images: Images, device: torch.device, seed: int) -> float:

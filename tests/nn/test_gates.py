@@ -10,8 +10,8 @@ from dynamize.nn.gates import (
     Gate,
     LinearGate,
     RecurrentGate,
-    RecurrentMemory,
     choose,
+    make_memory,
     pool,
     sample_paths,
 )
@@ -21,12 +21,8 @@ KINDS = ["linear", "conv", "recurrent"]
 
 def make(kind: str, channels: int = 12, paths: int = 3) -> Gate:
     if kind == "recurrent":
-        return RecurrentGate(channels, paths, RecurrentMemory(paths)).eval()
+        return RecurrentGate(channels, paths, make_memory()).eval()
     return (LinearGate if kind == "linear" else ConvGate)(channels, paths).eval()
-
-
-def last_layer(gate: Gate) -> torch.nn.Linear:
-    return gate._memory[0].linear if isinstance(gate, RecurrentGate) else gate.linear
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -40,7 +36,7 @@ def test_a_new_gate_prefers_the_last_path_whatever_it_sees(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_image_is_scored_by_itself(kind: str) -> None:
     gate, features = make(kind), torch.randn(6, 12, 5, 7)
-    torch.nn.init.normal_(last_layer(gate).weight)
+    torch.nn.init.normal_(gate.linear.weight)
     whole, _ = gate.decide(gate.describe(features))
     assert len(whole.unique(dim=0)) == 6
     for n in range(6):
@@ -62,7 +58,7 @@ def test_gradients_reach_the_last_layer_although_it_starts_at_zero(kind: str) ->
     gate = make(kind)
     shares = sample_paths(gate.decide(gate.describe(torch.randn(4, 12, 4, 4)))[0], noise=0.0)
     (shares @ torch.tensor([0.0, 1.0, 2.0])).sum().backward()
-    layer = last_layer(gate)
+    layer = gate.linear
     assert layer.bias.grad is not None
     assert layer.weight.grad is not None
     assert layer.bias.grad.abs().min() > 0
@@ -73,7 +69,7 @@ def test_gradients_reach_the_last_layer_although_it_starts_at_zero(kind: str) ->
 def test_one_image_alone_is_trained_with_the_running_statistics(kind: str) -> None:
     """Of a 2 x 2 map the conv gate's own convolution leaves one value for each channel, too."""
     gate, image = make(kind), torch.randn(1, 12, 2, 2)
-    torch.nn.init.normal_(last_layer(gate).weight)
+    torch.nn.init.normal_(gate.linear.weight)
     gate.norm.running_mean.uniform_(-1, 1)
     gate.norm.running_var.uniform_(0.5, 2)
     wanted, _ = gate.decide(gate.describe(image))
@@ -99,9 +95,9 @@ def test_only_gates_that_read_channel_means_say_so() -> None:
 
 
 def test_a_recurrent_gate_remembers_and_shares_its_memory() -> None:
-    memory = RecurrentMemory(2)
-    torch.nn.init.normal_(memory.linear.weight)
+    memory = make_memory()
     first, second = RecurrentGate(8, 2, memory).eval(), RecurrentGate(8, 2, memory).eval()
+    torch.nn.init.normal_(second.linear.weight)
     described = torch.randn(4, 8)
     _, state = first.decide(described)
     assert not torch.allclose(second.decide(described, state)[0], second.decide(described)[0])

@@ -135,7 +135,7 @@ def test_the_loss_counts_what_is_executed(exits: dict | None) -> None:
 def test_gradients_reach_every_gate_and_lead_towards_the_target(gate: str) -> None:
     """Above the target open paths lose score, below it they win; at the target nothing moves."""
     network = convert(small_resnet(), [SkipGates.model_validate({"gate": gate, "group": 1})], SmallResNet.shape)
-    lasts = [network.memory.linear] if network.memory else [unit.gate.linear for unit in network.units]
+    lasts = [unit.gate.linear for unit in network.units]
     network.train()
     for opening, target, sign in ((3.0, 0.6, 1), (-3.0, 0.6, -1), (3.0, None, 0)):
         budget = budget_of(network, 0.6)

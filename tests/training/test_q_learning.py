@@ -107,7 +107,9 @@ def test_a_copy_of_recurrent_gates_has_its_own_memory() -> None:
     network = gated_digits("recurrent")
     target = copy_gates(network)
     with torch.no_grad():
-        network.memory.linear.bias.add_(5.0)
+        network.units[0].gate.linear.weight.normal_()
+        target[0].linear.weight.copy_(network.units[0].gate.linear.weight)
+        network.memory.bias_hh.add_(5.0)
     described = torch.randn(4, 12)
     before = target[0].decide(described)[0]
     assert not torch.allclose(before, network.units[0].gate.decide(described)[0])
@@ -149,7 +151,7 @@ def test_scaling_scores(gate: str) -> None:
 
     before = scores()
     q_learning.scale_scores(network, factors)
-    for old, new, factor in zip(before, scores(), [3.0] * 3 if gate == "recurrent" else factors, strict=True):
+    for old, new, factor in zip(before, scores(), factors, strict=True):
         assert torch.allclose(new, factor * old)
 
 

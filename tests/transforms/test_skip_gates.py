@@ -23,7 +23,7 @@ from dynamize.nn.routing import record_routing
 from dynamize.runtime.export import export
 from dynamize.runtime.profile import GatePrice
 from dynamize.transform import Context
-from dynamize.transforms import Exits, SkipGates, skip_gates
+from dynamize.transforms import ChannelGates, Exits, SkipGates, skip_gates
 
 BLOCKS = ["layer1.0", "layer1.1", "layer2.0", "layer2.1", "layer3.0", "layer3.1"]
 
@@ -259,7 +259,22 @@ class TestComesBack:
         network = gated(gate="recurrent")
         names = [name for name in network.state_dict() if "cell" in name or "memory" in name]
         assert names == [f"memory.{name}" for name in network.memory.state_dict()]
-        assert sum(p.numel() for p in network.memory.parameters()) == 2 * 10 * 40 + 2 * 40 + 22
+        assert sum(p.numel() for p in network.memory.parameters()) == 2 * 10 * 40 + 2 * 40
+
+    @pytest.mark.parametrize("reverse", [False, True])
+    def test_recurrent_gates_of_both_kinds_share_one_memory(self, reverse: bool, tmp_path: Path) -> None:
+        steps: list[Any] = [
+            SkipGates(gate="recurrent", blocks=[["layer1.1"], ["layer2.1"]]),
+            ChannelGates(gate="recurrent", groups=4, multiple=4, blocks=["layer3.0", "layer3.1"]),
+        ]
+        network, batch = convert(small_resnet(), steps[::-1] if reverse else steps, SmallResNet.shape), images(20)
+        scatter(network, images(64))
+        assert sorted({len(unit.path_macs) for unit in network.units}) == [2, 4]
+        assert {id(unit.gate._memory[0]) for unit in network.units} == {id(network.memory)}
+        wanted = routed(network, batch)
+        artifact.save(network, tmp_path)
+        found = routed(artifact.load(tmp_path, network=SmallResNet()), batch)
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
     def test_converting_draws_nothing_and_leaves_the_network_alone(self) -> None:
         network = small_resnet().train()
