@@ -1,6 +1,5 @@
 """Which device to run on, and what the processor holds close by."""
 
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -29,7 +28,6 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-@cache
 def cache_bytes() -> int:
     """Size of the processor's last cache; 32 MB where the system does not say."""
     sizes = [path.read_text().strip() for path in _CACHES.glob("index*/size")]

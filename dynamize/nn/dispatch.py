@@ -10,9 +10,9 @@ from torch import Tensor
 from dynamize.devices import cache_bytes
 from dynamize.nn.gates import State
 
-_LARGE = 2**18  # bytes of an image's feature maps from which it goes by itself
-_TOGETHER = 2**22  # bytes of feature maps that are gathered and computed together
-_CACHE = 1 / 2  # of the last cache: feature maps that a piece takes in turn
+_LARGE = 2**20  # bytes of an image's feature maps from which it goes by itself
+_TOGETHER = cache_bytes() // 8  # bytes of feature maps that are gathered and computed together
+_CACHE = cache_bytes() // 2  # bytes of feature maps that a piece takes in turn
 
 Run = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 """Features, which it may write over -> features and their channel means, if asked for."""
@@ -105,7 +105,7 @@ def _run(pieces: Sequence[Piece], offset: float, flows: Sequence[_Flow]) -> Sequ
     """Run all pieces; where feature maps get twice or half as large, other numbers of images suit them."""
     flows = _split(flows)
     size, ran = flows[0].size, len(pieces)
-    in_turn = max(1, int(_CACHE * cache_bytes()) // max(1, size * len(flows[0])))
+    in_turn = max(1, _CACHE // max(1, size * len(flows[0])))
     found: list[_Flow] = []
     for start in range(0, len(flows), in_turn):
         some = flows[start : start + in_turn]
