@@ -5,12 +5,15 @@ shortcut. An input of a session is not its to overwrite, so it is copied first, 
 ResNet-50. With input and output bound to one place there is nothing to copy.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
 from torch import Tensor
 
+_WORTH = 2**18  # bytes of features whose copy takes longer than binding memory does
 _SUM = 3  # position of the values that a fused convolution adds to
 
 
@@ -25,22 +28,23 @@ def can_write_over(model: bytes, name: str, output: str) -> bool:
 
 
 class InPlace:
-    """Runs a session whose first output takes the memory of its input, which is overwritten.
+    """Runs a session whose first output takes the memory of its input, unless that is small.
 
     Args:
         session: its model :func:`can_write_over`; its input has the shape of its first output, and if there is a
             second, that is (N, C, 1, 1).
+        plain: runs it as any other session.
     """
 
-    def __init__(self, session: ort.InferenceSession) -> None:
-        self.session = session
+    def __init__(self, session: ort.InferenceSession, plain: Callable[[list[Tensor]], list[Tensor]]) -> None:
+        self.session, self.plain = session, plain
         (self._input,) = (one.name for one in session.get_inputs())
         self._output, *self._means = (one.name for one in session.get_outputs())
 
     def __call__(self, inputs: list[Tensor]) -> list[Tensor]:
+        if inputs[0].nbytes < _WORTH:
+            return self.plain(inputs)
         features = inputs[0].contiguous()
-        if not len(features):
-            return [features, *(features.new_empty(0, features.shape[1], 1, 1) for _ in self._means)]
         binding = self.session.io_binding()
         binding.bind_input(self._input, "cpu", 0, np.float32, features.shape, features.data_ptr())
         binding.bind_output(self._output, "cpu", 0, np.float32, features.shape, features.data_ptr())

@@ -291,14 +291,13 @@ def _session(model: bytes, channels: Mapping[str, int], overwrite: bool = False)
         session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except (_ort.Fail, _ort.NotImplemented, _ort.InvalidGraph) as error:
         raise DynamizeError(f"ONNX Runtime refuses a segment: {error}. Use --backend eager.") from error
-    if overwrite and channels and can_write_over(model, _INPUTS[0], "next_features"):
-        return InPlace(session)
 
     def run(inputs: list[Tensor]) -> list[Tensor]:
         arrays = map(as_array, inputs)
         return [torch.from_numpy(value) for value in session.run(None, dict(zip(_INPUTS, arrays, strict=False)))]
 
-    return run
+    writes_over = overwrite and bool(channels) and can_write_over(model, _INPUTS[0], "next_features")
+    return InPlace(session, run) if writes_over else run
 
 
 def as_array(values: Tensor) -> NDArray[Any]:

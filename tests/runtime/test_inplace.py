@@ -10,7 +10,7 @@ from networks import Residual, close, randomise_norms, torchvision_network
 from torch import Tensor, nn
 
 from dynamize.conversion import convert
-from dynamize.runtime import onnx
+from dynamize.runtime import inplace, onnx
 from dynamize.runtime.compiled import compile_network
 from dynamize.runtime.inplace import InPlace, can_write_over
 from dynamize.runtime.layout import blocks, exchange_blocked
@@ -76,7 +76,25 @@ def session(model: bytes) -> ort.InferenceSession:
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-@pytest.mark.parametrize("count", [0, 1, 5])
+def unused(_: list[Tensor]) -> list[Tensor]:
+    raise AssertionError
+
+
+@pytest.fixture(autouse=True)
+def small_features_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inplace, "_WORTH", 1)
+
+
+def test_small_features_are_not_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inplace, "_WORTH", 4 * 3 * CHANNELS * 64)
+    in_place = InPlace(session(optimised(Linear().eval(), 1)), lambda given: [2 * given[0]])
+    for count, doubled in ((0, True), (2, True), (3, False)):
+        features = torch.randn(count, CHANNELS, 8, 8)
+        before = features.clone()
+        assert torch.equal(in_place([features])[0], 2 * before) is doubled
+
+
+@pytest.mark.parametrize("count", [1, 5])
 @pytest.mark.parametrize(
     ("make", "outputs"),
     [(Linear, 1), (lambda: Residual(CHANNELS, CHANNELS), 1), (lambda: WithMeans(Residual(CHANNELS, CHANNELS)), 2)],
@@ -85,7 +103,7 @@ def test_written_over_the_input(make: Callable[[], nn.Module], outputs: int, cou
     torch.manual_seed(0)
     model = optimised(randomise_norms(make()).eval(), outputs)
     assert can_write_over(model, "features", "next_features")
-    plain, in_place, features = session(model), InPlace(session(model)), torch.randn(count, CHANNELS, 8, 8)
+    plain, in_place, features = session(model), InPlace(session(model), unused), torch.randn(count, CHANNELS, 8, 8)
     wanted = plain.run(None, {"features": features.numpy()})
     found = in_place([features])
     assert found[0].data_ptr() == features.data_ptr()
@@ -98,7 +116,7 @@ def test_rows_of_a_batch() -> None:
     model = optimised(Linear().eval(), 1)
     batch = torch.randn(4, CHANNELS, 8, 8)
     before, (wanted,) = batch.clone(), session(model).run(None, {"features": batch.numpy()})
-    InPlace(session(model))([batch[1:3]])
+    InPlace(session(model), unused)([batch[1:3]])
     assert torch.equal(batch[1:3], torch.from_numpy(wanted[1:3]))
     assert torch.equal(batch[[0, 3]], before[[0, 3]])
 
@@ -115,7 +133,7 @@ def test_left_alone(module: nn.Module, outputs: int) -> None:
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small"])
 def test_a_gated_network(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[InPlace] = []
-    monkeypatch.setattr(onnx, "InPlace", lambda session: made.append(InPlace(session)) or made[-1])
+    monkeypatch.setattr(onnx, "InPlace", lambda *given: made.append(InPlace(*given)) or made[-1])
     network, batch = torchvision_network(name), torch.randn(6, 3, 64, 64)
     dynamic = scatter(convert(network, [SkipGates(group=1)], (3, 64, 64)), torch.randn(32, 3, 64, 64))
     compiled, wanted = compile_network(dynamic, "onnxruntime"), masked(dynamic, batch)
