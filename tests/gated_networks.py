@@ -63,7 +63,6 @@ def scatter(network: DynamicNetwork, images: Tensor) -> DynamicNetwork:
                 if isinstance(gate.norm, nn.BatchNorm1d):
                     gate.norm.running_mean.copy_(described.mean(0))
                     gate.norm.running_var.copy_(described.var(0))
-                scores, following = gate.decide(described, state)
                 last = gate.linear
                 last.weight.normal_(0, 1)
                 last.bias.zero_()

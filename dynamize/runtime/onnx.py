@@ -282,7 +282,10 @@ class _Description(nn.Module):
 
 
 def _session(model: bytes, channels: Mapping[str, int], overwrite: bool = False) -> Session:
-    """ONNX Runtime's; ``channels`` names the inputs and outputs in the blocked layout (:func:`exchange_blocked`)."""
+    """ONNX Runtime's; ``channels`` names the inputs and outputs in the blocked layout (:func:`exchange_blocked`).
+
+    With ``overwrite`` it may write its features over those it is given (:class:`InPlace`).
+    """
     options = session_options()
     try:
         if channels:
