@@ -30,8 +30,8 @@ import dynamize as dz
 from dynamize import artifact
 from dynamize.conversion import apply, wrap
 from dynamize.graph.cuts import cut_points
+from dynamize.graph.macs import count_macs
 from dynamize.measure.costs import exit_costs
-from dynamize.measure.macs import count_macs
 from dynamize.nn.network import DynamicNetwork
 from dynamize.transform import Context
 from dynamize.transforms import Exits

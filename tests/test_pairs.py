@@ -23,8 +23,8 @@ from dynamize.calibration.points import OperatingPoint, OperatingPoints
 from dynamize.conversion import apply, wrap
 from dynamize.data import DataSpec, load_data
 from dynamize.errors import DynamizeError
+from dynamize.graph.macs import count_macs
 from dynamize.measure.costs import exit_costs
-from dynamize.measure.macs import count_macs
 from dynamize.nn.exchange import answers
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.routing import record_routing

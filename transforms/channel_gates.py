@@ -11,7 +11,9 @@ from dynamize.errors import DynamizeError, closest
 from dynamize.graph.chains import Chain, private_chains
 from dynamize.graph.cuts import cut_points
 from dynamize.graph.extract import extract
+from dynamize.graph.macs import annotated_macs
 from dynamize.graph.narrow import importance, reorder
+from dynamize.graph.nodes import placeholder, positions
 from dynamize.graph.trace import annotate, blank
 from dynamize.nn.channels import ChannelUnit, Widths, path_costs
 from dynamize.nn.gates import gate_macs, make_gate, make_memory
@@ -69,7 +71,7 @@ class ChannelGates(Transform):
         network.segments = torch.nn.ModuleList(build_segments(plain, network.cuts, {**units, **added}))
         network.to(blank(plain)).train(network.training)
         resolved = self.model_copy(update={"blocks": [upto for _, upto in found]})
-        share = sum(unit.path_macs[-1] - unit.path_macs[0] for unit in added.values()) / _macs(plain)
+        share = sum(unit.path_macs[-1] - unit.path_macs[0] for unit in added.values()) / annotated_macs(plain)
         return Applied(network, resolved, [f"{len(found)} gates; {share:.0%} of the MACs can be left out"])
 
     def _regions(self, network: DynamicNetwork) -> dict[Region, list[Chain]]:
@@ -78,7 +80,7 @@ class ChannelGates(Transform):
         Of regions that overlap the shorter one is taken, so in a chain of convolutions every second has a gate.
         """
         plain = network.plain
-        position = {node.name: i for i, node in enumerate(plain.graph.nodes)}
+        position = positions(plain.graph)
         taken = [tuple(position[end] for end in unit.region) for unit in network.units]
         exits = [position[name] for name in network.cuts]
         everywhere = {chain.producers: chain for chain in private_chains(plain)}  # sees who else uses a module
@@ -93,7 +95,7 @@ class ChannelGates(Transform):
                 continue
             private = [one for one in private_chains(extract(plain, *region)) if one.producers in everywhere]
             chains = [chain for chain in private if len(self._widths(chain)) > 1]
-            if sum(chain.macs for chain in chains) >= _LEAST * _macs(plain):
+            if sum(chain.macs for chain in chains) >= _LEAST * annotated_macs(plain):
                 found[region] = chains
                 taken.append((start, end))
         ordered = dict(sorted(found.items(), key=lambda item: position[item[0][0]]))
@@ -113,7 +115,7 @@ class ChannelGates(Transform):
             reorder(body, chain, importance(body, chain).argsort(descending=True, stable=True))
         paths = max(len(self._widths(chain)) for chain in chains)
         widths: Widths = {chain.name: _spread(self._widths(chain), paths) for chain in chains}
-        shape = next(node.meta["shape"] for node in body.graph.nodes if node.op == "placeholder")
+        shape = placeholder(body.graph).meta["shape"]
         gate = make_gate(self.gate, shape[1], paths, network.memory)
         example = blank(body, *shape)
         return ChannelUnit(
@@ -135,8 +137,8 @@ def _spread(widths: list[int], paths: int) -> list[int]:
 def _region(plain: fx.GraphModule, chain: Chain) -> Region | None:
     """The nearest cut points around a chain; None at either end of the network."""
     layers = {*chain.producers, *chain.consumers}
-    places = [i for i, node in enumerate(plain.graph.nodes) if node.op == "call_module" and node.target in layers]
-    position = {node.name: i for i, node in enumerate(plain.graph.nodes)}
+    position = positions(plain.graph)
+    places = [position[node.name] for node in plain.graph.find_nodes(op="call_module") if node.target in layers]
     names = [cut.name for cut in cut_points(plain)]
     before = [name for name in names if position[name] < min(places)]
     behind = [name for name in names if position[name] >= max(places)]
@@ -159,7 +161,3 @@ def _find(plain: fx.GraphModule, found: Iterable[Region], name: str) -> Region:
         f"channel_gates: '{name}' is no block with channels to split, or several. {closest(name, names)}"
         f"Known: {', '.join(names)}."
     )
-
-
-def _macs(plain: fx.GraphModule) -> float:
-    return float(sum(node.meta["macs"] for node in plain.graph.nodes))

@@ -8,9 +8,9 @@ from torch import nn
 
 from dynamize.data.files import with_unlabelled
 from dynamize.errors import DynamizeError
+from dynamize.graph.macs import count_macs
 from dynamize.graph.trace import blank
 from dynamize.measure.costs import exit_costs
-from dynamize.measure.macs import count_macs
 from dynamize.nn.network import DynamicNetwork
 from dynamize.runtime.profile import path_latency
 from dynamize.training.gating import BudgetLoss, GatedLoss, Noise

@@ -10,9 +10,10 @@ from torch import fx, nn
 
 from dynamize.errors import DynamizeError
 from dynamize.graph.cuts import CutPoint, cut_points, find_cut
+from dynamize.graph.macs import annotated_macs, count_macs
+from dynamize.graph.nodes import output_value, positions
 from dynamize.graph.tails import tail
 from dynamize.graph.trace import annotate, blank
-from dynamize.measure.macs import count_macs
 from dynamize.nn.confidence import ConfidenceName
 from dynamize.nn.gated import Unit
 from dynamize.nn.heads import ExitHead, conv_body, linear_classifier, zero_fusion
@@ -102,7 +103,7 @@ class Exits(Transform):
                     f"{[cut.name for cut in ordered]}: write `at` and `size` in that order"
                 )
             return ordered
-        total = _macs(traced)
+        total = annotated_macs(traced)
         candidates = [cut for cut in cuts if cut.macs < (0.95 - self.share) * total] or cuts[:1]
         if len(candidates) < self.count:
             raise DynamizeError(
@@ -120,7 +121,7 @@ class Exits(Transform):
         return [candidates[i] for i in picked]
 
     def _build_heads(self, traced: fx.GraphModule, chosen: list[CutPoint]) -> tuple[list[ExitHead], list[int]]:
-        allowed = self.share * _macs(traced)
+        allowed = self.share * annotated_macs(traced)
         if self.head == "linear":
             sizes = [0] * len(chosen)
         elif self.size != "auto":
@@ -138,8 +139,8 @@ class Exits(Transform):
         spent = sum(_head_macs(h, cut) for h, cut in zip(heads, chosen, strict=True))
         if spent > allowed * 1.0001:
             raise DynamizeError(
-                f"exits: the {self.head} heads cost {spent / _macs(traced):.1%} of the network, more than share: "
-                f"{self.share}. Raise share, use fewer or later exits, or head: "
+                f"exits: the {self.head} heads cost {spent / annotated_macs(traced):.1%} of the network, more than "
+                f"share: {self.share}. Raise share, use fewer or later exits, or head: "
                 + ("linear" if self.head == "conv" else "conv")
             )
         return heads, sizes
@@ -176,7 +177,7 @@ class Exits(Transform):
         return widths[max(0, fitting - 1)]
 
     def _cost_note(self, exits: DynamicNetwork, chosen: list[CutPoint], traced: fx.GraphModule) -> str:
-        total = _macs(traced)
+        total = annotated_macs(traced)
         heads = sum(_head_macs(cast(ExitHead, h), c) for h, c in zip(exits.heads, chosen, strict=True))
         places = ", ".join(f"{cut.module or cut.name} ({cut.macs / total:.0%} of MACs)" for cut in chosen)
         return f"exits after {places}; all heads together cost {heads / total:.1%} of the network"
@@ -184,7 +185,7 @@ class Exits(Transform):
 
 def _outside_units(traced: fx.GraphModule, cuts: list[CutPoint], units: Sequence[Unit]) -> list[CutPoint]:
     """The cut points that no gated unit has inside."""
-    position = {node.name: i for i, node in enumerate(traced.graph.nodes)}
+    position = positions(traced.graph)
     spans = [(position[after], position[upto]) for after, upto in (unit.region for unit in units)]
     return [cut for cut in cuts if not any(start < position[cut.name] < end for start, end in spans)]
 
@@ -231,13 +232,8 @@ def _cheapest(right: torch.Tensor, costs: torch.Tensor, start: list[int], share:
     return sorted(picked)
 
 
-def _macs(traced: fx.GraphModule) -> float:
-    return sum(node.meta["macs"] for node in traced.graph.nodes)
-
-
 def _classes(traced: fx.GraphModule) -> int:
-    output = next(node for node in traced.graph.nodes if node.op == "output")
-    return int(cast(fx.Node, output.args[0]).meta["shape"][1])
+    return int(output_value(traced.graph).meta["shape"][1])
 
 
 def _head_macs(head: ExitHead, cut: CutPoint) -> float:

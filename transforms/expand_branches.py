@@ -8,6 +8,7 @@ from torch import nn
 
 from dynamize.errors import DynamizeError, closest
 from dynamize.graph.fold import affine, has_hooks
+from dynamize.graph.macs import annotated_macs
 from dynamize.nn.branches import BranchBlock, Form, fits
 from dynamize.nn.exchange import channel_layers, layers_and_norms, replace_layers
 from dynamize.nn.network import DynamicNetwork
@@ -59,9 +60,9 @@ class ExpandBranches(Transform):
                 new[conv] = BranchBlock(conv, norm, self.form)
                 if norm is not None:
                     new[norm] = nn.Identity()
-        before = _macs(network)
+        before = annotated_macs(network.plain)
         replace_layers(network, new)
-        more = _macs(network) / before
+        more = annotated_macs(network.plain) / before
         notes = [f"{len(chosen)} convolutions with {self.form} branches: {more:.1f} x the MACs until `fuse_branches`"]
         return Applied(network, self.model_copy(update={"layers": chosen}), notes)
 
@@ -97,7 +98,3 @@ def _find(network: DynamicNetwork, found: dict[str, nn.Conv2d], name: str) -> st
             why = f"'{name}' is in a block with channel gates, which slice its channels: put this step before them"
     known = ", ".join(found) or "none"
     raise DynamizeError(f"expand_branches: {why}. {closest(name, list(found))}Layers that can be expanded: {known}.")
-
-
-def _macs(network: DynamicNetwork) -> float:
-    return float(sum(node.meta["macs"] for node in network.plain.graph.nodes))

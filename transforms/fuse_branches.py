@@ -7,6 +7,8 @@ from torch import nn
 
 from dynamize.errors import DynamizeError, closest
 from dynamize.graph.branches import ParallelBranches, fuse, parallel_branches
+from dynamize.graph.macs import annotated_macs
+from dynamize.graph.nodes import positions
 from dynamize.graph.replace import check_same, every_module
 from dynamize.graph.trace import annotate
 from dynamize.nn.branches import BranchBlock
@@ -74,7 +76,7 @@ def _outside_units(
     network: DynamicNetwork, found: list[ParallelBranches], refused: dict[str, str]
 ) -> tuple[list[ParallelBranches], dict[str, str]]:
     """Without those inside of gated units, which hold regions of their own."""
-    position = {node.name: i for i, node in enumerate(network.plain.graph.nodes)}
+    position = positions(network.plain.graph)
     spans = [(position[after], position[upto]) for after, upto in (unit.region for unit in network.units)]
     gated = [one for one in found if any(start < position[one.name] <= end for start, end in spans)]
     reasons = {one.name: "it is inside of a block with a gate: fuse before the step that puts gates" for one in gated}
@@ -96,4 +98,4 @@ def _find(found: list[ParallelBranches], refused: dict[str, str], name: str) -> 
 def _cost(network: DynamicNetwork) -> tuple[int, float]:
     """Parameters, and MACs per image of the original path."""
     params = sum(parameter.numel() for parameter in network.parameters())
-    return params, float(sum(node.meta["macs"] for node in network.plain.graph.nodes))
+    return params, annotated_macs(network.plain)

@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from dynamize.errors import DynamizeError, closest
 from dynamize.graph.extract import extract
+from dynamize.graph.macs import annotated_macs
 from dynamize.graph.residual import ResidualBlock, bypass, keeping_input, masked, residual_blocks
 from dynamize.graph.trace import annotate, blank
 from dynamize.nn.gated import SkipUnit
@@ -72,7 +73,7 @@ class SkipGates(Transform):
         resolved = self.model_copy(
             update={"blocks": [[b.upto for b in run] for run in runs], "group": max(map(len, runs)), "keep": []}
         )
-        share = sum(unit.path_macs[-1] - unit.path_macs[0] for unit in network.units) / _macs(network.plain)
+        share = sum(unit.path_macs[-1] - unit.path_macs[0] for unit in network.units) / annotated_macs(network.plain)
         notes = [f"{len(runs)} gates over {sum(map(len, runs))} blocks, {share:.0%} of the MACs", *notes]
         return Applied(network, resolved, notes)
 
@@ -168,7 +169,3 @@ def _find(blocks: Sequence[ResidualBlock], name: str) -> ResidualBlock:
     raise DynamizeError(
         f"skip_gates: '{name}' is no residual block of this network. {closest(name, known)}Known: {', '.join(known)}."
     )
-
-
-def _macs(plain: fx.GraphModule) -> float:
-    return float(sum(node.meta["macs"] for node in plain.graph.nodes))

@@ -16,6 +16,7 @@ from torch.nn import functional
 from dynamize.compression.channels import ChannelGroup, Member, faithful
 from dynamize.compression.layers import is_depthwise, layers, sizes
 from dynamize.errors import DynamizeError, closest
+from dynamize.graph.nodes import nodes_by_name
 from dynamize.graph.trace import blank
 from dynamize.nn.heads import ExitHead, extend_context
 from dynamize.nn.network import DynamicNetwork
@@ -114,9 +115,9 @@ class _Dense(nn.Module):
         """The original graph with the features that heads and gates read as further outputs."""
         plain = self.network.plain
         graph = plain.graph
-        nodes = {node.name: node for node in graph.nodes}
+        nodes = nodes_by_name(graph)
         points = [*self.network.cuts, *(unit.region[0] for unit in self.network.units)]
-        output = nodes["output"] if "output" in nodes else next(n for n in graph.nodes if n.op == "output")
+        output = graph.output_node()
         output.args = ((output.args[0], *(nodes[name] for name in points)),)
         for node in list(graph.nodes):
             self._as_layer(plain, node)
@@ -163,7 +164,7 @@ class _Dense(nn.Module):
     def answering(self) -> list[nn.Module]:
         """Layers whose outputs are the classes, and all layers of gates and classifiers of heads."""
         network, found = self.network, []
-        output = next(node for node in self.graph.graph.nodes if node.op == "output")
+        output = self.graph.graph.output_node()
         waiting = [cast(Any, output.args[0])[0]]
         while waiting:
             node = waiting.pop()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from dynamize.graph.integers import Places, find_places, note_shapes, prepared
+from dynamize.graph.nodes import output_value, placeholder, positions
 from dynamize.graph.trace import blank
 from dynamize.nn.gated import GatedSegment, Unit
 from dynamize.nn.heads import ExitHead
@@ -47,7 +48,7 @@ class Part:
     def tensor_keys(self, index: int) -> dict[fx.Node, Key]:
         """For each rounded tensor, what its steps are known by. ``index`` is that of the part."""
         rounded = self.places.rounded
-        answer = _answer(self.graph)
+        answer = output_value(self.graph.graph)
         keys = {node: self.key_of(index, node) for node in rounded.values()}
         if answer in rounded and rounded[answer].op != "placeholder":
             keys[rounded[answer]] = (self.after, 0)
@@ -57,7 +58,8 @@ class Part:
         """What the values of one tensor are known by."""
         if node.op == "placeholder":
             return self.before, 0
-        return (self.after, 0) if node is _answer(self.graph) else (index, list(self.graph.graph.nodes).index(node))
+        graph = self.graph.graph
+        return (self.after, 0) if node is output_value(graph) else (index, positions(graph)[node.name])
 
     def layer_name(self, node: fx.Node) -> str:
         """The path of a layer, for people and recipes."""
@@ -83,8 +85,8 @@ def parts(network: DynamicNetwork, keep_float: Sequence[str]) -> list[Part]:
     rounded: set[int] = set()
     while True:
         found = [_part(*place, rounded, keep_float) for place in _places(network)]
-        now = rounded | {part.before for part in found if _start(part.graph) in part.places.rounded}
-        now |= {part.after for part in found if _answer(part.graph) in part.places.rounded}
+        now = rounded | {part.before for part in found if placeholder(part.graph.graph) in part.places.rounded}
+        now |= {part.after for part in found if output_value(part.graph.graph) in part.places.rounded}
         if now == rounded:
             return found
         rounded = now
@@ -141,11 +143,3 @@ def _note_all_shapes(network: DynamicNetwork) -> None:
         for holder, key, _, before, after in _places(network):
             given = note_shapes(cast(fx.GraphModule, holder._modules[key]), reached[before])
             reached.setdefault(after, given)
-
-
-def _start(graph: fx.GraphModule) -> fx.Node:
-    return next(node for node in graph.graph.nodes if node.op == "placeholder")
-
-
-def _answer(graph: fx.GraphModule) -> fx.Node:
-    return next(node for node in graph.graph.nodes if node.op == "output").all_input_nodes[0]

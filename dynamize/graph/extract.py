@@ -2,6 +2,8 @@
 
 from torch import fx
 
+from dynamize.graph.nodes import nodes_by_name, output_value, placeholder
+
 
 def extract(traced: fx.GraphModule, after: str | None, upto: str | None) -> fx.GraphModule:
     """The nodes that follow ``after`` up to and including ``upto`` as a network of one input and one output.
@@ -9,10 +11,9 @@ def extract(traced: fx.GraphModule, after: str | None, upto: str | None) -> fx.G
     Both are names of cut points; None stands for the network's input and output. Modules and parameters are shared
     with ``traced``, under the same names, so nothing is copied and training one trains the other.
     """
-    nodes = {node.name: node for node in traced.graph.nodes}
-    output = next(node for node in traced.graph.nodes if node.op == "output")
-    last = nodes[upto] if upto else output.args[0]
-    first = nodes[after] if after else next(node for node in traced.graph.nodes if node.op == "placeholder")
+    nodes = nodes_by_name(traced.graph)
+    last = nodes[upto] if upto else output_value(traced.graph)
+    first = nodes[after] if after else placeholder(traced.graph)
 
     region = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {first: region.placeholder("x")}

@@ -7,6 +7,7 @@ from torch import fx
 
 from dynamize.graph.chains import Chain, private_chains
 from dynamize.graph.cuts import CutPoint, cut_points
+from dynamize.graph.nodes import positions
 from dynamize.graph.residual import residual_blocks, why_not
 
 
@@ -62,9 +63,8 @@ def gateable_blocks(traced: fx.GraphModule) -> list[GateableBlock]:
 
 def _chains_by_block(traced: fx.GraphModule, cuts: Sequence[CutPoint]) -> dict[str, list[Chain]]:
     """Chains between any two cut points, by the first cut point that follows each."""
-    nodes = list(traced.graph.nodes)
-    position = {node.name: i for i, node in enumerate(nodes)}
-    layers = {str(node.target): i for i, node in enumerate(nodes) if node.op == "call_module"}
+    position = positions(traced.graph)
+    layers = {str(node.target): position[node.name] for node in traced.graph.find_nodes(op="call_module")}
     found: dict[str, list[Chain]] = {cut.name: [] for cut in cuts}
     for chain in private_chains(traced):
         places = [layers[name] for name in (*chain.producers, *chain.consumers)]

@@ -12,6 +12,7 @@ from torch.nn import functional
 from torchvision.ops import StochasticDepth
 
 from dynamize.graph.fold import folded, has_hooks
+from dynamize.graph.nodes import output_value
 
 _DROPPED = (nn.modules.dropout._DropoutNd, StochasticDepth, nn.Identity)
 _CLAMPS: tuple[Any, ...] = (nn.ReLU, nn.ReLU6, nn.Hardtanh, functional.relu, functional.relu6, functional.hardtanh,
@@ -81,7 +82,7 @@ def find_places(
         keep_float: module paths of layers that stay in float.
     """
     layers = _layers(module, keep_float)
-    answer = next(node for node in module.graph.nodes if node.op == "output").all_input_nodes[0]
+    answer = output_value(module.graph)
     wanted = {node.all_input_nodes[0] for node in layers} | ({answer} if rounded_output else set())
     rounded: dict[fx.Node, fx.Node] = {}
     fused: dict[fx.Node, fx.Node] = {}  # by the clamp

@@ -11,8 +11,9 @@ from torch import Tensor, fx, nn
 
 from dynamize.errors import DynamizeError, closest
 from dynamize.graph.chains import Chain, private_chains
+from dynamize.graph.macs import counting_macs
+from dynamize.graph.nodes import placeholder
 from dynamize.graph.trace import blank
-from dynamize.measure.macs import counting_macs
 
 
 def importance(region: fx.GraphModule, chain: Chain) -> Tensor:
@@ -163,8 +164,7 @@ class _Measure(fx.Interpreter):
 def _annotate(narrowed: fx.GraphModule) -> None:
     """Write shapes and MACs anew, measured on a copy so that no statistics move."""
     trial = copy.deepcopy(narrowed).eval()
-    first = next(node for node in trial.graph.nodes if node.op == "placeholder")
     with torch.no_grad():
-        _Measure(trial).run(blank(trial, *first.meta["shape"]))
+        _Measure(trial).run(blank(trial, *placeholder(trial.graph).meta["shape"]))
     for node, measured in zip(narrowed.graph.nodes, trial.graph.nodes, strict=True):
         node.meta.update({key: measured.meta[key] for key in ("macs", "shape")})

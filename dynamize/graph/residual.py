@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from dynamize.errors import DynamizeError
 from dynamize.graph.cuts import CutPoint, cut_points, module_path
 from dynamize.graph.extract import cone, extract
+from dynamize.graph.nodes import nodes_by_name, output_value, placeholder
 from dynamize.graph.trace import blank
 
 _ADDITIONS = (operator.add, operator.iadd, torch.add, torch.Tensor.add, torch.Tensor.add_)
@@ -64,7 +65,7 @@ def residual_blocks(traced: fx.GraphModule) -> list[ResidualBlock]:
     may be anything without MACs. A sum of convolutions and batch norms alone (RepVGG, Ding et al. 2021) is none: it
     becomes one convolution once it is trained.
     """
-    nodes = {node.name: node for node in traced.graph.nodes}
+    nodes = nodes_by_name(traced.graph)
     found: list[ResidualBlock] = []
     for before, cut, parts in _regions(traced):
         if isinstance(parts, str):
@@ -128,7 +129,7 @@ def masked(traced: fx.GraphModule, block: ResidualBlock) -> fx.GraphModule:
     """
     region, parts = _taken_out(traced, block)
     graph = region.graph
-    with graph.inserting_after(_first(graph)):
+    with graph.inserting_after(placeholder(graph)):
         runs = graph.placeholder("runs")
     for summand in parts.branch:
         ones = [1] * (len(summand.addition.meta["shape"]) - 1)
@@ -161,8 +162,7 @@ def _taken_out(traced: fx.GraphModule, block: ResidualBlock) -> tuple[fx.GraphMo
             "Take one that `residual_blocks` lists for the same traced network."
         )
     region = extract(traced, block.after, block.upto)
-    last = next(node for node in region.graph.nodes if node.op == "output").all_input_nodes[0]
-    parts = _read(region, _first(region.graph), last)
+    parts = _read(region, placeholder(region.graph), output_value(region.graph))
     assert not isinstance(parts, str), "a region reads like the graph that it is a copy of"
     return region, parts
 
@@ -221,7 +221,7 @@ class _Region:
 
 
 def _regions(traced: fx.GraphModule) -> Iterator[tuple[CutPoint, CutPoint, _Parts | str]]:
-    nodes = {node.name: node for node in traced.graph.nodes}
+    nodes = nodes_by_name(traced.graph)
     cuts = cut_points(traced)
     for before, cut in zip(cuts, cuts[1:], strict=False):
         yield before, cut, _read(traced, nodes[before.name], nodes[cut.name])
@@ -375,7 +375,7 @@ def _layer(module: fx.GraphModule, node: fx.Node) -> nn.Module | None:
 def _writes_into_input(path: fx.GraphModule, shape: Sequence[int]) -> bool:
     """Whether an in-place operator overwrites what the path is given."""
     trial = copy.deepcopy(path).eval()
-    further = sum(node.op == "placeholder" for node in path.graph.nodes) - 1
+    further = len(path.graph.find_nodes(op="placeholder")) - 1
     with torch.inference_mode(False), torch.no_grad():
         image = blank(trial, 1, *shape)
         before = image._version
@@ -384,12 +384,8 @@ def _writes_into_input(path: fx.GraphModule, shape: Sequence[int]) -> bool:
 
 
 def _copy_input(graph: fx.Graph) -> None:
-    first = _first(graph)
-    with graph.inserting_after([node for node in graph.nodes if node.op == "placeholder"][-1]):
+    first = placeholder(graph)
+    with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
         clone = graph.call_method("clone", (first,))
     clone.meta.update(first.meta)
     first.replace_all_uses_with(clone, delete_user_cb=lambda user: user is not clone)
-
-
-def _first(graph: fx.Graph) -> fx.Node:
-    return next(node for node in graph.nodes if node.op == "placeholder")

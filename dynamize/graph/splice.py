@@ -6,6 +6,7 @@ from typing import Any
 from torch import fx, nn
 
 from dynamize.graph.extract import cone
+from dynamize.graph.nodes import nodes_by_name
 
 
 def splice(traced: fx.GraphModule, after: str, upto: str, region: fx.GraphModule | None) -> None:
@@ -18,7 +19,7 @@ def splice(traced: fx.GraphModule, after: str, upto: str, region: fx.GraphModule
         region: of one input and one output, which shares layers with ``traced`` or has copies of its own; None hands
             the value on as it is.
     """
-    nodes = {node.name: node for node in traced.graph.nodes}
+    nodes = nodes_by_name(traced.graph)
     start, end = nodes[after], nodes[upto]
     _clear(traced.graph, start, end)
     others = [node for node in traced.graph.nodes if node is not end and node.op in ("call_module", "get_attr")]

@@ -10,7 +10,7 @@ from torch import fx, nn
 from torchvision.ops import StochasticDepth
 
 from dynamize.errors import DynamizeError
-from dynamize.measure.macs import counting_macs
+from dynamize.graph.macs import counting_macs
 
 
 class Whole(nn.Module):
@@ -47,7 +47,7 @@ class NetworkTracer(fx.Tracer):
         return super().is_leaf_module(m, module_qualified_name)
 
     def create_proxy(self, kind: str, target: Any, args: tuple, kwargs: dict, *rest: Any, **more: Any) -> Any:
-        if kind == "placeholder" and args and any(node.op == "placeholder" for node in self.graph.nodes):
+        if kind == "placeholder" and args and self.graph.find_nodes(op="placeholder"):
             return args[0]  # forward(images, mask=None): a classifier is called with the images only
         return super().create_proxy(kind, target, args, kwargs, *rest, **more)
 

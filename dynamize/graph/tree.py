@@ -3,11 +3,11 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
 
 from torch import fx, nn
 
 from dynamize.graph.cuts import CutPoint, cut_points
+from dynamize.graph.nodes import output_value, positions
 
 
 @dataclass(frozen=True)
@@ -83,12 +83,12 @@ def network_tree(traced: fx.GraphModule, input_shape: Sequence[int]) -> NetworkT
 
 
 def _blocks(traced: fx.GraphModule, cuts: Sequence[CutPoint]) -> Iterator[Block]:
-    nodes = {node.name: node for node in traced.graph.nodes}
-    order = {name: i for i, name in enumerate(nodes)}
+    nodes = list(traced.graph.nodes)
+    order = positions(traced.graph)
     ends = [order[cut.name] + 1 for cut in cuts]
     counted: set[nn.Parameter] = set()
     for cut, first, end in zip([*cuts, None], [0, *ends], [*ends, len(nodes)], strict=True):
-        inside = list(nodes.values())[first:end]
+        inside = nodes[first:end]
         new = {one for node in inside for one in _parameters(traced, node)} - counted
         counted |= new
         yield Block(
@@ -101,8 +101,7 @@ def _blocks(traced: fx.GraphModule, cuts: Sequence[CutPoint]) -> Iterator[Block]
 
 
 def _answer_shape(traced: fx.GraphModule) -> tuple[int, ...]:
-    output: Any = next(node for node in traced.graph.nodes if node.op == "output").args[0]
-    return tuple(output.meta["shape"][1:])
+    return tuple(output_value(traced.graph).meta["shape"][1:])
 
 
 def _parameters(traced: fx.GraphModule, node: fx.Node) -> list[nn.Parameter]:

@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from dynamize.graph.macs import count_macs, counting_macs
 from dynamize.graph.trace import blank
-from dynamize.measure.macs import count_macs, counting_macs
 from dynamize.nn.gated import GatedSegment, Unit
 from dynamize.nn.heads import ExitHead, extend_context
 from dynamize.nn.network import DynamicNetwork

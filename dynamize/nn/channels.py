@@ -8,8 +8,8 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dynamize.graph.chains import private_chains
+from dynamize.graph.macs import count_macs
 from dynamize.graph.narrow import mask_points, narrow
-from dynamize.measure.macs import count_macs
 from dynamize.nn.gated import Unit
 from dynamize.nn.gates import Gate
 

@@ -7,9 +7,10 @@ from torch import Tensor, fx, nn
 
 from dynamize.errors import DynamizeError
 from dynamize.graph.fold import norm_pairs
+from dynamize.graph.macs import count_macs
+from dynamize.graph.nodes import nodes_by_name
 from dynamize.graph.replace import TOLERANCE, difference, every_module, replace_modules
 from dynamize.graph.trace import NetworkTracer, annotate, blank
-from dynamize.measure.macs import count_macs
 from dynamize.nn.channels import ChannelUnit
 from dynamize.nn.gates import ALL_OPEN, gate_macs
 from dynamize.nn.heads import ExitHead
@@ -29,9 +30,9 @@ def count_again(network: DynamicNetwork) -> None:
     For a network in eval mode whose layers were exchanged or have changed their sizes.
     """
     annotate(network.plain, network.input_shape)
-    shapes = {node.name: node.meta["shape"] for node in network.plain.graph.nodes}
+    nodes = nodes_by_name(network.plain.graph)
     for unit in network.units:
-        example = blank(network.plain, *shapes[unit.region[0]])
+        example = blank(network.plain, *nodes[unit.region[0]].meta["shape"])
         macs = [0.0 if way is None else count_macs(way, example.clone()) for way in unit.paths()]
         unit.path_macs = tuple(macs)
         unit.path_costs.copy_(torch.tensor(macs) / macs[-1])

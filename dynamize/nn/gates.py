@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dynamize.measure.macs import count_macs
+from dynamize.graph.macs import count_macs
 
 ALL_OPEN = 1e6  # an offset that no score outweighs; finite, so that it survives JSON
 OPEN = 3.0  # initial advantage of the original path: every gate is open, and a gradient still reaches it

@@ -5,6 +5,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
+from dynamize.graph.nodes import output_value, placeholder
 from dynamize.graph.trace import Whole
 from dynamize.nn.gated import GatedSegment
 from dynamize.nn.heads import ExitHead
@@ -95,13 +96,13 @@ def _start(segment: nn.Module) -> nn.Module:
 
 def _last(graph: fx.GraphModule) -> fx.Node | None:
     """The rounding that gives a graph's output and nothing else."""
-    output = next(node for node in graph.graph.nodes if node.op == "output").all_input_nodes[0]
+    output = output_value(graph.graph)
     return output if _rounds(graph, output) and len(output.users) == 1 else None
 
 
 def _first(graph: fx.GraphModule) -> fx.Node | None:
     """The rounding that alone reads a graph's input."""
-    readers = list(next(node for node in graph.graph.nodes if node.op == "placeholder").users)
+    readers = list(placeholder(graph.graph).users)
     return readers[0] if len(readers) == 1 and _rounds(graph, readers[0]) else None
 
 

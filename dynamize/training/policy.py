@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dynamize.graph.macs import count_macs
 from dynamize.graph.trace import blank
-from dynamize.measure.macs import count_macs
 from dynamize.nn.gated import GatedSegment, Policy
 from dynamize.nn.network import DynamicNetwork
 

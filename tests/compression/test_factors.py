@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dynamize.compression.factors import can_factorize, factor_costs, factorized, ranks_at, spectra
-from dynamize.measure.macs import count_macs
+from dynamize.graph.macs import count_macs
 
 torch.manual_seed(0)
 KERNELS = {

@@ -14,9 +14,9 @@ from dynamize.errors import DynamizeError
 from dynamize.graph.chains import private_chains
 from dynamize.graph.cuts import cut_points
 from dynamize.graph.extract import extract
+from dynamize.graph.macs import count_macs
 from dynamize.graph.narrow import importance, mask_points, narrow, reorder
 from dynamize.graph.trace import trace
-from dynamize.measure.macs import count_macs
 from dynamize.models import create
 
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from dynamize.conversion import convert
 from dynamize.errors import DynamizeError
+from dynamize.graph.macs import count_macs
 from dynamize.measure.costs import exit_costs
-from dynamize.measure.macs import count_macs
 from dynamize.nn import dispatch
 from dynamize.nn.gates import ALL_OPEN, ConvGate
 from dynamize.nn.network import DynamicNetwork

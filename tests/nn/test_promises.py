@@ -10,8 +10,8 @@ from torch import nn
 
 from dynamize.conversion import convert
 from dynamize.graph.cuts import cut_points
+from dynamize.graph.macs import count_macs
 from dynamize.graph.trace import trace
-from dynamize.measure.macs import count_macs
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.routing import record_routing
 from dynamize.transforms import Exits

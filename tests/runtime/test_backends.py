@@ -7,7 +7,7 @@ from networks import SmallResNet, close, dense, small_resnet, split_at, torchvis
 
 from dynamize.conversion import convert, wrap
 from dynamize.errors import DynamizeError
-from dynamize.measure.macs import counting_macs
+from dynamize.graph.macs import counting_macs
 from dynamize.runtime.compiled import BACKENDS, compile_network, default_backend
 from dynamize.runtime.onnx import OnnxStage
 from dynamize.transforms import Exits

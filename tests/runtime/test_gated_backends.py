@@ -12,8 +12,8 @@ from networks import SmallResNet, close, small_resnet, torchvision_network
 from torch import Tensor
 
 from dynamize.conversion import convert
+from dynamize.graph.macs import counting_macs
 from dynamize.measure.costs import exit_costs
-from dynamize.measure.macs import counting_macs
 from dynamize.nn import dispatch
 from dynamize.nn.gates import ALL_OPEN
 from dynamize.runtime.compiled import compile_network

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from dynamize.conversion import apply, convert
 from dynamize.data import DataSpec, Splits, load_data
 from dynamize.errors import DynamizeError
+from dynamize.graph.macs import count_macs
 from dynamize.measure.accuracy import routed_answers
 from dynamize.measure.costs import exit_costs
-from dynamize.measure.macs import count_macs
 from dynamize.models import create
 from dynamize.nn.gated import GatedSegment
 from dynamize.nn.network import DynamicNetwork

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dynamize.conversion import apply, convert, replay, wrap
 from dynamize.errors import DynamizeError
-from dynamize.measure.macs import count_macs
+from dynamize.graph.macs import count_macs
 from dynamize.nn.branches import BranchBlock, Form
 from dynamize.nn.network import DynamicNetwork
 from dynamize.transform import Context, check_order

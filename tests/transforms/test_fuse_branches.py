@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dynamize import artifact
 from dynamize.conversion import apply, convert, replay, wrap
 from dynamize.errors import DynamizeError
-from dynamize.measure.macs import count_macs
+from dynamize.graph.macs import count_macs
 from dynamize.models import create
 from dynamize.nn.branches import BranchBlock, Form
 from dynamize.nn.gated import Unit

@@ -18,8 +18,8 @@ from dynamize.conversion import apply, convert, replay, wrap
 from dynamize.data import Splits
 from dynamize.data.splits import from_loaders
 from dynamize.errors import DynamizeError
+from dynamize.graph.macs import count_macs
 from dynamize.measure.costs import exit_costs
-from dynamize.measure.macs import count_macs
 from dynamize.nn.gated import GatedSegment
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.routing import record_routing

@@ -1,37 +1,15 @@
-"""Executed MACs, and what leaving at each exit costs."""
+"""What leaving at each exit costs."""
 
 import pytest
 import torch
 from networks import SmallResNet, ThreeLayer, small_resnet, with_exits
-from torch import nn
 
 from dynamize.conversion import convert, wrap
 from dynamize.graph.cuts import cut_points
+from dynamize.graph.macs import annotated_macs, count_macs
 from dynamize.graph.trace import trace
 from dynamize.measure.costs import exit_costs
-from dynamize.measure.macs import count_macs, counting_macs
 from dynamize.transforms import Exits
-
-
-def test_the_three_layer_net_by_hand() -> None:
-    assert count_macs(ThreeLayer(), torch.zeros(1, 3, 8, 8)) == 11560
-    assert count_macs(ThreeLayer(), torch.zeros(5, 3, 8, 8)) == 5 * 11560
-
-
-def test_only_what_runs_is_counted() -> None:
-    network, image = ThreeLayer(), torch.zeros(2, 3, 8, 8)
-    with torch.no_grad(), counting_macs() as counted:
-        assert counted() == 0
-        network.conv1(image)
-        assert counted() == 2 * 6912
-        network.conv2(network.conv1(image[:1]))
-    network(image)
-    assert counted() == 2 * 6912 + 6912 + 4608
-
-
-def test_norms_and_activations_are_free() -> None:
-    free = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
-    assert count_macs(free.eval(), torch.zeros(4, 3, 8, 8)) == 0
 
 
 def test_costs_of_the_three_layer_net_with_a_linear_exit_by_hand() -> None:
@@ -61,7 +39,7 @@ def test_costs_of_segments_are_those_between_cut_points() -> None:
     upto = {cut.name: cut.macs for cut in cut_points(traced)}
     dynamic = with_exits()
     first, second = (upto[name] for name in dynamic.history[0]["at"])
-    total = sum(node.meta["macs"] for node in traced.graph.nodes)
+    total = annotated_macs(traced)
     assert exit_costs(dynamic).segments.tolist() == [first, second - first, total - second]
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import fx
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -23,3 +24,8 @@ def count_macs(module: Callable[..., object], *inputs: object) -> float:
     with torch.no_grad(), counting_macs() as counted:
         module(*inputs)
     return counted()
+
+
+def annotated_macs(traced: fx.GraphModule) -> float:
+    """MACs per image of all nodes of an annotated graph (:func:`dynamize.graph.trace.annotate`)."""
+    return float(sum(node.meta["macs"] for node in traced.graph.nodes))
