@@ -6,8 +6,9 @@ from typing import Annotated
 import typer
 
 from dynamize.errors import DynamizeError
+from dynamize.runtime.engine import backend_names
 
-BACKENDS = "eager, onnxruntime, openvino, openvino-bf16"
+BACKENDS = ", ".join(backend_names())
 
 Artifact = Annotated[Path, typer.Argument(metavar="OUT", help="Folder that `dynamize run` wrote.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the same facts as JSON.")]

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from dynamize.conversion import convert as convert
     from dynamize.errors import DynamizeError as DynamizeError
     from dynamize.nn.network import DynamicNetwork as DynamicNetwork
-    from dynamize.nn.routing import record_routing as record_routing
+    from dynamize.nn.network import record_routing as record_routing
     from dynamize.runtime.compiled import compile_network as compile_network
     from dynamize.sources import source as source
     from dynamize.training.objectives import MultiExitLoss as MultiExitLoss
@@ -56,7 +56,7 @@ _HOMES = {
     "compile_network": "runtime.compiled",
     "convert": "conversion",
     "load": "artifact",
-    "record_routing": "nn.routing",
+    "record_routing": "nn.network",
     "save": "artifact",
     "source": "sources",
 }

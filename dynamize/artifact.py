@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,23 +21,24 @@ from dynamize.files import write_text
 from dynamize.folders import MANIFEST, WEIGHTS
 from dynamize.nn.network import DynamicNetwork
 from dynamize.sources import SourceSpec, build
+from dynamize.upgrade import upgraded, upgraded_manifest
 
 
 class Manifest(BaseModel):
     """What ``manifest.json`` holds: how to rebuild the structure, and at which operating points it can stand.
 
-    ``source`` is None for a network that came from Python; it is then given again when loading. ``temperatures``
-    stand here, and win over the buffer of the same name in the weights, because the thresholds hold for them only:
+    ``source`` is None for a network that came from Python; it is then given again when loading. ``temperatures``, by
+    name of the decision, stand here and win over the buffers in the weights, because the thresholds hold for them only:
     calibrating again replaces this one file.
     """
 
     model_config = ConfigDict(extra="forbid")
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     source: SourceSpec | None
     input: tuple[int, ...]
     history: list[dict[str, Any]]
-    temperatures: list[float] | None = None
+    temperatures: dict[str, float] | None = None
     operating_points: OperatingPoints | None = None
     operating_point: OperatingPoint | None = None
     data: DataSpec | None = None
@@ -70,7 +72,7 @@ def save(
         source=None if source is None else source.structure(),
         input=network.input_shape,
         history=network.history,
-        temperatures=network.temperatures.tolist(),
+        temperatures=temperatures(network),
         operating_points=network.operating_points,
         operating_point=network.operating_point,
         data=data,
@@ -108,7 +110,8 @@ def load(path: str | os.PathLike[str], *, network: nn.Module | None = None, trus
             f"{Path(path) / MANIFEST} has a step in its history that this version does not know: {_first_line(error)}. "
             "Use the version of dynamize that wrote it, or run the recipe again."
         ) from error
-    load_into(rebuilt, read_state_dict(Path(path) / WEIGHTS), f"the network in {path}", Path(path) / WEIGHTS)
+    state = upgraded(read_state_dict(Path(path) / WEIGHTS), rebuilt)
+    load_into(rebuilt, state, f"the network in {path}", Path(path) / WEIGHTS)
     if manifest.temperatures is not None:
         _set_temperatures(rebuilt, manifest.temperatures, Path(path) / MANIFEST)
     rebuilt.source = manifest.source
@@ -121,7 +124,7 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     """The checked ``manifest.json`` of an artifact."""
     file = Path(path) / MANIFEST
     try:
-        return Manifest.model_validate_json(file.read_text(encoding="utf-8"))
+        return Manifest.model_validate(upgraded_manifest(json.loads(file.read_text(encoding="utf-8"))))
     except FileNotFoundError as error:
         raise DynamizeError(
             f"{path} holds no artifact ({MANIFEST} is missing): name the folder that `dynamize run --out` wrote"
@@ -153,13 +156,20 @@ def image_spec(manifest: Manifest, path: str | os.PathLike[str], source: str | N
         raise DynamizeError(f"--data {source}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from error
 
 
-def _set_temperatures(network: DynamicNetwork, temperatures: list[float], file: Path) -> None:
-    if len(temperatures) != len(network.heads):
+def temperatures(network: DynamicNetwork) -> dict[str, float]:
+    """By name of the decision, what its logits are divided by before they are scored."""
+    return {piece.name: float(piece.temperature) for piece in network.leaving}
+
+
+def _set_temperatures(network: DynamicNetwork, given: Mapping[str, float], file: Path) -> None:
+    pieces = {piece.name: piece for piece in network.leaving}
+    if set(given) != set(pieces):
         raise DynamizeError(
-            f"{file} is damaged: it has {len(temperatures)} temperatures for {len(network.heads)} early exits. "
-            "Run the recipe again."
+            f"{file} is damaged: it has temperatures for {', '.join(given) or 'no exit'}, the network has "
+            f"{', '.join(pieces) or 'no early exit'}. Run the recipe again."
         )
-    network.temperatures.copy_(torch.tensor(temperatures))
+    for name, temperature in given.items():
+        pieces[name].temperature.fill_(temperature)
 
 
 def versions() -> dict[str, str]:

@@ -13,7 +13,7 @@ from dynamize.devices import choose_device
 from dynamize.evaluation import Evaluator, Judgement, busy
 from dynamize.nn.network import DynamicNetwork
 from dynamize.report import share_of_saving_shown
-from dynamize.runtime.compiled import default_backend
+from dynamize.runtime.engine import default_backend
 from dynamize.sources import build
 from dynamize.transform import Progress, quiet
 

@@ -11,10 +11,11 @@ from dynamize.graph.trace import trace
 from dynamize.nn.network import DynamicNetwork
 from dynamize.sources import origin
 from dynamize.transform import Context, Transform, check_order, parse_step
+from dynamize.upgrade import upgraded_names
 
 
 def wrap(network: nn.Module, input_shape: Sequence[int]) -> DynamicNetwork:
-    """The traced network as one segment without exits; ``network`` itself is left alone.
+    """The traced network as one static piece; ``network`` itself is left alone.
 
     Args:
         network: a classifier, (N, C, H, W) -> (N, classes); one that is wrapped already is only copied.
@@ -23,7 +24,7 @@ def wrap(network: nn.Module, input_shape: Sequence[int]) -> DynamicNetwork:
     if isinstance(network, DynamicNetwork):
         return copy.deepcopy(network)
     traced = trace(network, input_shape)
-    wrapped = DynamicNetwork([traced], input_shape=input_shape, plain=traced)
+    wrapped = DynamicNetwork(traced, input_shape=input_shape)
     wrapped.source = origin(network)
     return wrapped.train(network.training)
 
@@ -69,7 +70,7 @@ def replay(network: nn.Module, history: Sequence[dict[str, Any]], input_shape: S
     """Rebuild the structure that a history describes on a fresh source network, without data or training."""
     rebuilt = wrap(network, input_shape).eval()
     for step in history:
-        transform = parse_step(step)
+        transform = parse_step(step if "version" in step else upgraded_names(step, rebuilt))
         if transform.structural:
             rebuilt = transform.apply(rebuilt, Context()).network
     rebuilt.history = list(history)

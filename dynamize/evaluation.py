@@ -9,13 +9,14 @@ from torch import Tensor
 
 from dynamize.calibration.intervals import wilson
 from dynamize.data import Images
-from dynamize.measure.accuracy import answers, routed_answers
+from dynamize.measure.accuracy import routed_answers, top_answers
 from dynamize.measure.costs import exit_costs
 from dynamize.measure.latency import Times, interleave
 from dynamize.measure.memory import peak_bytes, saved_bytes
 from dynamize.nn.network import DynamicNetwork
 from dynamize.report.ledger import Row, Timing
-from dynamize.runtime.compiled import CompiledNetwork, compile_network, find_backend
+from dynamize.runtime.compiled import CompiledNetwork, compile_network
+from dynamize.runtime.engine import engine_class
 from dynamize.transform import Progress, quiet
 
 _INPUTS = 96  # images timed in each round, at least one batch
@@ -73,12 +74,12 @@ class Evaluator:
         self.progress = progress
         self._compiled: dict[str, CompiledNetwork] = {}
         for backend in self.backends:
-            find_backend(backend)  # an unknown one is refused before anything is timed
+            engine_class(backend)  # an unknown one is refused before anything is timed
 
     @cached_property
     def reference(self) -> Judgement:
         """The static network on the split."""
-        found, labels = answers(self.static, self.images, self.device)
+        found, labels = top_answers(self.static, self.images, self.device)
         macs = torch.full((len(labels),), self.static_macs, dtype=torch.float64)
         return Judgement(found, labels, torch.zeros_like(labels), macs, labels.new_empty(len(labels), 0))
 

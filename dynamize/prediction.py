@@ -12,7 +12,7 @@ from dynamize.data import ImageSet
 from dynamize.data.files import files_as_images
 from dynamize.data.storage import UnreadableImage
 from dynamize.errors import DynamizeError
-from dynamize.measure.costs import ExitCosts, exit_costs
+from dynamize.measure.costs import Costs, exit_costs
 from dynamize.nn.network import DynamicNetwork
 from dynamize.runtime.compiled import CompiledNetwork, compile_network
 
@@ -42,7 +42,7 @@ class Predictor:
 
     Args:
         path: folder of the artifact.
-        backend: a name in :data:`dynamize.runtime.compiled.BACKENDS`.
+        backend: one of :func:`dynamize.runtime.engine.backend_names`.
         trust_code: whether a source that names code may be imported.
     """
 
@@ -106,7 +106,7 @@ class Predictor:
             yield from self._batch(images, range(start, min(start + _BATCH, len(files))), compiled, costs)
 
     def _batch(
-        self, images: ImageSet, index: range, compiled: CompiledNetwork, costs: ExitCosts
+        self, images: ImageSet, index: range, compiled: CompiledNetwork, costs: Costs
     ) -> Iterator[Prediction]:
         paths = images.keys
         read: dict[int, Tensor] = {}
@@ -118,18 +118,19 @@ class Predictor:
                 failed[i] = str(error)
         answers: dict[int, Prediction] = {}
         if read:
-            logits, exits, choices = compiled.run(torch.stack(list(read.values())).to(self.device))
-            macs = costs.executed(exits.numpy(), choices.numpy(), self.network.thresholds)
+            routed = compiled.run(torch.stack(list(read.values())).to(self.device))
+            macs = costs.executed(routed.taken, routed.images)
+            options = routed.choices.tolist()
             answers = {
-                i: self._prediction(paths[i], one, int(k), float(cost), [path for path in taken if path >= 0])
-                for i, one, k, cost, taken in zip(read, logits.cpu(), exits, macs, choices.tolist(), strict=True)
+                i: self._prediction(paths[i], one, int(k), float(cost), [option for option in taken if option >= 0])
+                for i, one, k, cost, taken in zip(read, routed.logits.cpu(), routed.exits, macs, options, strict=True)
             }
         for i in index:
             yield answers[i] if i in answers else Prediction(paths[i], error=failed[i])
 
     def _prediction(self, file: str, logits: Tensor, index: int, macs: float, taken: list[int]) -> Prediction:
-        early = index < len(self.network.heads)
-        temperature = float(self.network.temperatures[index]) if early else 1.0
+        early = self.network.leaving[index : index + 1]
+        temperature = float(early[0].temperature) if early else 1.0
         confidence, answer = (logits.float() / temperature).softmax(0).max(0)
         names = self.manifest.classes
         name = names[int(answer)] if int(answer) < len(names) else str(int(answer))

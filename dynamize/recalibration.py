@@ -15,7 +15,7 @@ from dynamize.devices import choose_device
 from dynamize.errors import DynamizeError
 from dynamize.nn.network import DynamicNetwork
 from dynamize.recipe import explain
-from dynamize.runtime.compiled import default_backend
+from dynamize.runtime.engine import default_backend
 from dynamize.sources import SourceSpec, build, load_source
 from dynamize.transform import Context
 from dynamize.transforms import Calibrate
@@ -82,7 +82,7 @@ def recalibrate(
     changed = manifest.model_copy(
         update={
             "history": network.history,
-            "temperatures": network.temperatures.tolist(),
+            "temperatures": artifact.temperatures(network),
             "operating_points": network.operating_points,
             "operating_point": network.operating_point,
             "about": manifest.about | {"recalibrated": again},

@@ -45,9 +45,10 @@ from dynamize.pictures import report_data
 from dynamize.recipe import Bound, Recipe
 from dynamize.report import Ledger, ReportData, Row, html, markdown
 from dynamize.report.folder import OF_OTHER_FILES
-from dynamize.runtime.compiled import default_backend
+from dynamize.runtime.engine import default_backend
 from dynamize.sources import load_source
 from dynamize.transform import Context, Progress, Transform, quiet
+from dynamize.upgrade import upgraded
 
 log = logging.getLogger("dynamize")
 
@@ -244,7 +245,7 @@ class Runner:
     def _restore(self, state: StepState) -> DynamicNetwork:
         weights = self.out / STEPS / str(state.row.step) / WEIGHTS
         network = replay(self.teacher, state.history, self.recipe.model.input)
-        load_into(network, read_state_dict(weights), "the network of this run", weights)
+        load_into(network, upgraded(read_state_dict(weights), network), "the network of this run", weights)
         network.operating_points = state.operating_points
         network.set_operating_point(state.operating_point)
         return network

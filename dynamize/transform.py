@@ -128,7 +128,7 @@ def find_transform(name: str) -> type[Transform]:
 
 def gates_are_fused(network: DynamicNetwork) -> bool:
     """Whether `fuse_gates` has made all gates of the network static."""
-    return not network.units and any(step["pass"] == "fuse_gates" for step in network.history)
+    return not network.changing and any(step["pass"] == "fuse_gates" for step in network.history)
 
 
 def has_gates_to_refine(step: Transform, network: DynamicNetwork) -> bool:
@@ -137,12 +137,12 @@ def has_gates_to_refine(step: Transform, network: DynamicNetwork) -> bool:
     Raises:
         DynamizeError: there never were any.
     """
-    if not network.units and not gates_are_fused(network):
+    if not network.changing and not gates_are_fused(network):
         raise DynamizeError(
             f"{step.pass_name}: the network has no gates: put `skip_gates` or `channel_gates` before, and `distill`, "
             "which trains them first"
         )
-    return bool(network.units)
+    return bool(network.changing)
 
 
 def check_order(steps: list[Transform], done: Sequence[str] = ()) -> None:

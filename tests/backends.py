@@ -4,11 +4,11 @@ from importlib.util import find_spec
 
 import pytest
 
-from dynamize.runtime.compiled import BACKENDS
+from dynamize.runtime.engine import backend_names
 
 needs_openvino = pytest.mark.skipif(find_spec("openvino") is None, reason="OpenVINO is not installed")
 FLOAT32 = [
     pytest.param(name, marks=[needs_openvino] if name.startswith("openvino") else [])
-    for name in sorted(BACKENDS)
+    for name in sorted(backend_names())
     if not name.endswith("bf16")
 ]

@@ -39,7 +39,7 @@ def indifferent(network: DynamicNetwork) -> DynamicNetwork:
     """With a classifier that gives all classes the same logit, so that no decision changes the loss."""
     for name, parameter in network.named_parameters():
         if parameter.shape[0] == 10:
-            assert name.startswith("segments.0.pieces.")
+            assert name.startswith("nets.main.")
             nn.init.zeros_(parameter)
     return network
 
@@ -47,7 +47,7 @@ def indifferent(network: DynamicNetwork) -> DynamicNetwork:
 def set_scores(network: DynamicNetwork, scores: list[list[float]]) -> None:
     """Scores of each unit's gate for every image."""
     with torch.no_grad():
-        for unit, wanted in zip(network.units, scores, strict=True):
+        for unit, wanted in zip(network.changing, scores, strict=True):
             unit.gate.linear.weight.zero_()
             unit.gate.linear.bias.copy_(torch.tensor(wanted))
 
@@ -61,5 +61,5 @@ def same(first: DynamicNetwork, second: DynamicNetwork) -> bool:
 def accuracy_and_macs(network: DynamicNetwork, data: Splits) -> tuple[float, float]:
     """On the test images: the share of right answers and the mean of executed MACs."""
     answers, labels, routing = routed_answers(network, data.test, torch.device("cpu"))
-    executed = exit_costs(network).executed(routing.exits.numpy(), routing.choices.numpy(), network.thresholds)
+    executed = exit_costs(network).executed(routing.taken, routing.images)
     return float((answers == labels).float().mean()), float(executed.mean())

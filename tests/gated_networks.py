@@ -4,13 +4,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from networks import SmallResNet, excite_heads, small_resnet
+from networks import SmallResNet, excite_heads, exit_scores, set_thresholds, small_resnet, thresholds
 from torch import Tensor, nn
 from torch.nn import functional
 
 from dynamize.conversion import convert
-from dynamize.nn.gated import GatedSegment, Unit
-from dynamize.nn.heads import extend_context
+from dynamize.nn.exits import extend
 from dynamize.nn.network import DynamicNetwork
 from dynamize.transforms import Exits, SkipGates
 
@@ -28,13 +27,6 @@ def images(count: int) -> Tensor:
     return torch.randn(count, *SmallResNet.shape, generator=torch.Generator().manual_seed(count))
 
 
-def only_segment(network: DynamicNetwork) -> GatedSegment:
-    """The segment of a network with gates and without exits."""
-    (segment,) = network.segments
-    assert isinstance(segment, GatedSegment)
-    return segment
-
-
 def gated_resnet(exits: dict[str, Any] | None = None, seed: int = 0, **fields: Any) -> DynamicNetwork:
     """The small ResNet with gates that split random images; ``fields`` are those of `SkipGates`."""
     steps: list[Any] = [SkipGates.model_validate({"group": 1} | fields)]
@@ -47,19 +39,14 @@ def gated_resnet(exits: dict[str, Any] | None = None, seed: int = 0, **fields: A
 
 def scatter(network: DynamicNetwork, images: Tensor) -> DynamicNetwork:
     """Random weights for all gates, under which each sends about half of ``images`` each way."""
-    features = images
+    features, state = images, None
     with torch.no_grad():
-        for segment in network.segments:
-            if not isinstance(segment, GatedSegment):
-                features = segment(features)
-                continue
-            state = None
-            for piece in segment.pieces:
-                if not isinstance(piece, Unit):
-                    features = piece(features)
-                    continue
-                gate = piece.gate
-                described = gate.describe(features)
+        for piece in network.row:
+            if piece.effect is None and not piece.answers:
+                features = piece.module(features)
+            if piece.effect == "changes":
+                gate, state = piece.gate, None if piece.fresh else state
+                described = gate(features)
                 if isinstance(gate.norm, nn.BatchNorm1d):
                     gate.norm.running_mean.copy_(described.mean(0))
                     gate.norm.running_var.copy_(described.var(0))
@@ -100,38 +87,35 @@ class Masked:
 
 def masked(network: DynamicNetwork, images: Tensor, forced_NU: Tensor | None = None) -> Masked:
     """All paths and all exits for all images, in eval mode; ``forced_NU`` in the place of the gates."""
-    features, context = images, None
+    features, context, state = images, None, None
     logits: list[Tensor] = []
     choices: list[Tensor] = []
     owners: list[int] = []
     margins = torch.full((len(images),), float("inf"))
     with torch.no_grad():
-        for k, segment in enumerate(network.segments):
-            state = None
-            for piece in segment.pieces if isinstance(segment, GatedSegment) else [segment]:
-                if not isinstance(piece, Unit):
-                    features = piece(features.clone())
-                    continue
-                scores, state = piece.gate.decide(piece.gate.describe(features), state)
-                scores = scores + network.gate_offset * piece.path_costs
+        for piece in network.row:
+            if piece.effect == "changes":
+                scores, state = piece.gate.decide(piece.gate(features), None if piece.fresh else state)
+                scores = scores + network.setting.offset * piece.path_costs
                 choice = scores.argmax(1) if forced_NU is None else forced_NU[:, len(choices)]
                 best = scores.topk(2).values
                 margins = torch.minimum(margins, (best[:, 0] - best[:, 1]).float())
                 shares = functional.one_hot(choice, scores.shape[1]).to(features)
                 features = piece.blend(features.clone(), shares)
                 choices.append(choice)
-                owners.append(k)
-            if k < len(network.heads):
-                found, pooled = network.heads[k](features, context)
-                context = extend_context(context, pooled) if network.chained else None
+                owners.append(len(logits))
+            elif piece.effect == "leaves":
+                found, pooled = piece.head(features, context)
+                context = extend(context, pooled) if piece.chained else None
+                logits.append(found)
             else:
-                found = features if network.fusion is None else features + network.fusion(context)
-            logits.append(found)
-    exits_N = torch.full((len(images),), len(network.heads))
-    for k in reversed(range(len(network.heads))):
-        threshold = network.thresholds[k]
+                features = features + piece.linear(context) if piece.answers else piece.module(features.clone())
+    logits.append(features)
+    exits_N = torch.full((len(images),), len(network.leaving))
+    for k in reversed(range(len(network.leaving))):
+        threshold = thresholds(network)[k]
         if threshold is not None:
-            scores_N = network.scores(logits[k], k)
+            scores_N = exit_scores(network, logits[k], k)
             exits_N[scores_N >= threshold] = k
             margins = torch.minimum(margins, 100 * (scores_N - threshold).abs())
     choices_NU = torch.stack(choices, 1)
@@ -143,4 +127,5 @@ def masked(network: DynamicNetwork, images: Tensor, forced_NU: Tensor | None = N
 def split_exits(network: DynamicNetwork, images: Tensor) -> None:
     """Thresholds at the medians of the exits' scores under the gates as they stand."""
     logits = masked(network, images).logits_KNC
-    network.thresholds = [float(network.scores(logits[k], k).median()) + 1e-4 for k in range(len(network.heads))]
+    medians = [float(exit_scores(network, one, k).median()) + 1e-4 for k, one in enumerate(logits[:-1])]
+    set_thresholds(network, medians)

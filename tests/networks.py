@@ -1,6 +1,7 @@
 """Networks that the tests convert, and what a dynamic network has to answer, worked out densely."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -112,13 +113,54 @@ def torchvision_network(name: str, classes: int = 10) -> nn.Module:
 
 def excite_heads(network: DynamicNetwork) -> None:
     """As training would: heads that are sure of some images, fusions that add something."""
+    exits = network.leaving
+    ends = [piece.linear for piece in network.row if piece.answers and piece.decision is None]
     with torch.no_grad():
-        for layer in network.heads.modules():
+        for layer in nn.ModuleList(exits).modules():
             if isinstance(layer, nn.Linear):
                 layer.weight.mul_(20)
-        for fusion in [network.fusion, *(head.fusion for head in network.heads)]:
+        for fusion in [*ends, *(piece.head.fusion for piece in exits)]:
             if fusion is not None:
                 fusion.weight.normal_(0, 0.1)
+
+
+def thresholds(network: DynamicNetwork) -> list[float | None]:
+    """Of the exits in order, at the network's setting."""
+    return [network.setting.thresholds.get(piece.name) for piece in network.leaving]
+
+
+def set_thresholds(network: DynamicNetwork, values: Sequence[float | None]) -> None:
+    """One for each exit, in order."""
+    named = {piece.name: value for piece, value in zip(network.leaving, values, strict=True)}
+    network.setting = replace(network.setting, thresholds=named)
+
+
+def set_offset(network: DynamicNetwork, offset: float) -> None:
+    """Of all gates."""
+    network.setting = replace(network.setting, offset=offset)
+
+
+def temperatures(network: DynamicNetwork) -> Tensor:
+    """Of the exits in order, (K - 1,)."""
+    return torch.stack([piece.temperature for piece in network.leaving])
+
+
+def set_temperatures(network: DynamicNetwork, values: Sequence[float]) -> None:
+    """One for each exit, in order."""
+    for piece, value in zip(network.leaving, values, strict=True):
+        piece.temperature.fill_(value)
+
+
+def exit_scores(network: DynamicNetwork, logits: Tensor, index: int) -> Tensor:
+    """Confidence of one early exit."""
+    return network.leaving[index].score(logits, logits)
+
+
+def force(network: DynamicNetwork, choices_NU: Tensor | None) -> dict[str, Tensor]:
+    """Options of all gated units, (N, U), as a setting takes them."""
+    if choices_NU is None:
+        return {}
+    return {unit.name: choices_NU[:, u] for u, unit in enumerate(network.changing)}
 
 
 def with_exits(seed: int = 0, **fields: Any) -> DynamicNetwork:
@@ -127,7 +169,7 @@ def with_exits(seed: int = 0, **fields: Any) -> DynamicNetwork:
     fields = {"at": places, "head": "conv", "share": 1.0, "size": [16] * len(places)} | fields
     dynamic = convert(small_resnet(seed), [Exits.model_validate(fields)], SmallResNet.shape)
     excite_heads(dynamic)
-    dynamic.temperatures.uniform_(0.5, 2.0)
+    set_temperatures(dynamic, torch.empty(len(dynamic.leaving)).uniform_(0.5, 2.0).tolist())
     return dynamic
 
 
@@ -148,29 +190,31 @@ def dense(network: DynamicNetwork, images: Tensor) -> Dense:
     """All exits for all images, then the first whose score reaches its threshold, image by image."""
     with torch.no_grad():
         logits = torch.stack(network.all_exits(images))
-        early = len(network.heads)
-        scores = torch.stack([network.scores(logits[k], k) for k in range(early)])
+        early = len(network.leaving)
+        scores = torch.stack([exit_scores(network, logits[k], k) for k in range(early)])
     exits = []
     for n in range(len(images)):
-        leaves = [k for k, t in enumerate(network.thresholds) if t is not None and float(scores[k, n]) >= t]
+        leaves = [k for k, t in enumerate(thresholds(network)) if t is not None and float(scores[k, n]) >= t]
         exits.append(leaves[0] if leaves else early)
     return Dense(logits, scores, torch.tensor(exits, dtype=torch.int64))
 
 
 def split_at(network: DynamicNetwork, images: Tensor, shares: list[float]) -> None:
     """Thresholds under which about ``shares[k]`` of the waiting images leave at exit k, none of them borderline."""
-    network.thresholds = [None] * len(network.heads)
+    found: list[float | None] = [None] * len(network.leaving)
+    set_thresholds(network, found)
     scores = dense(network, images).scores_KN
     waiting = torch.ones(len(images), dtype=torch.bool)
     for k, share in enumerate(shares):
         if not waiting.any():
-            network.thresholds[k] = 0.0
+            found[k] = 0.0
             continue
         ranked = scores[k][waiting].sort(descending=True).values.tolist()
         count = max(round(share * len(ranked)), 1)
         ranked.append(ranked[-1] - 1)
-        network.thresholds[k] = (ranked[count - 1] + ranked[count]) / 2
-        waiting &= scores[k] < network.thresholds[k]
+        found[k] = (ranked[count - 1] + ranked[count]) / 2
+        waiting &= scores[k] < found[k]
+    set_thresholds(network, found)
 
 
 def close(found: Tensor, wanted: Tensor, relative: float = 1e-5) -> bool:

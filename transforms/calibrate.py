@@ -12,7 +12,7 @@ from dynamize.calibration import (
     point_for_drop,
 )
 from dynamize.calibration.collect import TableMaker
-from dynamize.calibration.gates import GateTables, best_point, curve
+from dynamize.calibration.gates import OffsetTables, best_point, curve
 from dynamize.errors import DynamizeError
 from dynamize.measure.controls import adaptivity
 from dynamize.nn.network import DynamicNetwork
@@ -53,7 +53,7 @@ class Calibrate(Transform):
         return self
 
     def apply(self, network: DynamicNetwork, context: Context) -> Applied:
-        if not network.heads and not network.units:
+        if not network.decisions():
             if gates_are_fused(network):
                 return Applied(network, self, ["nothing to solve: `fuse_gates` left a static network"])
             raise DynamizeError(
@@ -63,7 +63,7 @@ class Calibrate(Transform):
         data = context.needs_data(self)
         teacher = context.needs_teacher(self)
         maker = TableMaker(network, data.calibration, teacher, context.device, context.backend, self.latency_batch)
-        tables = GateTables(maker)
+        tables = OffsetTables(maker)
         resolved = self if self._given() else self.model_copy(update={"max_drop": _DEFAULT_DROP})
         chosen = best_point(
             tables, lambda table: resolved._solve(table, context.seed), cheapest=resolved.max_drop is not None
@@ -73,7 +73,7 @@ class Calibrate(Transform):
         network.operating_points = points
         network.set_operating_point(chosen)
         notes = [*data.warnings, _promise(chosen)]
-        if network.units:
+        if network.changing:
             notes.append(adaptivity(network, data.calibration, context.device, context.seed).verdict())
         return Applied(network, resolved, notes)
 

@@ -14,11 +14,11 @@ from dynamize.graph.extract import extract
 from dynamize.graph.macs import annotated_macs
 from dynamize.graph.narrow import importance, reorder
 from dynamize.graph.nodes import placeholder, positions
-from dynamize.graph.trace import annotate, blank
-from dynamize.nn.channels import ChannelUnit, Widths, path_costs
-from dynamize.nn.gates import gate_macs, make_gate, make_memory
+from dynamize.graph.trace import annotate
+from dynamize.nn.channels import ChannelUnit, Widths
 from dynamize.nn.network import DynamicNetwork
-from dynamize.nn.segments import Region, build_segments
+from dynamize.nn.row import Region
+from dynamize.nn.units import GateMaker, gate_maker, unique_names
 from dynamize.transform import Applied, Context, Transform
 
 _LEAST = 0.005  # of the network's MACs: a unit with fewer is not worth a gate
@@ -62,14 +62,19 @@ class ChannelGates(Transform):
                 f"only convolutions after them read, at least two times {self.multiple} of them. "
                 "`dynamize inspect MODEL` lists them; a smaller `multiple` finds more."
             )
-        units = {unit.region: unit for unit in network.units}
         with torch.random.fork_rng():  # initialising layers draws from the global generator
             torch.manual_seed(0)
-            if self.gate == "recurrent" and network.memory is None:
-                network.memory = make_memory()
-            added = {region: self._unit(network, region, chains) for region, chains in found.items()}
-        network.segments = torch.nn.ModuleList(build_segments(plain, network.cuts, {**units, **added}))
-        network.to(blank(plain)).train(network.training)
+            gates = gate_maker(self.gate, network.changing)
+            labels = unique_names(
+                [_label(plain, upto) for _, upto in found],
+                [upto for _, upto in found],
+                [piece.name for piece in network.row],
+            )
+            added = {
+                region: self._unit(network, region, chains, label, gates)
+                for (region, chains), label in zip(found.items(), labels, strict=True)
+            }
+        network.insert({**added})
         resolved = self.model_copy(update={"blocks": [upto for _, upto in found]})
         share = sum(unit.path_macs[-1] - unit.path_macs[0] for unit in added.values()) / annotated_macs(plain)
         return Applied(network, resolved, [f"{len(found)} gates; {share:.0%} of the MACs can be left out"])
@@ -81,8 +86,8 @@ class ChannelGates(Transform):
         """
         plain = network.plain
         position = positions(plain.graph)
-        taken = [tuple(position[end] for end in unit.region) for unit in network.units]
-        exits = [position[name] for name in network.cuts]
+        taken = [tuple(position[end] for end in unit.place) for unit in network.changing]
+        exits = [position[name] for name in network.exit_places]
         everywhere = {chain.producers: chain for chain in private_chains(plain)}  # sees who else uses a module
         regions = {_region(plain, chain) for chain in everywhere.values()}
         spans = sorted(
@@ -109,24 +114,16 @@ class ChannelGates(Transform):
         wanted = {-(-chain.channels * m // (self.groups * step)) * step for m in range(1, self.groups + 1)}
         return sorted({min(width, chain.channels) for width in wanted})
 
-    def _unit(self, network: DynamicNetwork, region: Region, chains: list[Chain]) -> ChannelUnit:
+    def _unit(
+        self, network: DynamicNetwork, region: Region, chains: list[Chain], label: str, gates: GateMaker
+    ) -> ChannelUnit:
         body = extract(network.plain, *region)
         for chain in chains:
             reorder(body, chain, importance(body, chain).argsort(descending=True, stable=True))
         paths = max(len(self._widths(chain)) for chain in chains)
         widths: Widths = {chain.name: _spread(self._widths(chain), paths) for chain in chains}
-        shape = placeholder(body.graph).meta["shape"]
-        gate = make_gate(self.gate, shape[1], paths, network.memory)
-        example = blank(body, *shape)
-        return ChannelUnit(
-            _label(network.plain, region[1]),
-            region,
-            gate,
-            body,
-            widths,
-            path_costs(body, widths, example),
-            gate_macs(gate, example),
-        )
+        channels = placeholder(body.graph).meta["shape"][1]
+        return ChannelUnit(label, gates(channels, paths), body, widths)
 
 
 def _spread(widths: list[int], paths: int) -> list[int]:

@@ -12,7 +12,8 @@ from dynamize.graph.macs import count_macs
 from dynamize.graph.trace import blank
 from dynamize.measure.costs import exit_costs
 from dynamize.nn.network import DynamicNetwork
-from dynamize.runtime.profile import path_latency
+from dynamize.nn.piece import Choose
+from dynamize.runtime.profile import option_latency
 from dynamize.training.gating import BudgetLoss, GatedLoss, Noise
 from dynamize.training.hints import HintLoss
 from dynamize.training.loop import WEIGHT_DECAY, Plan, Precision, decide_precision, train
@@ -100,14 +101,14 @@ class Distill(Transform):
             weights=self.exit_weights,
         )
         hints = HintLoss(answers, self.features, network, context.needs_teacher(self)) if self.features else None
-        gated = bool(network.units) and self.train == "all"  # heads alone are trained with the gates as they are
+        gated = bool(network.changing) and self.train == "all"  # heads alone are trained with the gates as they are
         loss: Any = hints or answers
         if gated:
             loss = GatedLoss(loss, self._budget(network, context))
-        network.gradient_equilibrium = self.gradient_equilibrium
+        network.choose.equilibrium = self.gradient_equilibrium
         with hints.watching() if hints else nullcontext():
             rows = train(network, data, loss, plan, context.progress)
-        network.gradient_equilibrium = False
+        network.choose = Choose()
         exits = ", ".join(f"{accuracy:.1%}" for accuracy in rows[-1]["calibration_accuracy"])
         found: dict[str, object] = {"precision": precision}
         if gated:
@@ -130,17 +131,18 @@ class Distill(Transform):
     def _noise(self, network: DynamicNetwork) -> Noise:
         if self.gate_noise != "auto":
             return self.gate_noise
-        return "long" if all(len(unit.path_macs) == 2 for unit in network.units) else "falling"
+        return "long" if all(len(one.options) == 2 for one in network.decisions() if one.effect == "changes") else "falling"
 
     def _budget(self, network: DynamicNetwork, context: Context) -> BudgetLoss:
         counted = exit_costs(network)
-        always = float((counted.segments + counted.heads).sum())
-        paths: list[list[float]] = [list(unit.path_macs) for unit in network.units]
+        opened = float(counted.cumulative()[-1])
+        options: dict[str, list[float]] = {one.name: list(one.macs) for one in counted.changing}
         whole = count_macs(network.plain, blank(network.plain, 1, *network.input_shape))
         if self.gate_cost == "ms":
-            paths, always, whole = path_latency(network, context.backend, context.device)
-        fixed = always - sum(costs[-1] for costs in paths)
-        budget = BudgetLoss(network, self._target, paths, fixed, whole, self._noise(network))
+            times = option_latency(network, context.backend, context.device)
+            options, opened, whole = times.options, times.opened, times.static
+        fixed = opened - sum(costs[-1] for costs in options.values())
+        budget = BudgetLoss(network.choose, self._target, options, fixed, whole, self._noise(network))
         cheapest, dearest = budget.reachable
         if not cheapest < self._target <= dearest:
             raise DynamizeError(
@@ -155,7 +157,7 @@ class Distill(Transform):
                 f"distill: exit_weights has {len(self.exit_weights)} entries, the network {network.exit_count} exits "
                 "(its own classifier is the last)"
             )
-        if self.gate_budget is not None and not network.units and not gates_are_fused(network):
+        if self.gate_budget is not None and not network.changing and not gates_are_fused(network):
             raise DynamizeError("distill: gate_budget, but the network has no gates: put `skip_gates` before")
         if self.gate_budget is not None and self.train == "heads":
             raise DynamizeError("distill: gate_budget, but train: heads leaves the gates as they are: use train: all")

@@ -2,7 +2,7 @@
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from typing import Annotated, ClassVar, Literal, cast
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
@@ -15,10 +15,11 @@ from dynamize.graph.nodes import output_value, positions
 from dynamize.graph.tails import tail
 from dynamize.graph.trace import annotate, blank
 from dynamize.nn.confidence import ConfidenceName
-from dynamize.nn.gated import Unit
+from dynamize.nn.exits import Exit, Fusion
 from dynamize.nn.heads import ExitHead, conv_body, linear_classifier, zero_fusion
 from dynamize.nn.network import DynamicNetwork
-from dynamize.nn.segments import build_segments
+from dynamize.nn.piece import Piece
+from dynamize.nn.row import outside
 from dynamize.training.probe import probe
 from dynamize.transform import Applied, Context, Transform
 
@@ -58,12 +59,13 @@ class Exits(Transform):
     before: ClassVar[tuple[str, ...]] = ("distill", "hybrid_gates", "q_gates", "quantize", "calibrate")
 
     def apply(self, network: DynamicNetwork, context: Context) -> Applied:
-        if network.exit_count != 1:
+        if network.leaving:
             raise DynamizeError("the network has exits already: give all of them in one `exits` step")
         traced = network.plain
         annotate(traced, network.input_shape)
         every = cut_points(traced)
-        cuts = _outside_units(traced, every, network.units)
+        position = positions(traced.graph)
+        cuts = [cut for cut in every if outside(position, cut.name, network.changing)]
         if len(cuts) < 2:
             raise DynamizeError(
                 "the network has no cut point before its last layers, so an exit has no place: some value from its "
@@ -74,22 +76,18 @@ class Exits(Transform):
         chosen = self._place(traced, cuts, context)
         with torch.random.fork_rng():  # initialising layers draws from the global generator
             heads, sizes = self._build_heads(traced, chosen)
-            fusion = zero_fusion(_context_width(heads, chosen), _classes(traced)) if self.chain else None
+            fusion = Fusion(zero_fusion(_context_width(heads, chosen), _classes(traced))) if self.chain else None
         names = [cut.name for cut in chosen]
-        exits = DynamicNetwork(
-            build_segments(traced, names, {unit.region: unit for unit in network.units}),
-            heads,
-            input_shape=network.input_shape,
-            fusion=None if fusion is None else fusion.to(blank(traced)),
-            confidence=self.confidence,
-            plain=traced,
-            cuts=names,
-            memory=network.memory,
-        )
-        note = self._cost_note(exits, chosen, traced)
-        exits.train(network.training)
+        placed: dict[str | tuple[str, str], Piece] = {
+            cut: Exit(f"exit.{number}", head, self.confidence, self.chain)
+            for number, (cut, head) in enumerate(zip(names, heads, strict=True), start=1)
+        }
+        if fusion is not None:
+            placed[output_value(traced.graph).name] = fusion
+        network.insert(placed)
+        note = _cost_note(heads, chosen, traced)
         resolved = self.model_copy(update={"at": names, "size": sizes, "count": len(chosen)})
-        return Applied(exits, resolved, [note])
+        return Applied(network, resolved, [note])
 
     def _place(self, traced: fx.GraphModule, cuts: list[CutPoint], context: Context) -> list[CutPoint]:
         if self.at != "auto":
@@ -176,18 +174,12 @@ class Exits(Transform):
         fitting = bisect_right(widths, allowed, key=lambda width: _head_macs(self._head(traced, cut, width, 0), cut))
         return widths[max(0, fitting - 1)]
 
-    def _cost_note(self, exits: DynamicNetwork, chosen: list[CutPoint], traced: fx.GraphModule) -> str:
-        total = annotated_macs(traced)
-        heads = sum(_head_macs(cast(ExitHead, h), c) for h, c in zip(exits.heads, chosen, strict=True))
-        places = ", ".join(f"{cut.module or cut.name} ({cut.macs / total:.0%} of MACs)" for cut in chosen)
-        return f"exits after {places}; all heads together cost {heads / total:.1%} of the network"
 
-
-def _outside_units(traced: fx.GraphModule, cuts: list[CutPoint], units: Sequence[Unit]) -> list[CutPoint]:
-    """The cut points that no gated unit has inside."""
-    position = positions(traced.graph)
-    spans = [(position[after], position[upto]) for after, upto in (unit.region for unit in units)]
-    return [cut for cut in cuts if not any(start < position[cut.name] < end for start, end in spans)]
+def _cost_note(built: Sequence[ExitHead], chosen: list[CutPoint], traced: fx.GraphModule) -> str:
+    total = annotated_macs(traced)
+    heads = sum(_head_macs(head, cut) for head, cut in zip(built, chosen, strict=True))
+    places = ", ".join(f"{cut.module or cut.name} ({cut.macs / total:.0%} of MACs)" for cut in chosen)
+    return f"exits after {places}; all heads together cost {heads / total:.1%} of the network"
 
 
 def _refuse_inside_units(names: Sequence[str], every: list[CutPoint], outside: list[CutPoint]) -> None:

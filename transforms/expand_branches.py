@@ -10,7 +10,7 @@ from dynamize.errors import DynamizeError, closest
 from dynamize.graph.fold import affine, has_hooks
 from dynamize.graph.macs import annotated_macs
 from dynamize.nn.branches import BranchBlock, Form, fits
-from dynamize.nn.exchange import channel_layers, layers_and_norms, replace_layers
+from dynamize.rewrite.exchange import sliced_layers, layers_and_norms, replace_layers
 from dynamize.nn.network import DynamicNetwork
 from dynamize.transform import Applied, Context, Transform
 
@@ -72,7 +72,7 @@ def _convolutions(network: DynamicNetwork) -> dict[str, nn.Conv2d]:
     plain = network.plain
     paths = [str(node.target) for node in plain.graph.nodes if node.op == "call_module"]
     modules = [plain.get_submodule(path) for path in paths]
-    sliced = channel_layers(network)
+    sliced = sliced_layers(network)
     found: dict[str, nn.Conv2d] = {}
     for path, module in zip(paths, modules, strict=True):
         once = modules.count(module) == 1 and module not in sliced
@@ -94,7 +94,7 @@ def _find(network: DynamicNetwork, found: dict[str, nn.Conv2d], name: str) -> st
     why = f"'{name}' is no layer of this network"
     if name in paths:
         why = f"'{name}' is no square convolution of odd size above 1 that is called once"
-        if paths[name] in channel_layers(network):
+        if paths[name] in sliced_layers(network):
             why = f"'{name}' is in a block with channel gates, which slice its channels: put this step before them"
     known = ", ".join(found) or "none"
     raise DynamizeError(f"expand_branches: {why}. {closest(name, list(found))}Layers that can be expanded: {known}.")

@@ -11,12 +11,11 @@ from torch import nn
 from dynamize.compression.costs import Stopwatch, layer_ratio, whole_macs
 from dynamize.compression.factors import Ranks, can_factorize, factor_costs, factorized, ranks_at, spectra
 from dynamize.compression.search import least
-from dynamize.compression.widths import liked_multiple
 from dynamize.errors import DynamizeError, closest
 from dynamize.graph.trace import annotate
-from dynamize.nn.channels import ChannelUnit
-from dynamize.nn.exchange import replace_layers
+from dynamize.rewrite.exchange import replace_layers, sliced_layers
 from dynamize.nn.network import DynamicNetwork
+from dynamize.runtime.engine import engine_class
 from dynamize.transform import Applied, Context, Transform
 
 _DEFAULT_ENERGY = 0.9
@@ -61,7 +60,7 @@ class Factorize(Transform):
         return self
 
     def apply(self, network: DynamicNetwork, context: Context) -> Applied:
-        if any(isinstance(unit, ChannelUnit) for unit in network.units):
+        if sliced_layers(network):
             raise DynamizeError(
                 "factorize: the network has channel gates, which narrow whole layers: put `factorize` before "
                 "`channel_gates`"
@@ -89,7 +88,7 @@ class Factorize(Transform):
         return Applied(network, resolved, notes)
 
     def _multiple(self, context: Context) -> int:
-        return liked_multiple(context.backend) if self.round_to == "auto" else self.round_to
+        return engine_class(context.backend).liked_multiple if self.round_to == "auto" else self.round_to
 
     def _decide(
         self, network: DynamicNetwork, chosen: Mapping[str, "_Candidate"], context: Context

@@ -8,10 +8,10 @@ from torch import nn
 from dynamize.errors import DynamizeError
 from dynamize.graph.fold import Affine, affine, fold_norm
 from dynamize.graph.replace import check_same
-from dynamize.nn.exchange import (
-    answers,
-    channel_layers,
+from dynamize.rewrite.exchange import (
+    sliced_layers,
     check_answers,
+    exit_answers,
     layers_and_norms,
     module_names,
     replace_layers,
@@ -41,7 +41,7 @@ class FoldBatchnorm(Transform):
                 "fold_batchnorm: the network has no convolution or linear layer whose output only a batch norm with "
                 "running statistics reads: leave this step out"
             )
-        wanted = answers(network)
+        wanted = exit_answers(network)
         names = module_names(network)
         new: dict[nn.Module, nn.Module] = {}
         for layer, norm in pairs.items():
@@ -49,7 +49,7 @@ class FoldBatchnorm(Transform):
         replace_layers(network, new)
         check_answers("fold_batchnorm", network, wanted)
         notes = [f"{len(pairs)} batch norms are part of the layers before them"]
-        if channel_layers(network):
+        if sliced_layers(network):
             notes.append("blocks with channel gates keep theirs: each width needs its own")
         return Applied(network, self, notes)
 

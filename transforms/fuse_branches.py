@@ -12,9 +12,9 @@ from dynamize.graph.nodes import positions
 from dynamize.graph.replace import check_same, every_module
 from dynamize.graph.trace import annotate
 from dynamize.nn.branches import BranchBlock
-from dynamize.nn.exchange import answers, check_answers, count_again, module_names, replace_layers
+from dynamize.rewrite.exchange import check_answers, count_again, exit_answers, module_names, replace_layers
 from dynamize.nn.network import DynamicNetwork
-from dynamize.nn.segments import build_segments
+from dynamize.nn.row import spans
 from dynamize.transform import Applied, Context, Transform
 
 _PIXELS = 8  # times the stride, added to the reach of a kernel: side of the map on which a block is compared
@@ -38,7 +38,7 @@ class FuseBranches(Transform):
 
     def apply(self, network: DynamicNetwork, context: Context) -> Applied:
         annotate(network.plain, network.input_shape)
-        wanted, before = answers(network), _cost(network)
+        wanted, before = exit_answers(network), _cost(network)
         blocks = [module for module in every_module(network) if isinstance(module, BranchBlock)]
         names = module_names(network)
         replace_layers(network, {block: _checked(names[block], block) for block in blocks})
@@ -51,8 +51,7 @@ class FuseBranches(Transform):
             raise DynamizeError(f"fuse_branches: the network has no parallel linear branches to fuse.{why}")
         if found:
             fuse(network.plain, found)
-            units = {unit.region: unit for unit in network.units}
-            network.segments = nn.ModuleList(build_segments(network.plain, network.cuts, units))
+            network.rebuild()
             count_again(network)
         check_answers("fuse_branches", network, wanted)
         after = _cost(network)
@@ -76,9 +75,8 @@ def _outside_units(
     network: DynamicNetwork, found: list[ParallelBranches], refused: dict[str, str]
 ) -> tuple[list[ParallelBranches], dict[str, str]]:
     """Without those inside of gated units, which hold regions of their own."""
-    position = positions(network.plain.graph)
-    spans = [(position[after], position[upto]) for after, upto in (unit.region for unit in network.units)]
-    gated = [one for one in found if any(start < position[one.name] <= end for start, end in spans)]
+    position, ends = positions(network.plain.graph), spans(network.plain, network.changing)
+    gated = [one for one in found if any(start < position[one.name] <= end for start, end in ends)]
     reasons = {one.name: "it is inside of a block with a gate: fuse before the step that puts gates" for one in gated}
     return [one for one in found if one not in gated], refused | reasons
 

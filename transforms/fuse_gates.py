@@ -11,12 +11,10 @@ from pydantic import Field, NonNegativeInt
 
 from dynamize.errors import DynamizeError, closest
 from dynamize.measure.accuracy import everything, exit_accuracies
-from dynamize.nn.gated import Unit
-from dynamize.nn.gates import RecurrentGate
 from dynamize.nn.network import DynamicNetwork
-from dynamize.nn.segments import Region, fix_paths
-from dynamize.nn.widths import path_widths
-from dynamize.runtime.profile import gate_latency
+from dynamize.nn.piece import Decision
+from dynamize.rewrite.fixing import fix_options
+from dynamize.runtime.profile import option_latency
 from dynamize.transform import Applied, Context, Share, Transform, gates_are_fused
 
 
@@ -46,50 +44,51 @@ class FuseGates(Transform):
     before: ClassVar[tuple[str, ...]] = ("quantize", "calibrate")
 
     def apply(self, network: DynamicNetwork, context: Context) -> Applied:
-        if not network.units and (gates_are_fused(network) or self.paths == {}):
+        if not network.changing and (gates_are_fused(network) or self.paths == {}):
             nothing = ["nothing to do: an earlier `fuse_gates` left no gates"]
             return Applied(network, self.model_copy(update={"paths": {}}), nothing)
-        if not network.units:
+        if not network.changing:
             raise DynamizeError("fuse_gates: the network has no gates: put `skip_gates` or `channel_gates` before")
         notes: list[str] = []
         if self.paths == "auto":
             paths, notes = self._decide(network, context)
         else:
             paths = _given(network, self.paths)
-        fix_paths(network, paths)
-        resolved = self.model_copy(update={"paths": {upto: path for (_, upto), path in paths.items()}})
-        if not network.units and not network.heads:
+        ends = {unit.name: unit.place[1] for unit in network.changing}
+        fix_options(network, paths)
+        resolved = self.model_copy(update={"paths": {ends[name]: path for name, path in paths.items()}})
+        if not network.decisions():
             notes.append("no gate is left, so the network is static")
         return Applied(network, resolved, notes)
 
-    def _decide(self, network: DynamicNetwork, context: Context) -> tuple[dict[Region, int], list[str]]:
+    def _decide(self, network: DynamicNetwork, context: Context) -> tuple[dict[str, int], list[str]]:
         """The path of each unit that becomes static, and why."""
         context.needs_data(self)
         uses = _uses(network, context)
-        free = [use for use in uses if not isinstance(use.unit.gate, RecurrentGate)]
-        paths = {use.region: use.original for use in free if self._original(use)}
-        reasons = {use.region: use.reason(use.original) for use in free if use.region in paths}
+        free = [use for use in uses if use.alone]
+        paths = {use.name: use.original for use in free if self._original(use)}
+        reasons = {use.name: use.reason(use.original) for use in free if use.name in paths}
         base = _accuracies(network, paths, context)
         originals, stays = dict(paths), list[str]()
         for use in sorted(free, key=lambda one: -one.shares[one.common]):
-            if use.region in paths or use.shares[use.common] < self.share:
+            if use.name in paths or use.shares[use.common] < self.share:
                 continue
-            accuracies = _accuracies(network, {**paths, use.region: use.common}, context)
+            accuracies = _accuracies(network, {**paths, use.name: use.common}, context)
             fall = 100 * max(a - b for a, b in zip(base, accuracies, strict=True))
             if fall <= self.tolerance + 1e-9:
-                paths[use.region], reasons[use.region] = use.common, use.reason(use.common)
+                paths[use.name], reasons[use.name] = use.common, use.reason(use.common)
             elif self.time and not use.pays:
-                paths[use.region], reasons[use.region] = use.original, use.reason(use.original)
-                originals[use.region] = use.original
+                paths[use.name], reasons[use.name] = use.original, use.reason(use.original)
+                originals[use.name] = use.original
                 base = _accuracies(network, originals, context)
             else:
-                stays.append(f"{use.unit.label} stays: {use.name(use.common)} for all would cost {fall:.2f} points")
+                stays.append(f"{use.name} stays: {use.option(use.common)} for all would cost {fall:.2f} points")
         (paths,) = broadcast_object_list([paths])  # times differ between processes
         before, after = _accuracies(network, {}, context), _accuracies(network, paths, context)
         notes = [
             f"{len(paths)} of {len(uses)} gates fused; calibration accuracy {_listed(before)} before, "
             f"{_listed(after)} after",
-            *(reasons[use.region] for use in uses if use.region in paths and use.region in reasons),
+            *(reasons[use.name] for use in uses if use.name in paths and use.name in reasons),
             *stays,
         ]
         if len(free) < len(uses):
@@ -105,20 +104,21 @@ class FuseGates(Transform):
 
 @dataclass(frozen=True)
 class _Use:
-    """What a unit does with the calibration images: the share of them on each path (P,), and microseconds an image."""
+    """What a decision does with the calibration images: the share of them by option (P,), and microseconds an image."""
 
-    unit: Unit
+    decision: Decision
+    alone: bool
     shares: Sequence[float]
     gate_us: float
     saved_us: float
 
     @property
-    def region(self) -> Region:
-        return self.unit.region
+    def name(self) -> str:
+        return self.decision.name
 
     @property
     def original(self) -> int:
-        return len(self.unit.path_macs) - 1
+        return len(self.shares) - 1
 
     @property
     def common(self) -> int:
@@ -129,60 +129,62 @@ class _Use:
     def pays(self) -> bool:
         return self.saved_us > self.gate_us
 
-    def name(self, path: int) -> str:
-        width = path_widths(self.unit)[path]
-        return "whole" if path == self.original else f"{width:.0%} wide" if width else "skipped"
+    def option(self, path: int) -> str:
+        """What a path is called."""
+        return self.decision.options[path]
 
     def reason(self, path: int) -> str:
         return (
-            f"{self.unit.label} is always {self.name(path)}: {self.shares[path]:.0%} of the images take this path, the "
+            f"{self.name} is always {self.option(path)}: {self.shares[path]:.0%} of the images take this path, the "
             f"gate takes {self.gate_us:.0f} us and saves {self.saved_us:.0f} us"
         )
 
 
 def _uses(network: DynamicNetwork, context: Context) -> list[_Use]:
     assert context.data is not None
-    choices_NU = everything(network, context.data.calibration, context.device)[2]
-    paths_ms, gate_ms = gate_latency(network, context.backend, context.device)
+    seen = everything(network, context.data.calibration, context.device)
+    times = option_latency(network, context.backend, context.device, ungated=True)
+    gate_ms = max(0.0, times.opened - times.static) / len(network.changing)  # with all that it entails
     found: list[_Use] = []
-    for unit, choice_N, times in zip(network.units, choices_NU.T, paths_ms, strict=True):
-        shares = (torch.bincount(choice_N, minlength=len(times)).double() / len(choice_N)).tolist()
-        saved = sum(share * (times[-1] - one) for share, one in zip(shares, times, strict=True))
-        found.append(_Use(unit, shares, 1e3 * gate_ms, 1e3 * saved))
+    for unit in network.changing:
+        taken, costs = seen.taken[unit.name], times.options[unit.name]
+        shares = (torch.bincount(taken, minlength=len(costs)).double() / len(taken)).tolist()
+        saved = sum(share * (costs[-1] - one) for share, one in zip(shares, costs, strict=True))
+        found.append(_Use(unit.decision, unit.gate.alone, shares, 1e3 * gate_ms, 1e3 * saved))
     return found
 
 
-def _accuracies(network: DynamicNetwork, paths: Mapping[Region, int], context: Context) -> list[float]:
+def _accuracies(network: DynamicNetwork, paths: Mapping[str, int], context: Context) -> list[float]:
     """Of each exit on the calibration images, with these units fixed."""
     assert context.data is not None
     if paths:
         network = copy.deepcopy(network)
-        fix_paths(network, paths)
+        fix_options(network, paths)
     return exit_accuracies(network, context.data.calibration, context.device)
 
 
-def _given(network: DynamicNetwork, paths: Mapping[str, int]) -> dict[Region, int]:
-    """Regions for what a user names, checked."""
-    named = {unit.region[1]: unit for unit in network.units} | {unit.label: unit for unit in network.units}
-    found: dict[Region, int] = {}
+def _given(network: DynamicNetwork, paths: Mapping[str, int]) -> dict[str, int]:
+    """Decisions for what a user names, checked."""
+    named = {unit.place[1]: unit for unit in network.changing} | {unit.name: unit for unit in network.changing}
+    found: dict[str, int] = {}
     for name, path in paths.items():
         if name not in named:
-            known = [unit.label for unit in network.units]
+            known = [unit.name for unit in network.changing]
             raise DynamizeError(
                 f"fuse_gates: '{name}' is no gated block. {closest(name, known)}Known: {', '.join(known)}."
             )
         unit = named[name]
-        if path >= len(unit.path_macs):
+        most = len(unit.decision.options) - 1
+        if path > most:
             raise DynamizeError(
-                f"fuse_gates: '{name}' has no path {path}: give 0 (the cheapest) to {len(unit.path_macs) - 1} (the "
-                "original one)"
+                f"fuse_gates: '{name}' has no path {path}: give 0 (the cheapest) to {most} (the original one)"
             )
-        if isinstance(unit.gate, RecurrentGate):
+        if not unit.gate.alone:
             raise DynamizeError(
                 f"fuse_gates: '{name}' has a recurrent gate, which hands its state to the next one: leave it out, or "
                 "use `gate: linear` in the step that put it there"
             )
-        found[unit.region] = path
+        found[unit.name] = path
     return found
 
 

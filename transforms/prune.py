@@ -21,7 +21,6 @@ from dynamize.compression.widths import (
     between,
     by_harm,
     least_worth,
-    liked_multiple,
     narrowed,
     partly,
     removed_share,
@@ -32,9 +31,9 @@ from dynamize.data import Images, set_epoch
 from dynamize.errors import DynamizeError
 from dynamize.files import write_json_lines, write_text
 from dynamize.folders import METRICS
-from dynamize.nn.channels import ChannelUnit
-from dynamize.nn.exchange import count_again
+from dynamize.rewrite.exchange import count_again, sliced_layers
 from dynamize.nn.network import DynamicNetwork
+from dynamize.runtime.engine import engine_class
 from dynamize.training.statistics import estimate_statistics
 from dynamize.transform import Applied, Context, Transform
 from dynamize.transforms.distill import Distill
@@ -106,7 +105,7 @@ class Prune(Transform):
             return Applied(network, self, [])
         network.to(context.device)
         before, macs = sizes(network), whole_macs(network)
-        multiple = liked_multiple(context.backend) if self.round_to == "auto" else self.round_to
+        multiple = engine_class(context.backend).liked_multiple if self.round_to == "auto" else self.round_to
         groups, lost = channel_groups(network, self.keep)
         groups = [group for group in groups if group.channels > multiple]
         if not groups:
@@ -235,12 +234,12 @@ class Prune(Transform):
 
 
 def _refuse_gates(network: DynamicNetwork, recovery_epochs: int) -> None:
-    if any(isinstance(unit, ChannelUnit) for unit in network.units):
+    if sliced_layers(network):
         raise DynamizeError(
             "prune: the network has channel gates, whose groups of channels are sorted already: put `prune` before "
             "`channel_gates`"
         )
-    if network.units and recovery_epochs:
+    if network.changing and recovery_epochs:
         raise DynamizeError(
             "prune: recovery_epochs, but the network has gates, which would be trained with it: put `prune` before "
             "`skip_gates`, or let a `distill` step with its gate_budget follow instead"

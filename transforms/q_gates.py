@@ -13,7 +13,7 @@ from dynamize.files import write_json_lines
 from dynamize.nn.network import DynamicNetwork
 from dynamize.training.loop import WEIGHT_DECAY, Plan, Precision, decide_precision, train
 from dynamize.training.objectives import MultiExitLoss
-from dynamize.training.policy import deciding, follow_best, relative_costs
+from dynamize.training.policy import deciding, FollowBest, relative_costs
 from dynamize.training.q_learning import (
     QLearning,
     all_but_gates,
@@ -70,7 +70,7 @@ class QGates(Transform):
             return Applied(network, self, [NOTHING_TO_REFINE])
         resolved = self._resolve(network, context)
         costs = relative_costs(network)
-        shares = [float(each[-1]) for each in costs]
+        shares = [float(each[-1]) for each in costs.values()]
         scale_scores(network, shares)
         rows: list[dict[str, Any]] = []
         for index in range(self.rounds):
@@ -96,7 +96,7 @@ class QGates(Transform):
         return self.model_copy(update=found)
 
     def _train_gates(
-        self, network: DynamicNetwork, costs: list[Tensor], index: int, context: Context
+        self, network: DynamicNetwork, costs: dict[str, Tensor], index: int, context: Context
     ) -> list[dict[str, Any]]:
         assert self.loss_scale != "auto"
         first, last = self.epsilon
@@ -128,7 +128,7 @@ class QGates(Transform):
         teacher = context.needs_teacher(self) if self.alpha > 0 else None
         plan = replace(self._plan(f"round {index + 1}, network", 2 * index + 1, context), frozen=(all_gates(network),))
         loss = MultiExitLoss(teacher, alpha=self.alpha, temperature=self.temperature)
-        with deciding(network, follow_best):
+        with deciding(network, FollowBest()):
             return train(network, context.needs_data(self), loss, plan, context.progress)
 
     def _plan(self, phase: str, position: int, context: Context) -> Plan:

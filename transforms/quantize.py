@@ -10,15 +10,15 @@ from torch import Tensor
 
 from dynamize.compression.fidelity import layer_fidelity
 from dynamize.compression.neural_compressor import chosen_steps
-from dynamize.compression.parts import Key, layer_names, prepare
+from dynamize.compression.rounding import Key, layer_names, prepare
 from dynamize.compression.quantization import assemble, observe, placeholder_steps, sample, steps_of
 from dynamize.compression.steps import RangeName, Steps
 from dynamize.data import Images, Splits
 from dynamize.errors import DynamizeError, closest
 from dynamize.files import write_text
 from dynamize.measure.accuracy import exit_accuracies
-from dynamize.nn.channels import ChannelUnit
 from dynamize.nn.network import DynamicNetwork
+from dynamize.rewrite.exchange import sliced_layers
 from dynamize.transform import Applied, Context, Transform, parse_step
 
 LAYERS = "layers.json"
@@ -63,7 +63,7 @@ class Quantize(Transform):
     once: ClassVar[bool] = True
 
     def apply(self, network: DynamicNetwork, context: Context) -> Applied:
-        if any(isinstance(unit, ChannelUnit) for unit in network.units):
+        if sliced_layers(network):
             raise DynamizeError(
                 "quantize: the network has channel gates, whose narrower paths slice weights while the network runs, "
                 "which bytes with fixed ranges cannot follow: leave `channel_gates` out, make them static with "

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from dynamize.data import Images
 from dynamize.errors import DynamizeError
-from dynamize.measure.accuracy import everything
+from dynamize.measure.accuracy import accuracy, everything
 from dynamize.measure.costs import exit_costs
-from dynamize.nn.channels import ChannelUnit
 from dynamize.nn.network import DynamicNetwork
+from dynamize.nn.units import Unit
 from dynamize.training.statistics import Estimated, Norms, estimate_statistics
 from dynamize.transform import Applied, Context, Transform
 
@@ -45,7 +45,7 @@ class Recalibrate(Transform):
     before: ClassVar[tuple[str, ...]] = ("quantize", "calibrate")
 
     def apply(self, network: DynamicNetwork, context: Context) -> Applied:
-        units = [unit for unit in network.units if isinstance(unit, ChannelUnit)]
+        units = [unit for unit in network.changing if unit.slices]
         if self.statistics == "widths" and not units:
             raise DynamizeError(
                 "recalibrate: the network has no channel gates, so there are no widths with statistics of their own: "
@@ -61,7 +61,7 @@ class Recalibrate(Transform):
         return self._best(network, units, tried, context)
 
     def _best(
-        self, network: DynamicNetwork, units: list[ChannelUnit], tried: list[Statistics], context: Context
+        self, network: DynamicNetwork, units: list[Unit], tried: list[Statistics], context: Context
     ) -> Applied:
         data = context.needs_data(self)
         without = [unit for unit in units if not unit.has_own]
@@ -115,10 +115,7 @@ class _Judgement:
 
 
 def _judge(network: DynamicNetwork, images: Images, device: torch.device) -> _Judgement:
-    logits, labels, choices = everything(network, images, device)
-    accuracies = [float((one.argmax(1) == labels).double().mean()) for one in logits]
-    costs = exit_costs(network)
-    whole = float(costs.cumulative()[-1])
-    return _Judgement(
-        sum(accuracies) / len(accuracies), 1 - float(costs.savings(choices.numpy()).sum(axis=1).mean()) / whole
-    )
+    seen, costs = everything(network, images, device), exit_costs(network)
+    accuracies = [accuracy(one, seen.labels) for one in seen.logits]
+    saved = sum(float(one.mean()) for one in costs.savings(seen.taken).values())
+    return _Judgement(sum(accuracies) / len(accuracies), 1 - saved / float(costs.cumulative()[-1]))

@@ -6,17 +6,15 @@ from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field, PositiveInt
-from torch import fx, nn
+from torch import fx
 
 from dynamize.errors import DynamizeError, closest
 from dynamize.graph.extract import extract
 from dynamize.graph.macs import annotated_macs
 from dynamize.graph.residual import ResidualBlock, bypass, keeping_input, masked, residual_blocks
-from dynamize.graph.trace import annotate, blank
-from dynamize.nn.gated import SkipUnit
-from dynamize.nn.gates import gate_macs, make_gate, make_memory
+from dynamize.graph.trace import annotate
 from dynamize.nn.network import DynamicNetwork
-from dynamize.nn.segments import build_segments
+from dynamize.nn.units import GateMaker, SkipUnit, gate_maker, unique_names
 from dynamize.runtime.profile import gate_price
 from dynamize.transform import Applied, Context, Transform
 
@@ -73,7 +71,7 @@ class SkipGates(Transform):
         resolved = self.model_copy(
             update={"blocks": [[b.upto for b in run] for run in runs], "group": max(map(len, runs)), "keep": []}
         )
-        share = sum(unit.path_macs[-1] - unit.path_macs[0] for unit in network.units) / annotated_macs(network.plain)
+        share = sum(unit.path_macs[-1] - unit.path_macs[0] for unit in network.changing) / annotated_macs(network.plain)
         notes = [f"{len(runs)} gates over {sum(map(len, runs))} blocks, {share:.0%} of the MACs", *notes]
         return Applied(network, resolved, notes)
 
@@ -90,8 +88,8 @@ class SkipGates(Transform):
         self, network: DynamicNetwork, blocks: list[ResidualBlock], context: Context
     ) -> tuple[list[list[ResidualBlock]], list[str]]:
         if self.group != "auto":
-            return _runs(blocks, self.group, network.cuts), []
-        trial = _runs(blocks, 1, network.cuts)
+            return _runs(blocks, self.group, network.exit_places), []
+        trial = _runs(blocks, 1, network.exit_places)
         price = gate_price(network, lambda one: self._insert(one, trial), context.backend, context.device)
         per_mac = price.blocks_ms / sum(block.macs - block.bypass_macs for block in blocks)
         mean_ms = per_mac * sum(block.macs for block in blocks) / len(blocks)
@@ -102,35 +100,33 @@ class SkipGates(Transform):
         ]
         if price.gate_ms > _SKIPPED * mean_ms * length:
             notes.append("even so, gates take longer here than skipping half of the blocks saves at batch 1")
-        return _runs(blocks, length, network.cuts), notes
+        return _runs(blocks, length, network.exit_places), notes
 
     def _insert(self, network: DynamicNetwork, runs: Sequence[Sequence[ResidualBlock]]) -> None:
-        """Rebuild the segments of ``network`` with a unit in the place of each run."""
+        """Put a unit into ``network`` in the place of each run."""
         plain = network.plain
         with torch.random.fork_rng():  # initialising layers draws from the global generator
             torch.manual_seed(0)
-            if self.gate == "recurrent" and network.memory is None:
-                network.memory = make_memory()
-            units = [self._unit(plain, run, network.memory) for run in runs]
-        network.segments = torch.nn.ModuleList(
-            build_segments(plain, network.cuts, {unit.region: unit for unit in [*network.units, *units]})
-        )
-        network.to(blank(plain)).train(network.training)
+            gates = gate_maker(self.gate, network.changing)
+            taken = [piece.name for piece in network.row]
+            names = unique_names([_label(run) for run in runs], [run[-1].upto for run in runs], taken)
+            units = [self._unit(plain, run, name, gates) for run, name in zip(runs, names, strict=True)]
+        network.insert({(run[0].after, run[-1].upto): unit for run, unit in zip(runs, units, strict=True)})
 
-    def _unit(self, plain: fx.GraphModule, run: Sequence[ResidualBlock], memory: nn.LSTMCell | None) -> SkipUnit:
+    def _unit(self, plain: fx.GraphModule, run: Sequence[ResidualBlock], name: str, gates: GateMaker) -> SkipUnit:
         first, last = run[0], run[-1]
-        gate = make_gate(self.gate, first.shape[0], _PATHS, memory)
         detour = len(run) == 1 and not first.identity
         return SkipUnit(
-            first.module if len(run) == 1 else f"{first.module} to {last.module}",
-            (first.after, last.upto),
-            gate,
+            name,
+            gates(first.shape[0], _PATHS),
             keeping_input(extract(plain, first.after, last.upto), first.shape),
             bypass(plain, first) if detour else None,
             masked(plain, first) if detour else None,
-            [first.bypass_macs if detour else 0.0, sum(block.macs for block in run)],
-            gate_macs(gate, blank(plain, 1, *first.shape)),
         )
+
+
+def _label(run: Sequence[ResidualBlock]) -> str:
+    return run[0].module if len(run) == 1 else f"{run[0].module} to {run[-1].module}"
 
 
 def _runs(blocks: Sequence[ResidualBlock], length: int, cuts: Sequence[str]) -> list[list[ResidualBlock]]:
@@ -151,7 +147,7 @@ def _joins(last: ResidualBlock, block: ResidualBlock) -> bool:
 
 def _check_runs(network: DynamicNetwork, runs: Sequence[Sequence[ResidualBlock]]) -> None:
     for run in runs:
-        if len(_runs(run, len(run), network.cuts)) != 1:
+        if len(_runs(run, len(run), network.exit_places)) != 1:
             raise DynamizeError(
                 f"skip_gates: the blocks {[block.upto for block in run]} cannot share a gate: they must follow each "
                 "other without an exit between them, have one shape and no projection. Give each a list of its own."

@@ -1,24 +1,25 @@
 """Filling tables: one pass over the images, and one timing of the exits and paths."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from dynamize.calibration.table import ConfidenceTable
 from dynamize.calibration.temperature import fit_temperature
 from dynamize.conversion import wrap
 from dynamize.data import Images
-from dynamize.measure.accuracy import answers, everything
-from dynamize.measure.costs import ExitCosts, exit_costs
+from dynamize.measure.accuracy import everything, top_answers
+from dynamize.measure.costs import exit_costs
 from dynamize.nn.network import DynamicNetwork
-from dynamize.runtime.profile import exit_latency, path_latency
+from dynamize.nn.piece import Setting
+from dynamize.runtime.profile import exit_latency, option_latency
 
 
 class TableMaker:
-    """Makes tables of one network, at several gate offsets; what does not depend on the offset is found once.
+    """Makes tables of one network, at several offsets; what does not depend on the offset is found once.
 
     Its exits are timed on ``backend``, and their temperatures fitted on ``images`` at the offset at which the network
     stands.
@@ -34,50 +35,51 @@ class TableMaker:
         latency_batch: int = 1,
     ) -> None:
         self.network, self.teacher, self.images, self.device = network, teacher, images, device
-        self.reference = answers(teacher, images, device)[0].numpy()
+        self.reference = top_answers(teacher, images, device)[0].numpy()
         static = wrap(teacher, network.input_shape)
         milliseconds, static_ms = exit_latency(network, static, backend, device, latency_batch)
         self.costs, self.milliseconds = exit_costs(network), milliseconds
         self.static_cost = {"macs": float(exit_costs(static).cumulative()[-1]), "ms": static_ms}
-        self.saved_ms: list[NDArray[np.float64]] = []
-        if network.units:
-            paths, _, _ = path_latency(network, backend, device)
-            self.saved_ms = [costs[-1] - np.array(costs) for costs in paths]
-        logits, labels = everything(network, images, device)[:2]
-        for k in range(len(network.heads)):
-            network.temperatures[k] = fit_temperature(logits[k].numpy(), labels.numpy())
+        self.saved_ms: dict[str, NDArray[np.float64]] = {}
+        if network.changing:
+            times = option_latency(network, backend, device)
+            self.saved_ms = {name: costs[-1] - np.array(costs) for name, costs in times.options.items()}
+        seen = everything(network, images, device)
+        for piece, logits in zip(network.leaving, seen.logits, strict=False):
+            piece.temperature.fill_(fit_temperature(logits.numpy(), seen.labels.numpy()))
 
-    def table(self, others: Images | None = None) -> ConfidenceTable:
-        """The table at the network's gate offset: of the images whose temperatures it has, or of others to judge on."""
-        network = self.network
-        logits, labels, choices = everything(network, self.images if others is None else others, self.device)
-        scores = [network.scores(one.to(self.device), k).cpu() for k, one in enumerate(logits[:-1])]
+    def table(self, offset: float, others: Images | None = None) -> ConfidenceTable:
+        """The table at an offset of what changes: of the images whose temperatures it has, or of others to judge on."""
+        images = self.images if others is None else others
+        seen = everything(self.network, images, self.device, Setting(offset=offset))
         costs, image_costs = {"macs": self.costs.cumulative(), "ms": self.milliseconds}, {}
-        if network.units:
+        if seen.taken:
+            saved = {"macs": self.costs.savings(seen.taken), "ms": _looked_up(self.saved_ms, seen.taken)}
             image_costs = {
-                "macs": _for_each(costs["macs"], self.costs.savings(choices.numpy()), self.costs),
-                "ms": _for_each(self.milliseconds, _lookup(self.saved_ms, choices.numpy()), self.costs),
+                measure: _for_each(costs[measure], self.costs.up_to_exits(each)) for measure, each in saved.items()
             }
-            costs = {name: cost.mean(axis=1) for name, cost in image_costs.items()}
+            costs = {measure: cost.mean(axis=1) for measure, cost in image_costs.items()}
+        leaving = self.costs.leaving
+        heads = [one.always if one.name in self.costs.switchable else 0.0 for one in leaving]
         return ConfidenceTable(
-            scores=torch.stack([*scores, torch.zeros(len(labels))]).double().numpy(),
-            answers=np.stack([one.argmax(1).numpy() for one in logits]),
-            labels=labels.numpy(),
-            reference=self.reference if others is None else answers(self.teacher, others, self.device)[0].numpy(),
+            scores=torch.stack([*seen.scores, torch.zeros(len(seen.labels))]).double().numpy(),
+            answers=np.stack([one.argmax(1).numpy() for one in seen.logits]),
+            labels=seen.labels.numpy(),
+            reference=self.reference if others is None else top_answers(self.teacher, others, self.device)[0].numpy(),
             costs=costs,
             static_cost=self.static_cost,
-            head_costs={} if self.costs.chained else {"macs": self.costs.heads[:-1]},
+            head_costs={"macs": np.array(heads)},
             image_costs=image_costs,
+            names=tuple(one.name for one in leaving),
         )
 
 
-def _for_each(open_K: NDArray[np.float64], saved_NU: NDArray[np.float64], costs: ExitCosts) -> NDArray[np.float64]:
-    """Cost (K, n) of each image at each exit: that with all gates open less what its gates up to there save."""
-    stages = np.array(costs.stages)
-    saved = np.stack([saved_NU[:, stages <= k].sum(axis=1) for k in range(len(open_K))])
+def _for_each(open_K: NDArray[np.float64], saved_KN: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
+    """Cost (K, n) of each image at each exit: that with everything dearest less what is saved up to there."""
+    saved = np.stack(np.broadcast_arrays(*saved_KN))
     found: NDArray[np.float64] = np.maximum(open_K[:, None] - saved, 1e-3 * open_K[:, None])
     return found
 
 
-def _lookup(saved: Sequence[NDArray[np.float64]], choices_NU: NDArray[np.int64]) -> NDArray[np.float64]:
-    return np.stack([one[choices_NU[:, u]] for u, one in enumerate(saved)], axis=1)
+def _looked_up(saved: Mapping[str, NDArray[np.float64]], taken: Mapping[str, Tensor]) -> dict[str, NDArray[np.float64]]:
+    return {name: each[taken[name].numpy()] for name, each in saved.items()}

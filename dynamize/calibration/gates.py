@@ -15,7 +15,7 @@ from dynamize.data import LoaderSet
 from dynamize.errors import InfeasibleError
 from dynamize.nn.gates import ALL_OPEN
 from dynamize.nn.network import DynamicNetwork
-from dynamize.runtime.compiled import default_backend
+from dynamize.runtime.engine import default_backend
 
 OFFSETS = (-4.0, -2.5, -1.5, -1.0, -0.5, -0.25, 0.0, 0.25, 0.5, 1.0, 1.5, 2.5, 4.0, ALL_OPEN)
 _REFINEMENTS = 2
@@ -40,35 +40,29 @@ def calibrate(
     device = next(network.parameters()).device
     images = loader if hasattr(loader, "batches") else LoaderSet("calibration", loader)
     maker = TableMaker(network, images, teacher, device, default_backend(device))
-    network.operating_points = curve(GateTables(maker), count, seed)
+    network.operating_points = curve(OffsetTables(maker), count, seed)
     return network.operating_points
 
 
-class GateTables:
-    """Tables by offset, made when they are first asked for; a network without gates has one, at None."""
+class OffsetTables:
+    """Tables by offset, made when they are first asked for; without gates there is one, at 0."""
 
     def __init__(self, maker: TableMaker) -> None:
         self.maker = maker
-        self._tables: dict[float | None, ConfidenceTable] = {}
+        self._tables: dict[float, ConfidenceTable] = {}
 
-    def offsets(self) -> list[float | None]:
+    def offsets(self) -> list[float]:
         """The grid, the cheapest first."""
-        return list(OFFSETS) if self.maker.network.units else [None]
+        return list(OFFSETS) if self.maker.network.changing else [0.0]
 
-    def at(self, offset: float | None) -> ConfidenceTable:
+    def at(self, offset: float) -> ConfidenceTable:
         """The table at this offset."""
         if offset not in self._tables:
-            network = self.maker.network
-            before = network.gate_offset
-            network.gate_offset = 0.0 if offset is None else offset
-            try:
-                self._tables[offset] = self.maker.table()
-            finally:
-                network.gate_offset = before
+            self._tables[offset] = self.maker.table(offset)
         return self._tables[offset]
 
 
-def best_point(tables: GateTables, solve: Solver, cheapest: bool) -> OperatingPoint:
+def best_point(tables: OffsetTables, solve: Solver, cheapest: bool) -> OperatingPoint:
     """The point that ``solve`` finds at the best offset: of the fewest MACs, or else of the highest accuracy.
 
     The grid of offsets is refined around the best one.
@@ -76,14 +70,14 @@ def best_point(tables: GateTables, solve: Solver, cheapest: bool) -> OperatingPo
     Raises:
         InfeasibleError: no offset meets the limit; the error is that of the offset which comes nearest.
     """
-    tried: list[float | None] = []
-    found: dict[float | None, OperatingPoint] = {}
+    tried: list[float] = []
+    found: dict[float, OperatingPoint] = {}
     refused: list[InfeasibleError] = []
 
-    def consider(offset: float | None) -> None:
+    def consider(offset: float) -> None:
         tried.append(offset)
         try:
-            found[offset] = solve(tables.at(offset)).model_copy(update={"gate_offset": offset})
+            found[offset] = solve(tables.at(offset)).model_copy(update={"offset": offset})
         except InfeasibleError as error:
             refused.append(error)
 
@@ -91,20 +85,20 @@ def best_point(tables: GateTables, solve: Solver, cheapest: bool) -> OperatingPo
         consider(offset)
     if not found:
         raise min(refused, key=lambda error: error.nearest)
-    for _ in range(_REFINEMENTS):
+    for _ in range(_REFINEMENTS if len(tables.offsets()) > 1 else 0):
         best = _best(found, cheapest)
         for offset in _between(tried, best):
             consider(offset)
     return found[_best(found, cheapest)]
 
 
-def curve(tables: GateTables, count: int, seed: int) -> OperatingPoints:
+def curve(tables: OffsetTables, count: int, seed: int) -> OperatingPoints:
     """Up to ``count`` points along the whole curve, none of which another one beats in both accuracy and MACs."""
     offsets = tables.offsets()
-    if offsets == [None]:
-        return operating_points(tables.at(None), count, seed=seed)
+    if len(offsets) == 1:
+        return operating_points(tables.at(offsets[0]), count, seed=seed)
     every = [
-        point.model_copy(update={"gate_offset": offset})
+        point.model_copy(update={"offset": offset})
         for offset in offsets
         for point in operating_points(tables.at(offset), _POINTS_EACH, seed=seed)
     ]
@@ -124,17 +118,15 @@ def _front(points: Sequence[OperatingPoint]) -> list[OperatingPoint]:
     return front
 
 
-def _best(found: dict[float | None, OperatingPoint], cheapest: bool) -> float | None:
+def _best(found: dict[float, OperatingPoint], cheapest: bool) -> float:
     if cheapest:
         return min(found, key=lambda offset: (found[offset].macs, -found[offset].accuracy))
     return max(found, key=lambda offset: (found[offset].accuracy, -found[offset].macs))
 
 
-def _between(offsets: Sequence[float | None], best: float | None) -> list[float]:
+def _between(offsets: Sequence[float], best: float) -> list[float]:
     """Midpoints to both neighbours of an offset."""
-    known = sorted(offset for offset in offsets if offset is not None)
-    if best is None or best not in known:
-        return []
+    known = sorted(offsets)
     place = known.index(best)
     neighbours = [one for one in (known[place - 1 : place] + known[place + 1 : place + 2]) if abs(one) < ALL_OPEN]
     return [(best + one) / 2 for one in neighbours if abs(best) < ALL_OPEN]

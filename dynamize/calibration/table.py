@@ -41,8 +41,8 @@ class ConfidenceTable:
     increasing. static_cost: the static network's cost under the same measures. head_costs: under some
     measures, what each early exit's head (K-1,) costs and, if its exit is off, does not; the solver takes it as
     spent, the stated costs do not. image_costs: under some measures, the cost (K, n) for each image by itself, where
-    gates make it differ; stated costs are exact then, and the search uses ``costs``, a mean. Raises DynamizeError where
-    the parts do not fit together.
+    gates make it differ; stated costs are exact then, and the search uses ``costs``, a mean. names: of the decisions
+    (K-1,) at which images leave; "exit.1", ... if not given. Raises DynamizeError where the parts do not fit together.
     """
 
     scores: NDArray[np.float64]
@@ -53,6 +53,7 @@ class ConfidenceTable:
     static_cost: Mapping[str, float]
     head_costs: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
     image_costs: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+    names: tuple[str, ...] = ()
     cache: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -71,6 +72,10 @@ class ConfidenceTable:
                 f"the scores of exit {int(bad[0])} contain NaN, so its samples cannot be ranked: look for "
                 "overflow in that head (half precision?), and compute the scores in float32 or float64."
             )
+        given = self.names or tuple(f"exit.{k}" for k in range(1, exits))
+        if len(given) != exits - 1:
+            raise DynamizeError(f"{len(given)} names for {exits - 1} early exits: give one for each but the last.")
+        object.__setattr__(self, "names", given)
         self._store("scores", np.clip(scores, -LARGEST, LARGEST))
         self._store("answers", _classes("answers", self.answers, (exits, images)))
         self._store("labels", _classes("labels", self.labels, (images,)))
@@ -146,6 +151,7 @@ class ConfidenceTable:
             self.static_cost,
             self.head_costs,
             {name: cost[:, chosen] for name, cost in self.image_costs.items()},
+            self.names,
         )
 
     def route(self, thresholds: Sequence[float | None]) -> NDArray[np.int64]:

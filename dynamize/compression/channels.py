@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from dynamize.compression.layers import dimensions, layers, place, put_tensors, read_sizes
-from dynamize.nn.exchange import answers
 from dynamize.nn.network import DynamicNetwork
+from dynamize.rewrite.exchange import exit_answers
 
 _RELATIVE = 1e-4  # of the largest logit; sums run over other numbers of channels
 
@@ -112,10 +112,10 @@ def faithful(network: DynamicNetwork, groups: Sequence[ChannelGroup], removed: R
     """Whether the network without these channels answers like the one that does not read them, at all exits."""
     without = copy.deepcopy(network)
     with silenced(network, groups, removed):
-        wanted = answers(network)
+        wanted = exit_answers(network)
     try:
         remove(without, groups, removed)
-        found = answers(without)
+        found = exit_answers(without)
     except (RuntimeError, ValueError, IndexError):  # shapes that do not fit each other
         return False
     return all(

@@ -10,13 +10,13 @@ from dynamize.measure.costs import exit_costs
 from dynamize.measure.latency import Contender, interleave
 from dynamize.nn.gates import ALL_OPEN
 from dynamize.nn.network import DynamicNetwork
+from dynamize.nn.piece import Setting
 from dynamize.runtime.compiled import compile_network
 
 
 def whole_macs(network: DynamicNetwork) -> float:
     """MACs per image of everything: all segments, heads and gates."""
-    costs = exit_costs(network)
-    return float((costs.segments + costs.heads).sum())
+    return float(exit_costs(network).cumulative()[-1])
 
 
 class Stopwatch:
@@ -34,10 +34,8 @@ class Stopwatch:
         return times.median_ms("after") / times.median_ms("before")
 
     def _compiled(self, network: DynamicNetwork) -> Contender:
-        opened = copy.deepcopy(network)
-        opened.gate_offset = ALL_OPEN
-        opened.thresholds = [None] * len(opened.heads)
-        return compile_network(opened, self.backend, self.device)
+        compiled, opened = compile_network(network, self.backend, self.device), Setting(offset=ALL_OPEN)
+        return lambda images: compiled.run(images, opened)
 
 
 def layer_ratio(
@@ -48,7 +46,7 @@ def layer_ratio(
     Args:
         shape: of the input for one image, batch included.
     """
-    alone = [DynamicNetwork([nn.Sequential(copy.deepcopy(one))], input_shape=shape[1:]) for one in (layer, other)]
+    alone = [DynamicNetwork(nn.Sequential(copy.deepcopy(one)), input_shape=shape[1:]) for one in (layer, other)]
     before, after = (compile_network(one.eval(), backend, device) for one in alone)
     features = torch.randn(tuple(shape), generator=torch.Generator().manual_seed(0)).to(device)
     times = interleave({"before": before, "after": after}, [features], device, seconds)

@@ -18,7 +18,7 @@ from dynamize.compression.layers import is_depthwise, layers, sizes
 from dynamize.errors import DynamizeError, closest
 from dynamize.graph.nodes import nodes_by_name
 from dynamize.graph.trace import blank
-from dynamize.nn.heads import ExitHead, extend_context
+from dynamize.nn.flow import Flow
 from dynamize.nn.network import DynamicNetwork
 
 _MIXING = (nn.Conv2d, nn.Linear)
@@ -105,20 +105,22 @@ class _Dense(nn.Module):
         tensors = network.plain.named_parameters()
         self.paths |= {id(tensor): path for path, tensor in tensors if path in cuttable}
         self.bare: set[int] = set()
+        self.deciding = [piece for piece in network.row if piece.effect is not None]
         self.graph = self._with_points()
         called = [self.graph.get_submodule(str(n.target)) for n in self.graph.graph.nodes if n.op == "call_module"]
         paths = [self.paths[id(module)] for module in called if id(module) in self.paths]
         self._order = {path: i for i, path in reversed(list(enumerate(paths)))}
-        self.not_ours = [] if network.memory is None else list(network.memory.parameters())
+        memories = [unit.gate.memory for unit in network.changing if unit.gate.memory is not None]
+        self.not_ours = [parameter for memory in memories for parameter in memory.parameters()]
 
     def _with_points(self) -> fx.GraphModule:
-        """The original graph with the features that heads and gates read as further outputs."""
+        """The original graph with the features that decisions read as further outputs."""
         plain = self.network.plain
         graph = plain.graph
         nodes = nodes_by_name(graph)
-        points = [*self.network.cuts, *(unit.region[0] for unit in self.network.units)]
         output = graph.output_node()
-        output.args = ((output.args[0], *(nodes[name] for name in points)),)
+        points = [nodes[piece.place[0]] for piece in self.deciding]
+        output.args = ((output.args[0], *points),)
         for node in list(graph.nodes):
             self._as_layer(plain, node)
         return fx.GraphModule(plain, graph, "Dense")
@@ -145,17 +147,14 @@ class _Dense(nn.Module):
         plain.graph.erase_node(node)
 
     def forward(self, images_NCHW: Tensor) -> list[Tensor]:
-        network = self.network
         logits, *points = self.graph(images_NCHW)
-        context, found = None, []
-        for head, features in zip(network.heads, points, strict=False):
-            answer, pooled = head(features, context)
-            found.append(answer)
-            context = extend_context(context, pooled) if network.chained else None
-        found.append(logits if network.fusion is None else logits + network.fusion(context))
-        for unit, features in zip(network.units, points[len(network.heads) :], strict=True):
-            found.append(unit.gate.decide(unit.gate.describe(features))[0])
-        return found
+        flow, found = Flow(images_NCHW), []
+        for piece, features in zip(self.deciding, points, strict=True):
+            flow.features = features
+            found.append(piece.read(flow))
+        flow.features = logits
+        ends = [piece.read(flow) for piece in self.network.row if piece.answers and piece.effect is None]
+        return [logits, *ends, *found]
 
     def position(self, path: str) -> int:
         """Of a layer in the order of execution; those of heads come last."""
@@ -173,13 +172,8 @@ class _Dense(nn.Module):
                 found += inside
             else:
                 waiting += node.all_input_nodes
-        for head in network.heads:
-            exit_head = cast(ExitHead, head)
-            found += exit_head.classifier.modules()
-            found += [] if exit_head.fusion is None else [exit_head.fusion]
-        found += [one for one in (network.fusion, network.memory) if one is not None]
-        found += [module for unit in network.units for module in unit.gate.modules()]
-        return [*found, *([] if network.memory is None else network.memory.modules())]
+        bodies = {module for part in network.parts() if part.graph is not None for module in part.graph.modules()}
+        return [*found, *(module for module in network.pieces.modules() if module not in bodies)]
 
 
 def _attribute(plain: fx.GraphModule, path: str) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
-from dynamize.compression.parts import Key, Part, parts
+from dynamize.compression.rounding import Key, RoundedPart, rounded_parts
 from dynamize.compression.quantization import routed, run_watched
 from dynamize.compression.steps import Steps
 from dynamize.nn.network import DynamicNetwork
@@ -18,7 +18,7 @@ from dynamize.nn.quantized import Quantizer, quantized_layer
 class _Layer:
     """One layer, in float and in bytes, and what was seen of both."""
 
-    def __init__(self, part: Part, index: int, node: fx.Node, steps: Callable[[Key], Steps]) -> None:
+    def __init__(self, part: RoundedPart, index: int, node: fx.Node, steps: Callable[[Key], Steps]) -> None:
         self.node, self.source, self.end = node, node.all_input_nodes[0], part.places.layers[node]
         keys = part.tensor_keys(index)
         before = steps(keys[self.source])
@@ -63,14 +63,14 @@ def layer_fidelity(
     """
     found: dict[int, list[_Layer]] = {}
     named: list[tuple[str, _Layer]] = []
-    whole = list(enumerate(parts(network, keep_float)))
+    whole = list(enumerate(rounded_parts(network, keep_float)))
     for index, part in whole:
         found[index] = [_Layer(part, index, node, steps) for node in part.places.layers]
         named += [(part.layer_name(layer.node), layer) for layer in found[index]]
     read = {layer.source for layers in found.values() for layer in layers}
     values: dict[fx.Node, Tensor] = {}
 
-    def see(part: Part, index: int, node: fx.Node, value: Tensor) -> None:
+    def see(part: RoundedPart, index: int, node: fx.Node, value: Tensor) -> None:
         if node.op == "placeholder":
             values.clear()
         if node in read:

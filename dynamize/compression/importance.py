@@ -11,6 +11,7 @@ from dynamize.compression.channels import ChannelGroup, Member
 from dynamize.compression.layers import dimensions, layers, place
 from dynamize.nn.gates import ALL_OPEN
 from dynamize.nn.network import DynamicNetwork
+from dynamize.nn.piece import Setting
 
 Criterion = Literal["magnitude", "bn_scale", "taylor"]
 
@@ -82,14 +83,13 @@ def add_gradients(network: DynamicNetwork, batches: Iterable[tuple[Tensor, Tenso
     """Sum the gradients of the cross entropy of all exits over some batches into the parameters' ``grad``."""
     network.zero_grad(set_to_none=True)
     wanted = {parameter: parameter.requires_grad for parameter in network.parameters()}
-    offset, network.gate_offset = network.gate_offset, ALL_OPEN
     try:
         network.eval().requires_grad_(True)
         with torch.enable_grad():
             for images, labels in batches:
-                losses = [cross_entropy(logits.float(), labels) for logits in network.all_exits(images)]
+                exits = network.all_exits(images, Setting(offset=ALL_OPEN))
+                losses = [cross_entropy(logits.float(), labels) for logits in exits]
                 torch.stack(losses).sum().backward()
     finally:
-        network.gate_offset = offset
         for parameter, before in wanted.items():
             parameter.requires_grad_(before)

@@ -13,25 +13,13 @@ _TENSORS = {"weight", "bias", "running_mean", "running_var", "num_batches_tracke
 
 
 def layers(network: DynamicNetwork) -> dict[str, nn.Module]:
-    """Modules that hold tensors themselves, by its path in the original network, or ``exits.K...``, ``gates.U...``."""
+    """Modules that hold tensors themselves, by path in the original network, or ``pieces.NAME...``."""
     found: dict[str, nn.Module] = {}
-    for prefix, part in _parts(network):
-        for path, module in part.named_modules():
+    for prefix, root in (("", network.plain), ("pieces.", network.pieces)):
+        for path, module in root.named_modules():
             if any(True for _ in _tensors(module)):
                 found[prefix + path] = module
     return found
-
-
-def _parts(network: DynamicNetwork) -> Iterator[tuple[str, nn.Module]]:
-    yield "", network.plain
-    for k, head in enumerate(network.heads):
-        yield f"exits.{k}.", head
-    if network.fusion is not None:
-        yield "exits.fusion", network.fusion
-    for u, unit in enumerate(network.units):
-        yield f"gates.{u}.", unit.gate
-    if network.memory is not None:
-        yield "gates.memory.", network.memory
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from dynamize.compression.parts import Key, Part, parts
+from dynamize.compression.rounding import Key, RoundedPart, rounded_parts
 from dynamize.compression.quantization import routed, run_watched
 from dynamize.compression.steps import Steps
 from dynamize.errors import DynamizeError
@@ -32,10 +32,10 @@ def chosen_steps(network: DynamicNetwork, batches: Sequence[Tensor]) -> dict[Key
         DynamizeError: neural-compressor is not installed or fails on a part.
     """
     engine = _engine()
-    whole = list(enumerate(parts(network, [])))
+    whole = list(enumerate(rounded_parts(network, [])))
     given: dict[int, list[Tensor]] = {index: [] for index, _ in whole}
 
-    def see(part: Part, index: int, node: fx.Node, value: Tensor) -> None:
+    def see(part: RoundedPart, index: int, node: fx.Node, value: Tensor) -> None:
         if node.op == "placeholder" and len(value):
             given[index].append(value.detach().clone())
 
@@ -51,7 +51,7 @@ def chosen_steps(network: DynamicNetwork, batches: Sequence[Tensor]) -> dict[Key
     return found
 
 
-def _steps_by_layer(engine: Any, part: Part, inputs: list[Tensor]) -> dict[str, Steps]:
+def _steps_by_layer(engine: Any, part: RoundedPart, inputs: list[Tensor]) -> dict[str, Steps]:
     """Steps of what each layer of a part reads, by the layer's path."""
     export, quantization = engine
     example = torch.cat(inputs)[:2].contiguous()

@@ -1,25 +1,26 @@
 """Taking a network to bytes: observing the values that reach each part, and writing the rounding into its graph."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor, fx, nn
 
-from dynamize.compression.parts import Key, Part, parts
+from dynamize.compression.rounding import Key, RoundedPart, rounded_parts
 from dynamize.compression.steps import Observer, RangeName, Steps
 from dynamize.data import Images
 from dynamize.graph.integers import Recorder
 from dynamize.nn.network import DynamicNetwork
+from dynamize.nn.piece import Setting
 from dynamize.nn.quantized import Quantizer, quantized_layer
 
 _BATCH = 64
 _FEWEST = 16  # images that ranges are taken from
 _SAMPLE = 2**20  # values of a batch that a histogram counts
 
-See = Callable[[Part, int, fx.Node, Tensor], None]
+See = Callable[[RoundedPart, int, fx.Node, Tensor], None]
 Run = Callable[[Tensor], object]
 
 
@@ -51,19 +52,19 @@ class Observed:
 def observe(network: DynamicNetwork, batches: Sequence[Tensor], histograms: bool) -> Observed:
     """Run images through a prepared network as it stands: each part sees those that reach it at the network's
     thresholds, on the paths that the gates choose. While all exits are off, all images reach all of them."""
-    whole = parts(network, [])
+    whole = rounded_parts(network, [])
     watched = list(enumerate(whole))
     observers: dict[Key, Observer] = {}
     reached = [0] * len(whole)
 
-    def observer(part: Part, index: int, node: fx.Node) -> Observer:
+    def observer(part: RoundedPart, index: int, node: fx.Node) -> Observer:
         return observers.setdefault(part.key_of(index, node), Observer())
 
-    def see_range(part: Part, index: int, node: fx.Node, values: Tensor) -> None:
+    def see_range(part: RoundedPart, index: int, node: fx.Node, values: Tensor) -> None:
         observer(part, index, node).see_range(values)
         reached[index] += len(values) if node.op == "placeholder" else 0
 
-    def see_values(part: Part, index: int, node: fx.Node, values: Tensor) -> None:
+    def see_values(part: RoundedPart, index: int, node: fx.Node, values: Tensor) -> None:
         flat = values.flatten()
         observer(part, index, node).see_values(flat[:: -(-len(flat) // _SAMPLE)] if len(flat) > _SAMPLE else flat)
 
@@ -82,28 +83,24 @@ def observe(network: DynamicNetwork, batches: Sequence[Tensor], histograms: bool
 def routed(network: DynamicNetwork) -> Run:
     """Each image as far as it goes; with all exits off, through all of them."""
     network.eval()
-    return network.all_exits if all(one is None for one in network.thresholds) else network
+    return network.all_exits if all(one is None for one in network.setting.thresholds.values()) else network
 
 
-def _all_routes(network: DynamicNetwork) -> Iterator[Run]:
-    """Every image through all exits and in turn through all units on their first path, on their second, ..."""
-    last = [len(unit.path_macs) - 1 for unit in network.units]
+def _all_routes(network: DynamicNetwork) -> list[Run]:
+    """Every image through all exits and in turn by the first option of all decisions, by the second, ..."""
+    last = {one.name: len(one.options) - 1 for one in network.decisions() if one.effect == "changes"}
 
-    def route(path: int) -> Run:
+    def route(option: int) -> Run:
         def run(batch: Tensor) -> object:
-            if last:
-                network.force_paths(torch.tensor([[min(path, one) for one in last]]).expand(len(batch), -1))
-            return network.all_exits(batch)
+            forced = {name: torch.full((len(batch),), min(option, most)) for name, most in last.items()}
+            return network.all_exits(batch, Setting(forced=forced))
 
         return run
 
-    try:
-        yield from (route(path) for path in range(max(last, default=0) + 1))
-    finally:
-        network.force_paths(None)
+    return [route(option) for option in range(max(last.values(), default=0) + 1)]
 
 
-def run_watched(watched: Sequence[tuple[int, Part]], batches: Sequence[Tensor], see: See, run: Run) -> None:
+def run_watched(watched: Sequence[tuple[int, RoundedPart]], batches: Sequence[Tensor], see: See, run: Run) -> None:
     """Run images through a prepared network while ``see`` is shown each tensor of some of its parts."""
     for index, part in watched:
         part.put(_Watched(part, index, see))
@@ -117,7 +114,7 @@ def run_watched(watched: Sequence[tuple[int, Part]], batches: Sequence[Tensor], 
 
 
 class _Watched(nn.Module):
-    def __init__(self, part: Part, index: int, see: See) -> None:
+    def __init__(self, part: RoundedPart, index: int, see: See) -> None:
         super().__init__()
         self._watched = (part, index, see)
 
@@ -130,12 +127,12 @@ def assemble(network: DynamicNetwork, steps: Callable[[Key], Steps], keep_float:
     """A copy of a prepared network that computes in bytes.
 
     Args:
-        network: from :func:`dynamize.compression.parts.prepare`.
+        network: from :func:`dynamize.compression.rounding.prepare`.
         steps: those of each rounded tensor.
         keep_float: names of layers that stay in float.
     """
     found = copy.deepcopy(network)
-    for index, part in enumerate(parts(found, keep_float)):
+    for index, part in enumerate(rounded_parts(found, keep_float)):
         keys = part.tensor_keys(index)
         part.put(write(part, {node: steps(key) for node, key in keys.items()}))
     return found
@@ -146,7 +143,7 @@ def placeholder_steps(key: Key) -> Steps:
     return Steps()
 
 
-def write(part: Part, steps: Mapping[fx.Node, Steps]) -> fx.GraphModule:
+def write(part: RoundedPart, steps: Mapping[fx.Node, Steps]) -> fx.GraphModule:
     """The graph of a part, with layers in bytes and a rounding of each tensor in ``steps`` written out.
 
     Tensors that have the same steps, such as a pool's input and output, share a module.

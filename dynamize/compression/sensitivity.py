@@ -9,6 +9,7 @@ from torch import Tensor
 from dynamize.compression.channels import ChannelGroup, silenced
 from dynamize.nn.gates import ALL_OPEN
 from dynamize.nn.network import DynamicNetwork
+from dynamize.nn.piece import Setting
 from dynamize.transform import Progress, quiet
 
 RATIOS = (0.25, 0.5, 0.75)  # shares of a group's channels that the scan leaves out
@@ -64,12 +65,11 @@ def scan(
 
 def accuracy(network: DynamicNetwork, batches: Sequence[tuple[Tensor, Tensor]]) -> float:
     """Top-1 with all gates open, mean over the exits."""
-    offset, network.gate_offset = network.gate_offset, ALL_OPEN
     right, count = 0.0, 0
     with torch.no_grad():
         for images, labels in batches:
-            answers = [logits.argmax(1) for logits in network.eval().all_exits(images)]
+            exits = network.eval().all_exits(images, Setting(offset=ALL_OPEN))
+            answers = [logits.argmax(1) for logits in exits]
             right += sum(float((one == labels).sum()) for one in answers) / len(answers)
             count += len(labels)
-    network.gate_offset = offset
     return right / max(1, count)

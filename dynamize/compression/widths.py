@@ -7,18 +7,10 @@ from torch import Tensor
 
 from dynamize.compression.channels import ChannelGroup, remove
 from dynamize.compression.sensitivity import Sensitivity
-from dynamize.nn.exchange import count_again
 from dynamize.nn.network import DynamicNetwork
+from dynamize.rewrite.exchange import count_again
 
 Widths = tuple[int, ...]  # channels that stay, one for each group
-
-_BLOCKED, _VECTOR = 16, 8  # channels
-
-
-def liked_multiple(backend: str) -> int:
-    """Widths that a backend computes without waste: ONNX Runtime blocks 16 channels, kernels of PyTorch work on 8."""
-    return _BLOCKED if backend == "onnxruntime" else _VECTOR
-
 
 def kept_width(channels: int, share: float, multiple: int) -> int:
     """The multiple nearest to ``share`` of the channels, at least one and at most all channels."""
@@ -74,8 +66,7 @@ def narrowed(network: DynamicNetwork, groups: Sequence[ChannelGroup], widths: Wi
     narrow = copy.deepcopy(network)
     pairs = zip(groups, widths, strict=True)
     remove(narrow, groups, {group.name: range(width, group.channels) for group, width in pairs})
-    if narrow.units:
-        count_again(narrow)
+    count_again(narrow)
     return narrow
 
 

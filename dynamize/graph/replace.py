@@ -16,7 +16,7 @@ def replace_modules(root: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None
 
     Every parent that holds a module gets the new one under the same name: the original graph, segments cut out of it,
     the paths of gated units. Node names, and with them cut points, stay as they are. For a
-    :class:`~dynamize.nn.network.DynamicNetwork` use :func:`dynamize.nn.exchange.replace_layers`, which also counts
+    :class:`~dynamize.nn.network.DynamicNetwork` use :func:`dynamize.rewrite.exchange.replace_layers`, which also counts
     MACs anew. A new module is put in the mode of the one it replaces.
     """
     parents = [module for module in every_module(root) if module not in new]

@@ -1,46 +1,83 @@
 """What a network answers: at every exit, or where each image leaves."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 from dynamize.data import Images
-from dynamize.nn.gated import GatedSegment
-from dynamize.nn.network import DynamicNetwork
-from dynamize.nn.routing import Routing, record_routing
+from dynamize.nn.network import DynamicNetwork, record_routing
+from dynamize.nn.piece import Setting
+from dynamize.nn.routing import Routing
 
 _BATCH = 256
 
 
-def exit_logits(network: DynamicNetwork, images: Images, device: torch.device) -> tuple[list[Tensor], Tensor]:
-    """Logits of every exit, K tensors (n, classes) on the CPU, and labels (n,)."""
-    return everything(network, images, device)[:2]
+@dataclass(frozen=True)
+class Seen:
+    """All images run to the end, on the CPU.
+
+    Attributes:
+        logits: of every exit, the network's own last, K of (n, classes).
+        scores: of every exit but the last, K - 1 of (n,).
+        labels: (n,).
+        taken: by decision that changes what comes after, the option of each image (n,).
+    """
+
+    logits: list[Tensor]
+    scores: list[Tensor]
+    labels: Tensor
+    taken: dict[str, Tensor]
 
 
-def everything(network: DynamicNetwork, images: Images, device: torch.device) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Run all images to the end: logits of every exit, K tensors (n, classes), labels (n,), and paths through gated
-    units (n, U), all on the CPU."""
+def everything(network: DynamicNetwork, images: Images, device: torch.device, setting: Setting | None = None) -> Seen:
+    """Run all images to the end; gates decide at ``setting``, by default the network's own.
+
+    ``setting.forced`` is indexed by image of the whole split.
+    """
     network.to(device).eval()
-    found: list[list[Tensor]] = [[] for _ in range(network.exit_count)]
+    setting = network.setting if setting is None else setting
+    leaving, changing = network.decision_names
+    logits: list[list[Tensor]] = [[] for _ in range(len(leaving) + 1)]
+    scores: list[list[Tensor]] = [[] for _ in leaving]
     labels: list[Tensor] = []
-    choices: list[Tensor] = []
-    gated = [segment for segment in network.segments if isinstance(segment, GatedSegment)]
+    taken: dict[str, list[Tensor]] = {name: [] for name in changing}
+    start = 0
     with torch.no_grad():
         for batch, truth in images.batches(_BATCH, device):
-            for kept, one in zip(found, network.all_exits(_fast(batch)), strict=True):
-                kept.append(one.float().cpu())
+            forced = {name: options[start : start + len(batch)] for name, options in setting.forced.items()}
+            here = Setting(setting.thresholds, setting.offset, forced)
+            routed = network.run(_fast(batch), here, everyone=True)
+            for k, (_, one, score) in enumerate(routed.seen):
+                assert score is not None  # heads score in eval mode
+                logits[k].append(one.float().cpu())
+                scores[k].append(score.float().cpu())
+            logits[-1].append(routed.logits.float().cpu())
             labels.append(truth.cpu())
-            taken = [segment.choices.cpu() for segment in gated if segment.choices is not None]
-            choices.append(torch.cat(taken, 1) if taken else torch.empty(len(truth), 0, dtype=torch.int64))
-    return [torch.cat(one) for one in found], torch.cat(labels), torch.cat(choices)
+            options = routed.taken
+            for name, each in taken.items():
+                each.append(options[name])
+            start += len(batch)
+    return Seen(
+        [torch.cat(one) for one in logits],
+        [torch.cat(one) for one in scores],
+        torch.cat(labels),
+        {name: torch.cat(each) for name, each in taken.items()},
+    )
 
 
 def exit_accuracies(network: DynamicNetwork, images: Images, device: torch.device) -> list[float]:
     """Top-1 accuracy of each exit over a whole split."""
-    logits, labels = exit_logits(network, images, device)
-    return [float((one.argmax(1) == labels).double().mean()) for one in logits]
+    seen = everything(network, images, device)
+    return [accuracy(one, seen.labels) for one in seen.logits]
 
 
-def answers(network: nn.Module, images: Images, device: torch.device) -> tuple[Tensor, Tensor]:
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Top-1."""
+    return float((logits.argmax(1) == labels).double().mean())
+
+
+def top_answers(network: nn.Module, images: Images, device: torch.device) -> tuple[Tensor, Tensor]:
     """Top-1 answers of any classifier in eval mode, (n,), and labels (n,)."""
     network.to(device).eval()
     found, labels = [], []
@@ -52,9 +89,9 @@ def answers(network: nn.Module, images: Images, device: torch.device) -> tuple[T
 
 
 def routed_answers(network: DynamicNetwork, images: Images, device: torch.device) -> tuple[Tensor, Tensor, Routing]:
-    """Answers (n,), labels (n,) and which exits and paths the images took."""
+    """Answers (n,), labels (n,) and the options that the images took."""
     with record_routing(network) as routing:
-        found, labels = answers(network, images, device)
+        found, labels = top_answers(network, images, device)
     return found, labels, routing
 
 

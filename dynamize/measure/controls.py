@@ -1,7 +1,7 @@
 """Is a network with gates input-adaptive? What it answers if its decisions are dealt to other images, or fixed."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -9,11 +9,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dynamize.data import Images
-from dynamize.measure.accuracy import everything
+from dynamize.measure.accuracy import accuracy, everything
+from dynamize.measure.costs import exit_costs
 from dynamize.nn.network import DynamicNetwork
 
 ADAPTIVE = 0.005  # accuracy that decisions must be worth against permuted ones
-_BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -54,20 +54,29 @@ class Adaptivity:
 
 def adaptivity(network: DynamicNetwork, images: Images, device: torch.device, seed: int = 0) -> Adaptivity:
     """Run ``network``, exits off, on a split with its own decisions and with those of the controls."""
-    logits, labels, choices = everything(network, images, device)
-    saved = [unit.path_macs[-1] - np.array(unit.path_macs) for unit in network.units]
+    seen = everything(network, images, device)
+    decisions = exit_costs(network).changing
+    saved = [max(one.macs) - np.array(one.macs) for one in decisions]
+    choices = torch.stack([seen.taken[one.name] for one in decisions], 1)
     order = torch.randperm(len(choices), generator=torch.Generator().manual_seed(seed))
     wanted = float(sum(one[choices[:, u].numpy()].mean() for u, one in enumerate(saved)))
     fixed = [
         (float(sum(one[path] for one, path in zip(saved, paths, strict=True))), paths)
         for paths in static_paths(choices.numpy(), saved)
     ]
+
+    def forced(choices_NU: Tensor) -> float:
+        """Top-1 of the last exit where each image takes these options."""
+        options = {one.name: choices_NU[:, u] for u, one in enumerate(decisions)}
+        setting = replace(network.setting, forced=options)
+        return accuracy(everything(network, images, device, setting).logits[-1], seen.labels)
+
     return Adaptivity(
-        decided=_accuracy(logits[-1], labels),
-        permuted=_forced_accuracy(network, images, device, choices[order]),
-        fixed=_interpolated(network, images, device, fixed, wanted),
+        decided=accuracy(seen.logits[-1], seen.labels),
+        permuted=forced(choices[order]),
+        fixed=_interpolated(lambda paths: forced(torch.tensor(paths).expand(len(choices), -1)), fixed, wanted),
         routings=len(torch.unique(choices, dim=0)),
-        images=len(labels),
+        images=len(seen.labels),
     )
 
 
@@ -88,35 +97,10 @@ def static_paths(choices_NU: NDArray[np.int64], saved: Sequence[NDArray[np.float
 
 
 def _interpolated(
-    network: DynamicNetwork,
-    images: Images,
-    device: torch.device,
-    fixed: Sequence[tuple[float, list[int]]],
-    wanted: float,
+    judge: Callable[[list[int]], float], fixed: Sequence[tuple[float, list[int]]], wanted: float
 ) -> float:
     """Accuracy of a static sub-network that saves ``wanted`` MACs, from its two neighbours."""
     dearer = next((i for i, (saving, _) in enumerate(fixed) if saving <= wanted), len(fixed) - 1)
-    pair = [fixed[max(0, dearer - 1)], fixed[dearer]]
-    count = sum(len(labels) for _, labels in images.batches(_BATCH))
-    found = [_forced_accuracy(network, images, device, torch.tensor(paths).expand(count, -1)) for _, paths in pair]
-    (more, _), (less, _) = pair
+    (more, cheap), (less, dear) = fixed[max(0, dearer - 1)], fixed[dearer]
     share = (wanted - less) / (more - less) if more > less else 0.0
-    return found[0] * share + found[1] * (1 - share)
-
-
-def _forced_accuracy(network: DynamicNetwork, images: Images, device: torch.device, choices_NU: Tensor) -> float:
-    """Top-1 of the last exit where each image takes these paths."""
-    right, start = 0, 0
-    try:
-        with torch.no_grad():
-            for batch, labels in images.batches(_BATCH, device):
-                network.force_paths(choices_NU[start : start + len(batch)])
-                answers = network.all_exits(batch)[-1].argmax(1)
-                right, start = right + int((answers == labels).sum()), start + len(batch)
-    finally:
-        network.force_paths(None)
-    return right / max(1, start)
-
-
-def _accuracy(logits: Tensor, labels: Tensor) -> float:
-    return float((logits.argmax(1) == labels).double().mean())
+    return judge(cheap) * share + judge(dear) * (1 - share)

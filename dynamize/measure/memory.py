@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from dynamize.graph.trace import blank
 from dynamize.nn.gates import ALL_OPEN
 from dynamize.nn.network import DynamicNetwork
-from dynamize.nn.routing import run_stages
+from dynamize.nn.piece import Setting
 
 
 def saved_bytes(network: DynamicNetwork) -> int:
@@ -28,19 +28,19 @@ def peak_bytes(network: DynamicNetwork) -> int:
     while they are alive, not what an operator needs inside; a backend that fuses operators needs less, and integers
     that eager PyTorch only imitates count as the floats that it computes with.
     """
-    training, offset = network.training, network.gate_offset
-    thresholds = [None if one is None else float("inf") for one in network.thresholds]
-    network.eval().gate_offset = ALL_OPEN
+    training = network.training
+    never = {name: None if one is None else float("inf") for name, one in network.setting.thresholds.items()}
+    dearest = Setting(never, ALL_OPEN)
+    network.eval()
     weights = sum({id(one): one.nbytes for one in network.state_dict(keep_vars=True).values()}.values())
     image = blank(network, 1, *network.input_shape)
     try:
         with torch.no_grad():
-            run_stages(network.stages(), thresholds, image)  # what is made once, on the first call, is not counted
+            network.run(image, dearest)  # what is made once, on the first call, is not counted
             with LiveBytes() as live:
-                run_stages(network.stages(), thresholds, image)
+                network.run(image, dearest)
     finally:
         network.train(training)
-        network.gate_offset = offset
     return weights + image.nbytes + live.peak
 
 

@@ -1,13 +1,16 @@
 """Gates: small modules that score, for each image, the ways through a unit of the network."""
 
 import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import cache
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dynamize.graph.macs import count_macs
 
 ALL_OPEN = 1e6  # an offset that no score outweighs; finite, so that it survives JSON
 OPEN = 3.0  # initial advantage of the original path: every gate is open, and a gradient still reaches it
@@ -15,29 +18,67 @@ _SAMPLED = 28  # rows and columns that a mean is taken over, and up to twice as 
 _MEMORY = 10  # size of the recurrent gate's state (SkipNet, sec. 4.1)
 
 State = tuple[Tensor, Tensor] | None
+Paths = Callable[[Tensor, object, float], list[int]]
+"""Description (N, D), what images carry with them (unused) and offset -> the path of each image."""
 
 
-class Gate(nn.Module):
+class Gate(nn.Module, ABC):
     """Scores P paths, the cheapest first and the original last, in two halves.
 
-    ``describe`` reads the feature map and is the part that a backend compiles; ``decide`` is a few small products, the
+    ``forward`` reads the feature map and is the part that a backend compiles; ``decide`` is a few small products, the
     last of them ``linear``. A gate that is ``pooled`` describes a map by its channel means, which an image that skipped
-    a unit keeps.
+    a unit keeps. One with a ``memory``, which all such gates of a network share, hands a state to the next one.
     """
 
     pooled = True
     linear: nn.Linear
+    memory: nn.LSTMCell | None
 
-    def describe(self, features_NCHW: Tensor) -> Tensor:
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory = None
+
+    @property
+    def alone(self) -> bool:
+        """Whether it hands nothing to the next gate."""
+        return self.memory is None
+
+    def forward(self, features_NCHW: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, D)."""
         return pool(features_NCHW)
 
+    @abstractmethod
     def decide(self, described_ND: Tensor, state: State = None) -> tuple[Tensor, State]:
         """(N, D) and the state that the gate before left -> scores (N, P) and the next state."""
-        raise NotImplementedError
+
+    def score(self, described_ND: Tensor, carried: dict[str, Tensor], fresh: bool) -> Tensor:
+        """Scores (N, P); the state is read from what images carry with them and left there.
+
+        Args:
+            fresh: whether the state starts anew.
+        """
+        scores, _ = self.decide(described_ND)
+        return scores
 
     def fold(self) -> None:
         """Fold what can be folded, for execution only."""
+
+    def quick_paths(self, costs_P: Tensor) -> Paths | None:
+        """Decisions of a folded gate on the CPU in numpy, which between two sessions costs half of what torch does.
+
+        None for a gate that hands something to the next one.
+        """
+        if not self.alone:
+            return None
+        weight, bias = (value.detach().numpy().T.copy() for value in (self.linear.weight, self.linear.bias))
+        costs = costs_P.numpy()
+        shifted = cache(lambda offset: bias + np.float32(offset) * costs)
+
+        def paths(described: Tensor, _: object, offset: float) -> list[int]:
+            found: list[int] = (described.numpy() @ weight + shifted(offset)).argmax(1).tolist()
+            return found
+
+        return paths
 
 
 class LinearGate(Gate):
@@ -67,7 +108,7 @@ class ConvGate(Gate):
         self.norm = nn.BatchNorm2d(width)
         self.linear = open_linear(width, paths)
 
-    def describe(self, features_NCHW: Tensor) -> Tensor:
+    def forward(self, features_NCHW: Tensor) -> Tensor:
         return pool(torch.relu(_normalised(self.norm, self.conv(features_NCHW))))
 
     def decide(self, described_ND: Tensor, state: State = None) -> tuple[Tensor, State]:
@@ -83,22 +124,30 @@ class RecurrentGate(Gate):
     """SkipNet's recurrent gate (Wang et al. 2018, sec. 4.1): pooled features, projected, through a shared LSTM.
 
     The last layer, which SkipNet shares as well, is each gate's own: all gates would open and close together. The state
-    starts anew in each segment, so that it need not be carried through an exit.
+    starts anew behind each exit, so that it need not be carried through one.
     """
+
+    memory: nn.LSTMCell
 
     def __init__(self, channels: int, paths: int, memory: nn.LSTMCell) -> None:
         super().__init__()
         self.norm: nn.Module = nn.BatchNorm1d(channels, affine=False)
         self.project = nn.Linear(channels, _MEMORY)
         self.linear = open_linear(_MEMORY, paths)
-        self._memory = (memory,)  # a tuple: the network registers it once, not every gate again
+        self.memory = memory
 
     def decide(self, described_ND: Tensor, state: State = None) -> tuple[Tensor, State]:
-        (memory,) = self._memory
         normalised_ND = _normalised(self.norm, described_ND.to(self.project.weight.dtype))
-        state = memory(self.project(normalised_ND), state)
+        state = self.memory(self.project(normalised_ND), state)
         assert state is not None
         return self.linear(state[0]), state
+
+    def score(self, described_ND: Tensor, carried: dict[str, Tensor], fresh: bool) -> Tensor:
+        state = None if fresh else (carried["hidden"], carried["cell"])
+        scores, state = self.decide(described_ND, state)
+        assert state is not None
+        carried["hidden"], carried["cell"] = state
+        return scores
 
     def fold(self) -> None:
         self.norm, self.project = nn.Identity(), _folded(self.norm, self.project)
@@ -172,10 +221,3 @@ def make_gate(kind: str, channels: int, paths: int, memory: nn.LSTMCell | None) 
         assert memory is not None
         return RecurrentGate(channels, paths, memory)
     return (LinearGate if kind == "linear" else ConvGate)(channels, paths)
-
-
-def gate_macs(gate: Gate, features: Tensor) -> float:
-    """MACs of a gate on these features."""
-    gate = gate.eval()
-    features = features.to(next(gate.parameters()))  # a new gate is not yet where the network is
-    return count_macs(gate.describe, features) + count_macs(gate.decide, gate.describe(features))

@@ -1,6 +1,5 @@
 """Exit heads: small classifiers on an intermediate feature map."""
 
-import torch
 from torch import Tensor, nn
 
 
@@ -52,8 +51,3 @@ def zero_fusion(inputs: int, classes: int) -> nn.Linear:
     fusion = nn.Linear(inputs, classes, bias=False)
     nn.init.zeros_(fusion.weight)
     return fusion
-
-
-def extend_context(context_ND: Tensor | None, pooled_NC: Tensor) -> Tensor:
-    """What the next exit may build on: everything earlier heads pooled, side by side."""
-    return pooled_NC if context_ND is None else torch.cat([context_ND, pooled_NC], dim=1)

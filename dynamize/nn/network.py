@@ -1,156 +1,218 @@
-"""The converted network: static segments, the exit heads between them, and the one place that decides."""
+"""The converted network: a row of pieces, through which each image takes its own way."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 
 from dynamize.errors import DynamizeError
-from dynamize.nn.confidence import CONFIDENCES, ConfidenceName
-from dynamize.nn.dispatch import Piece
-from dynamize.nn.gated import GatedSegment, Unit
-from dynamize.nn.heads import ExitHead, extend_context
-from dynamize.nn.routing import Routing, StageOutput, run_stages
+from dynamize.graph.replace import every_module
+from dynamize.graph.trace import blank
+from dynamize.nn.executor import CACHE, Program, Routed, execute, names, program
+from dynamize.nn.exits import CONTEXT
+from dynamize.nn.flow import Flow
+from dynamize.nn.piece import Choose, Decision, Dense, Part, Piece, Setting, eager_calls
+from dynamize.nn.routing import Routing
+from dynamize.nn.row import build_row
 
 if TYPE_CHECKING:
     from dynamize.calibration.points import OperatingPoint, OperatingPoints
     from dynamize.sources import SourceSpec
 
+MAIN = "main"  # the recipe's own network among those that the row is made of
+
 
 class DynamicNetwork(nn.Module):
-    """A classifier in K segments with an exit after each.
+    """A classifier as a row of pieces, some of which take a decision for each image.
 
-    ``train()``: returns the logits of all K exits, a list of (N, classes), dense and differentiable.
-    ``eval()``: returns (N, classes), each image's answer from the exit it left at; what comes after is not executed
-    for that image. A new network has all exits off and answers as the original does.
+    ``train()``: returns :class:`~dynamize.nn.piece.Dense`: the logits of all K exits and the shares of all gates, dense
+    and differentiable; the logits (N, classes) alone where nothing is decided.
+    ``eval()``: returns (N, classes), each image's answer from where it left; what it skips is not executed for it. A
+    new network has all exits off and answers as the original does.
 
     Args:
-        segments: K modules; the last one returns logits.
-        heads: K - 1 exit heads.
-        fusion: lets the last exit build on what the heads saw, (N, D) -> (N, classes).
-        confidence: what the thresholds are compared with.
+        net: the original network's graph; any other module becomes one static piece.
         input_shape: (C, H, W).
-        plain: the original network's graph, of which the segments are parts.
-        cuts: the K - 1 cut points of ``plain`` that the heads stand at.
-        memory: what recurrent gates share.
 
     Attributes:
-        gate_offset: moves all gates towards their dearer (positive) or cheaper (negative) paths; ALL_OPEN opens them.
-        thresholds: one score for each early exit, None where it is off; set by :meth:`set_operating_point`.
+        nets: the graphs that the row is made of, by member; their layers are those of its static pieces.
+        pieces: what was put into the row, by the name of its decision with "__" for dots.
+        setting: the operating point at which it runs unless another one is given.
+        choose: how decisions are taken in training.
+        shapes: of one image's features at each border between pieces (:meth:`parts`).
+        contexts: by piece, how wide the context is that reaches it; 0 for none.
         operating_points: what calibration found, or None before.
         history: the resolved transforms that made this network, as plain data.
         source: where the original network came from; None for a module made in Python.
     """
 
-    temperatures: Tensor
-
-    def __init__(
-        self,
-        segments: Sequence[nn.Module],
-        heads: Sequence[ExitHead] = (),
-        *,
-        input_shape: Sequence[int],
-        fusion: nn.Linear | None = None,
-        confidence: ConfidenceName = "top_probability",
-        plain: fx.GraphModule | None = None,
-        cuts: Sequence[str] = (),
-        memory: nn.LSTMCell | None = None,
-    ) -> None:
+    def __init__(self, net: nn.Module, *, input_shape: Any) -> None:
         super().__init__()
-        if len(segments) != len(heads) + 1:
-            raise ValueError(f"{len(segments)} segments need {len(segments) - 1} heads, given {len(heads)}")
-        self.segments = nn.ModuleList(segments)
-        self._gate_offset = 0.0
-        self.heads = nn.ModuleList(heads)
-        self.fusion = fusion
-        self.confidence: ConfidenceName = confidence
-        self.input_shape = tuple(input_shape)
-        self._plain = (plain,)  # a tuple: its modules are those of the segments, which hold them already
-        self.cuts = list(cuts)
-        self.memory = memory
-        self.register_buffer("temperatures", torch.ones(len(heads)))
-        self.thresholds: list[float | None] = [None] * len(heads)
+        self.nets = nn.ModuleDict({MAIN: net})
+        self.pieces = nn.ModuleDict()
+        self.input_shape: tuple[int, ...] = tuple(input_shape)
+        self.setting, self.choose = Setting(), Choose()
         self.operating_points: OperatingPoints | None = None
         self.operating_point: OperatingPoint | None = None
-        self.gradient_equilibrium = False
         self.history: list[dict[str, Any]] = []
         self.source: SourceSpec | None = None
         self.routing: Routing | None = None
+        self.shapes: list[tuple[int, ...]] = []
+        self.contexts: dict[str, int] = {}
+        self._row: tuple[Piece, ...] = ()
+        self._frozen: tuple[nn.Module, ...] = ()
+        self.rebuild()
 
     @property
     def plain(self) -> fx.GraphModule:
-        """The original network's graph; it shares its modules with the segments."""
-        (plain,) = self._plain
-        if plain is None:
+        """The original network's graph."""
+        found = self._frozen[0] if self._frozen else self.nets[MAIN]
+        if not isinstance(found, fx.GraphModule):
             raise ValueError("a network made by hand has no original graph: make it with dynamize.convert")
-        return plain
+        return found
 
     @property
-    def units(self) -> list[Unit]:
-        """All gated units in order of execution."""
-        return [unit for segment in self.segments if isinstance(segment, GatedSegment) for unit in segment.units]
+    def frozen(self) -> bool:
+        """Whether each piece has its parts for itself (:meth:`freeze`)."""
+        return bool(self._frozen)
 
     @property
-    def gate_offset(self) -> float:
-        return self._gate_offset
+    def row(self) -> tuple[Piece, ...]:
+        """All pieces in order of execution."""
+        return self._row
 
-    @gate_offset.setter
-    def gate_offset(self, offset: float) -> None:
-        self._gate_offset = offset
-        for segment in self.segments:
-            if isinstance(segment, GatedSegment):
-                segment.offset = offset
+    @property
+    def leaving(self) -> list[Piece]:
+        """The pieces at which images may leave, in order."""
+        return [piece for piece in self._row if piece.effect == "leaves"]
 
-    def force_paths(self, choices_NU: Tensor | None) -> None:
-        """Let the images of the next batches take these paths through all units whatever the gates say; None ends it.
-
-        The images must keep their rows, so exits have to be off.
-        """
-        column = 0
-        for segment in self.segments:
-            if isinstance(segment, GatedSegment):
-                following = column + len(segment.units)
-                segment.forced = None if choices_NU is None else choices_NU[:, column:following]
-                column = following
+    @property
+    def changing(self) -> list[Any]:
+        """The pieces whose decisions change what comes after, in order: units with a gate."""
+        return [piece for piece in self._row if piece.effect == "changes"]
 
     @property
     def exit_count(self) -> int:
         """K, the network's own classifier included."""
-        return len(self.segments)
+        return len(self.leaving) + 1
 
     @property
-    def chained(self) -> bool:
-        """Whether exits build on earlier heads, so that a head runs even where its exit is off."""
-        return self.fusion is not None
+    def exit_places(self) -> list[str]:
+        """The nodes of the original graph at which images may leave, in order."""
+        return [piece.place[0] for piece in self.leaving]
 
-    def forward(self, images_NCHW: Tensor) -> Tensor | list[Tensor]:
+    @property
+    def decision_names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Of the decisions at which images leave, and of the others."""
+        return names(self._row, "leaves"), names(self._row, "changes")
+
+    def decisions(self) -> list[Decision]:
+        """All decisions in order of execution."""
+        return [piece.decision for piece in self._row if piece.decision is not None]
+
+    def insert(self, pieces: Mapping[str | tuple[str, str], Piece]) -> None:
+        """Put pieces into the row, the one way in which a transform changes it.
+
+        Args:
+            pieces: by the node of the original graph that a piece stands behind, or the two that it stands between. A
+                piece of the same name as one in the row takes its place.
+        """
+        like = blank(self)
+        for place, piece in pieces.items():
+            piece.place = (place, place) if isinstance(place, str) else place
+            self.pieces[key_of(piece.name)] = piece.to(like).train(self.training)
+        self.rebuild()
+
+    def remove(self, decisions: Iterator[str] | list[str]) -> None:
+        """Take pieces out of the row, by their names; what they stood for is static again."""
+        for name in decisions:
+            del self.pieces[key_of(name)]
+        self.rebuild()
+
+    def rebuild(self) -> None:
+        """Cut the static pieces out of the original graph anew, and count MACs."""
+        placed = [cast(Piece, piece) for piece in self.pieces.values()]
+        self._row = build_row(self.nets[MAIN], placed)
+        known = {id(piece): key for key, piece in self.pieces.items()}
+        self.pieces = nn.ModuleDict({known[id(piece)]: piece for piece in self._row if id(piece) in known})
+        self.count()
+
+    def count(self) -> None:
+        """Count the MACs of all pieces on one blank image, as they stand, and note shapes."""
+        training = self.training
+        self.eval()
+        flow = Flow(blank(self, 1, *self.input_shape))
+        self.shapes, self.contexts = [tuple(flow.features.shape[1:])], {}
+        with torch.no_grad():
+            for piece in self._row:
+                self.contexts[piece.name] = flow.extra[CONTEXT].shape[1] if CONTEXT in flow.extra else 0
+                piece.count(flow)
+                self.shapes += [] if piece.passes else [tuple(flow.features.shape[1:])]
+        self.train(training)
+
+    def freeze(self) -> None:
+        """Give each piece its parts for itself, so that each can be exchanged (:meth:`Part.put`) and saved; the graphs
+        that they were cut from are left out of the state. For execution only, and for good."""
+        for piece in self._row:
+            piece.freeze()
+        self._frozen, self.nets = tuple(self.nets.values()), nn.ModuleDict()
+        self.pieces = nn.ModuleDict({key_of(piece.name): piece for piece in self._row})
+
+    def parts(self) -> list[Part]:
+        """All static graphs in order of execution, with the borders between them; images come in at border 0."""
+        found: list[Part] = []
+        border, spare = 0, -1
+        for piece in self._row:
+            after = border if piece.passes else border + 1
+            for part in piece.parts():
+                gives = after if part.role == "path" else spare
+                prefix = f"pieces.{key_of(piece.name)}.{part.prefix}" if part.prefix else ""
+                found.append(replace(part, owner=piece.name, prefix=prefix, before=border, after=gives))
+                spare -= part.role != "path"
+            border = after
+        return found
+
+    def forward(self, images_NCHW: Tensor) -> Tensor | Dense:
         if self.training:
-            logits = self.all_exits(images_NCHW)
-            return logits if len(logits) > 1 else logits[0]
-        routed = run_stages(self.stages(), self.thresholds, images_NCHW)
+            dense = self.dense(images_NCHW)
+            return dense if len(dense.logits) > 1 or dense.shares else dense.logits[0]
+        routed = self.run(images_NCHW)
         if self.routing is not None:
             self.routing.add(routed)
         return routed.logits
 
-    def all_exits(self, images_NCHW: Tensor) -> list[Tensor]:
-        """Logits of all K exits for every image, each (N, classes), in either mode."""
-        features, context, found = images_NCHW, None, []
-        for k, head in enumerate(self.heads):
-            features = self.segments[k](features)
-            left = self.exit_count - k
-            branch = features
-            if self.gradient_equilibrium and self.training:
-                branch, features = _Rescale.apply(features, 1 / left), _Rescale.apply(features, (left - 1) / left)
-            logits, pooled = head(branch, context)
-            found.append(logits)
-            context = extend_context(context, pooled.detach()) if self.chained else None
-        logits = self.segments[-1](features)
-        return [*found, logits if self.fusion is None else logits + self.fusion(context)]
+    def run(
+        self, images_NCHW: Tensor, setting: Setting | None = None, *, everyone: bool = False, cache: int = CACHE
+    ) -> Routed:
+        """Run a batch in eval mode at a setting, by default the network's own; see :func:`execute`."""
+        setting = self.setting if setting is None else setting
+        return execute(self._program(setting, everyone), setting, images_NCHW, everyone=everyone, cache=cache)
 
-    def stages(self) -> list["NetworkStage"]:
-        """What runs between two decisions, stage by stage."""
-        return [NetworkStage(self, k) for k in range(self.exit_count)]
+    def _program(self, setting: Setting, everyone: bool) -> Program:
+        active = [piece for piece in self._row if everyone or not piece.idle(setting)]
+        bound = [
+            (piece, piece.bind(eager_calls(piece, after is not None and after.reads_means)))
+            for piece, after in zip(active, [*active[1:], None], strict=True)
+        ]
+        return program(bound, self._row)
+
+    def dense(self, images_NCHW: Tensor) -> Dense:
+        """The training forward: everything for all images."""
+        flow = Flow(images_NCHW, everyone=True)
+        flow.ahead = self.exit_count
+        for piece in self._row:
+            piece.dense(flow, self.choose)
+        return Dense([*(logits for _, logits, _ in flow.seen or []), flow.features], flow.shares)
+
+    def all_exits(self, images_NCHW: Tensor, setting: Setting | None = None) -> list[Tensor]:
+        """Logits of all K exits for every image, each (N, classes), in either mode."""
+        if self.training:
+            return self.dense(images_NCHW).logits
+        routed = self.run(images_NCHW, setting, everyone=True)
+        return [*(logits for _, logits, _ in routed.seen), routed.logits]
 
     def set_operating_point(self, point: "OperatingPoint | str | None") -> None:
         """Switch to another operating point; no retraining, no copy.
@@ -159,66 +221,54 @@ class DynamicNetwork(nn.Module):
             point: one of :attr:`operating_points`, its name, or None for all exits off.
 
         Raises:
-            DynamizeError: an unknown name, or thresholds for another number of exits.
+            DynamizeError: an unknown name, or thresholds for other exits.
         """
         if isinstance(point, str):
             if self.operating_points is None:
                 raise DynamizeError("the network has no operating points yet: run the `calibrate` step first")
             point = self.operating_points[point]
-        thresholds = [None] * len(self.heads) if point is None else list(point.thresholds)
-        if len(thresholds) != len(self.heads):
+        if point is not None and set(point.thresholds) != set(self.decision_names[0]):
             raise DynamizeError(
-                f"the operating point has {len(thresholds)} thresholds, the network {len(self.heads)} early exits: "
-                "calibrate this network again"
+                f"the operating point has thresholds for {', '.join(point.thresholds) or 'no exit'}, the network "
+                f"{', '.join(self.decision_names[0]) or 'no early exit'}: calibrate this network again"
             )
-        self.thresholds, self.operating_point = cast(list[float | None], thresholds), point
-        self.gate_offset = 0.0 if point is None or point.gate_offset is None else point.gate_offset
+        self.operating_point = point
+        self.setting = Setting() if point is None else Setting(point.thresholds, point.offset)
 
-    def scores(self, logits: Tensor, exit_index: int) -> Tensor:
-        """Confidence of one early exit after its temperature: (N, classes) -> (N,), float32."""
-        return CONFIDENCES[self.confidence](logits.float() / self.temperatures[exit_index].to(logits.device))
-
-
-class NetworkStage:
-    """Segment ``index`` of a network and the exit behind it: static, so a backend can compile it by itself."""
-
-    def __init__(self, network: DynamicNetwork, index: int) -> None:
-        self.network, self.index = network, index
-
-    def __call__(self, features: Tensor, context: Tensor | None, decide: bool) -> StageOutput:
-        segment = self.network.segments[self.index]
-        features = segment(features)
-        choices = segment.choices if isinstance(segment, GatedSegment) else None
-        return self.exit(features, context, decide)._replace(choices=choices)
-
-    def pieces(self) -> list[Piece]:
-        """What a stage with gates consists of; empty without gates."""
-        segment = self.network.segments[self.index]
-        return segment.as_pieces() if isinstance(segment, GatedSegment) else []
-
-    def exit(self, features: Tensor, context: Tensor | None, decide: bool) -> StageOutput:
-        """What follows the segment."""
-        network = self.network
-        if self.index == network.exit_count - 1:
-            logits = features if network.fusion is None else features + network.fusion(context)
-            return StageOutput(None, None, logits, None)
-        if not decide and not network.chained:
-            return StageOutput(features, None, None, None)
-        logits, pooled = network.heads[self.index](features, context)
-        context = extend_context(context, pooled) if network.chained else None
-        if not decide:
-            return StageOutput(features, context, None, None)
-        return StageOutput(features, context, logits, network.scores(logits, self.index))
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DynamicNetwork":
+        """Move all that shares tensors together: graphs cut out of others hold some that those hold too."""
+        registered = set(self.modules())
+        owners = {
+            id(tensor): (held, name)
+            for module in registered
+            for held in (module._parameters, module._buffers)
+            for name, tensor in held.items()
+        }
+        sharing = [
+            (held, name, *owners[id(tensor)])
+            for module in every_module(self)
+            if module not in registered
+            for held in (module._parameters, module._buffers)
+            for name, tensor in held.items()
+            if tensor is not None and id(tensor) in owners
+        ]
+        super()._apply(fn, recurse)
+        for held, name, owner, key in sharing:
+            cast(dict[str, Any], held)[name] = owner[key]
+        return self
 
 
-class _Rescale(torch.autograd.Function):
-    """Identity whose gradient is multiplied: gradient equilibrium (Li et al. 2019, IMTA, sec. 3.2)."""
+@contextmanager
+def record_routing(network: DynamicNetwork) -> Iterator[Routing]:
+    """Record which options each image takes while ``network`` runs in eval mode inside the block."""
+    outer, network.routing = network.routing, Routing(*network.decision_names)
+    try:
+        yield network.routing
+    finally:
+        network.routing = outer
 
-    @staticmethod
-    def forward(ctx: Any, features: Tensor, factor: float) -> Tensor:
-        ctx.factor = factor
-        return features.view_as(features)
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0] * ctx.factor, None
+def key_of(name: str) -> str:
+    """Under which a piece is registered, by its name: a module's name has no dots."""
+    key = name.replace(".", "__")
+    return f"{key}_" if hasattr(nn.ModuleDict, key) else key

@@ -1,64 +1,160 @@
-"""A network on a backend: each segment compiled by itself, the decisions between them in Python."""
+"""A network on a backend: each static part compiled by itself, the decisions between them in Python."""
 
+import copy
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dynamize.errors import DynamizeError, closest
+from dynamize.nn.executor import CACHE, Program, Routed, execute, program
+from dynamize.nn.exits import CONTEXT
+from dynamize.nn.flow import Flow
 from dynamize.nn.network import DynamicNetwork
-from dynamize.nn.routing import Routed, Stage, run_stages
-from dynamize.runtime.eager import eager_stages
-from dynamize.runtime.onnx import one_torch_thread, onnx_stages
-from dynamize.runtime.openvino import openvino_stages
-
-Compiler = Callable[[DynamicNetwork, torch.device], Sequence[Stage]]
-BACKENDS: dict[str, Compiler] = {
-    "eager": eager_stages,
-    "onnxruntime": onnx_stages,
-    "openvino": openvino_stages,
-    "openvino-bf16": partial(openvino_stages, precision="bf16"),
-}
+from dynamize.nn.piece import Call, Part, Piece, Run, Setting
+from dynamize.runtime.engine import Border, Engine, engine_class, one_torch_thread
 
 
 class CompiledNetwork:
-    """A frozen copy of a network's weights on a backend; thresholds and gate offset are read from the network at each
-    call.
+    """A frozen copy of a network's weights on a backend; the operating point is read from the network at each call.
 
     ``compiled(images)`` takes (N, C, H, W) and returns (N, classes) as the network in eval mode does.
+
+    Attributes:
+        row: the pieces of the copy.
+        cache: bytes of the processor's last cache, by which images are grouped; no answer depends on it.
     """
 
-    def __init__(self, network: DynamicNetwork, backend: str, stages: Sequence[Stage], device: torch.device) -> None:
-        self.network, self.backend, self.stages, self.device = network, backend, stages, device
-        self._gated, self._forced = bool(network.units), False
+    def __init__(self, network: DynamicNetwork, engine: Engine, cache: int = CACHE) -> None:
+        self.network, self.engine, self.cache = network, engine, cache
+        self.backend, self.device = engine.name, engine.device
+        frozen = copy.deepcopy(network).eval()
+        for part in frozen.parts():
+            if part.role == "gate":
+                part.module.fold()
+        self._frozen = engine.prepare(frozen)
+        self.row = self._frozen.row
+        self._parts: dict[str, list[Part]] = {}
+        for part in self._frozen.parts():
+            self._parts.setdefault(part.owner, []).append(part)
+        self._made: dict[tuple[object, ...], Call] = {}
+        self._programs: dict[tuple[bool, ...], Program] = {}
+        self._last: tuple[Setting | None, Program | None] = (None, None)
+        self._program(Setting({piece.name: 0.0 for piece in self.row}))  # what the backend cannot take is refused now
 
     def __call__(self, images_NCHW: Tensor) -> Tensor:
         return self.run(images_NCHW).logits
 
-    def run(self, images_NCHW: Tensor, forced_NU: Tensor | None = None) -> Routed:
-        """Logits (N, classes), the exit that each image left at (N,) and its path through each gated unit (N, U).
+    def run(self, images_NCHW: Tensor, setting: Setting | None = None) -> Routed:
+        """Logits (N, classes) and the options that each image took, at a setting, by default the network's own."""
+        setting = self.network.setting if setting is None else setting
+        if self._last[0] is not setting:
+            self._last = setting, self._program(setting)
+        found = self._last[1]
+        assert found is not None
+        with torch.inference_mode(), one_torch_thread() if self.engine.one_torch_thread else nullcontext():
+            return execute(found, setting, images_NCHW, cache=self.cache)
 
-        ``forced_NU`` are paths to take whatever the gates say; only while all exits are off.
-        """
-        if self._gated:
-            frozen = self.stages[0].network
-            if frozen.gate_offset != self.network.gate_offset:
-                frozen.gate_offset = self.network.gate_offset
-            if self._forced or forced_NU is not None:
-                frozen.force_paths(forced_NU)
-                self._forced = forced_NU is not None
-        return self.run_at(self.network.thresholds, images_NCHW)
+    def calls(self, piece: Piece, following: Piece | None = None) -> dict[str, Call]:
+        """The compiled parts of a piece by name; ``following`` may want to be handed channel means."""
+        means = following is not None and following.reads_means
+        found = {part.name: self._call(part, means) for part in self._parts.get(piece.name, [])}
+        if piece.effect == "changes" and self.engine.one_torch_thread:
+            quick = piece.gate.quick_paths(piece.path_costs)
+            found |= {} if quick is None else {"decide": quick}
+        return found
 
-    def run_at(self, thresholds: Sequence[float | None], images_NCHW: Tensor) -> Routed:
-        """The same with other thresholds than the network's, gates as they were in the last call."""
-        with torch.inference_mode(), nullcontext() if self.backend == "eager" else one_torch_thread():
-            return run_stages(self.stages, thresholds, images_NCHW)
+    def ways(self, images_NCHW: Tensor) -> dict[str, tuple[list[Call | None], Tensor]]:
+        """By decision that changes what comes after, the ways through its piece, None where one changes nothing, and
+        the features that reach it by the dearest options."""
+        found: dict[str, tuple[list[Call | None], Tensor]] = {}
+        setting, flow = Setting(), Flow(images_NCHW)
+        active = [piece for piece in self.row if not piece.idle(setting)]
+        with torch.inference_mode():
+            for piece, after in zip(active, [*active[1:], None], strict=True):
+                calls = self.calls(piece, after)
+                if piece.decision is None or piece.effect == "leaves":
+                    piece.bind(calls)(flow, setting)
+                    continue
+                every = [calls.get(str(option)) for option in range(len(piece.decision.options))]
+                found[piece.name] = every, flow.features.clone()
+                dearest = every[-1]
+                assert dearest is not None
+                flow.features, flow.means = dearest(flow.features)
+        return found
+
+    def _call(self, part: Part, means: bool) -> Call:
+        takes, gives = self._border(part.before, may_overwrite=part.before > 0), self._border(part.after, means=means)
+        key = id(part.module), takes, gives
+        if key not in self._made:
+            if part.role == "path":
+                self._made[key] = self.engine.path(part.module, takes, gives)
+            elif part.role == "gate":
+                self._made[key] = self.engine.gate(part.module, takes)
+            else:
+                self._made[key] = self.engine.head(part.module, takes, self._frozen.contexts[part.owner])
+        return self._made[key]
+
+    def _border(self, number: int, **facts: bool) -> Border:
+        if number < 0:
+            return Border(())
+        shape = self._frozen.shapes[number]
+        dtype = torch.uint8 if number in self.engine.byte_borders else None
+        return Border(shape, dtype, number > 0 and self.engine.blocks(shape), **facts)
+
+    def _program(self, setting: Setting) -> Program:
+        """What runs at a setting: pieces that are idle are left out, so that no part of theirs is computed."""
+        idle = tuple(piece.idle(setting) for piece in self.row)
+        if idle not in self._programs:
+            active = [piece for piece, off in zip(self.row, idle, strict=True) if not off]
+            self._programs[idle] = program(self._bound(active), self.row)
+        return self._programs[idle]
+
+    def _bound(self, active: Sequence[Piece]) -> list[tuple[Piece, Run]]:
+        bound: list[tuple[Piece, Run]] = []
+        opens = True  # whether nothing before in this stretch parts images, so that a whole batch comes
+        following = [*active[1:], None]
+        skip = False
+        for piece, after in zip(active, following, strict=True):
+            if skip:
+                skip = False
+                continue
+            fused = self._fused(piece, after) if opens and after is not None else None
+            if fused is not None and after is not None:
+                bound.append((after, fused))
+                skip = True
+                opens = True
+                continue
+            bound.append((piece, piece.bind(self.calls(piece, after))))
+            opens = piece.effect == "leaves"
+        return bound
+
+    def _fused(self, piece: Piece, head: Piece) -> Run | None:
+        """A path and the head behind it in one call, where the engine has such."""
+        first, second = self._parts.get(piece.name, []), self._parts.get(head.name, [])
+        if [part.role for part in (*first, *second)] != ["path", "head"] or piece.effect is not None:
+            return None
+        path, reader = first[0], second[0]
+        takes, gives = self._border(path.before, may_overwrite=path.before > 0), self._border(path.after)
+        key = id(path.module), id(reader.module), takes, gives
+        if key not in self._made:
+            context = self._frozen.contexts[head.name]
+            self._made[key] = self.engine.both(path.module, reader.module, takes, gives, context)
+        return _run_both(self._made[key], head.decide) if self._made[key] is not None else None
+
+
+def _run_both(call: Call, decide: Callable[..., Any]) -> Run:
+    def run(flow: Flow, setting: Setting) -> None:
+        flow.features, *found = call(flow.features, flow.extra.get(CONTEXT))
+        flow.means = None
+        decide(flow, setting, *found)
+
+    return run
 
 
 def compile_network(network: DynamicNetwork, backend: str, device: torch.device | str = "cpu") -> CompiledNetwork:
-    """Compile every segment of ``network`` for ``backend``.
+    """Compile every static part of ``network`` for ``backend``.
 
     Args:
         network: a converted network, or a static one from :func:`dynamize.conversion.wrap`.
@@ -66,25 +162,6 @@ def compile_network(network: DynamicNetwork, backend: str, device: torch.device 
             ``openvino-bf16``.
 
     Raises:
-        DynamizeError: unknown backend, or a segment that the backend cannot take.
+        DynamizeError: unknown backend, or a part that the backend cannot take.
     """
-    compiler = find_backend(backend)
-    device = torch.device(device)
-    training = network.training
-    try:
-        stages = compiler(network.eval(), device)
-    finally:
-        network.train(training)
-    return CompiledNetwork(network, backend, stages, device)
-
-
-def find_backend(name: str) -> Compiler:
-    """What compiles for this backend; a DynamizeError lists those there are."""
-    if name not in BACKENDS:
-        raise DynamizeError(f"'{name}' is no backend. {closest(name, list(BACKENDS))}Known: {', '.join(BACKENDS)}.")
-    return BACKENDS[name]
-
-
-def default_backend(device: torch.device) -> str:
-    """The fastest backend here that was measured to be: ONNX Runtime on a CPU, eager elsewhere."""
-    return "onnxruntime" if device.type == "cpu" else "eager"
+    return CompiledNetwork(network, engine_class(backend)(torch.device(device)))

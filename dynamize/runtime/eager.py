@@ -1,26 +1,39 @@
 """The eager backend: PyTorch modules with batch norms folded, in channels-last memory."""
 
-import copy
-from typing import cast
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dynamize.graph.fold import folded
-from dynamize.nn.gated import GatedSegment
-from dynamize.nn.heads import ExitHead
-from dynamize.nn.network import DynamicNetwork, NetworkStage
+from dynamize.nn.gates import pool
+from dynamize.nn.network import DynamicNetwork
+from dynamize.runtime.engine import Border, Engine
 
 
-def eager_stages(network: DynamicNetwork, device: torch.device) -> list[NetworkStage]:
-    """Stages of a folded copy of ``network`` on ``device``."""
-    fast = copy.deepcopy(network).eval()
-    fast.segments = nn.ModuleList([_folded(segment) for segment in fast.segments])
-    for head in fast.heads:
-        cast(ExitHead, head).body = folded(cast(ExitHead, head).body)
-    return fast.to(device).to(memory_format=torch.channels_last).stages()
+class Eager(Engine):
+    """PyTorch itself, on any device."""
 
+    name = "eager"
 
-def _folded(segment: nn.Module) -> nn.Module:
-    """A static segment folded as a whole, one with gates way by way."""
-    return segment.compiled(folded) if isinstance(segment, GatedSegment) else folded(segment)
+    def prepare(self, network: DynamicNetwork) -> DynamicNetwork:
+        for part in network.parts():
+            if part.role == "head" and part.graph is not None and part.put is not None:
+                part.put(folded(part.graph))
+        return network.to(self.device).to(memory_format=torch.channels_last)
+
+    def path(self, module: nn.Module, takes: Border, gives: Border) -> Callable[..., Any]:
+        fast = folded(module).to(self.device).to(memory_format=torch.channels_last)
+
+        def run(features: Tensor) -> tuple[Tensor, Tensor | None]:
+            features = fast(features)
+            return features, pool(features) if gives.means else None
+
+        return run
+
+    def gate(self, gate: nn.Module, takes: Border) -> Callable[..., Any]:
+        return gate
+
+    def head(self, head: nn.Module, takes: Border, context: int) -> Callable[..., Any]:
+        return head

@@ -2,18 +2,17 @@
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dynamize.errors import DynamizeError
 from dynamize.files import atomically, write_text
-from dynamize.graph.trace import blank
 from dynamize.nn.network import DynamicNetwork
-from dynamize.runtime.onnx import export_onnx, export_stage, stages_with_inputs
+from dynamize.runtime.engine import Border
+from dynamize.runtime.onnx import INPUTS, NEXT, NEXT_CONTEXT, PathAndHead, export_onnx
 
 PLAN, DRIVER = "routing.json", "run.py"
 _AS_SAVED, _ALL_OFF = "as-saved", "exits-off"
@@ -43,7 +42,7 @@ def export(
     Raises:
         DynamizeError: the folder holds other things, or a stage cannot be exported.
     """
-    if network.units:
+    if network.changing:
         raise DynamizeError(
             "a network with gates cannot be exported yet: its sessions live inside dynamize. Use `dynamize predict`, "
             "or dz.compile_network in Python"
@@ -71,25 +70,38 @@ class _Stage:
 
 
 def _export_stages(network: DynamicNetwork) -> list[_Stage]:
+    """A path and the head behind it each; the last one has none, or one that adds what the exits saw."""
     training = network.training
+    network.cpu().eval()
+    paths = [piece for piece in network.row if not piece.answers]
+    heads = [piece for piece in network.row if piece.answers]
     stages = []
-    for stage, inputs in stages_with_inputs(network.cpu().eval()):
-        model, outputs = export_stage(stage, inputs)
-        files = {f"stage-{stage.index + 1}.onnx": model}
-        if not network.chained and stage.index < network.exit_count - 1:
-            segment = export_onnx(network.segments[stage.index], inputs[:1], ["next_features"])
-            files[f"stage-{stage.index + 1}-without-exit.onnx"] = segment
-        stages.append(_Stage(files, ["features", "context"][: len(inputs)], outputs))
+    for number, (path, head) in enumerate(zip_longest(paths, heads), start=1):
+        (part,) = path.parts()
+        takes = Border(network.shapes[number - 1])
+        context = network.contexts[path.name] if head is not None else 0
+        early = head is not None and head.effect == "leaves"
+        outputs = ["logits"]
+        if early:
+            outputs = [NEXT, "logits", "score", *([NEXT_CONTEXT] if head.chained else [])]
+        module = part.module if head is None else PathAndHead(part.module, head, early)
+        files = {f"stage-{number}.onnx": export_onnx(module, takes, context, outputs)}
+        if early and not head.chained:
+            files[f"stage-{number}-without-exit.onnx"] = export_onnx(part.module, takes, 0, [NEXT])
+        stages.append(_Stage(files, INPUTS[: 2 if context else 1], outputs))
     network.train(training)
     return stages
 
 
 def _plan(network: DynamicNetwork, stages: Sequence[_Stage]) -> dict[str, Any]:
-    points = {point.name: list(point.thresholds) for point in network.operating_points or []}
-    chosen = network.operating_point.name if network.operating_point else None
-    if chosen is None or points.get(chosen) != network.thresholds:
-        chosen = _AS_SAVED if any(one is not None for one in network.thresholds) else _ALL_OFF
-        points = {chosen: list(network.thresholds), **points}
+    def listed(thresholds: Mapping[str, float | None]) -> list[float | None]:
+        return [thresholds.get(piece.name) for piece in network.leaving]
+
+    points = {point.name: listed(point.thresholds) for point in network.operating_points or []}
+    chosen, here = network.operating_point.name if network.operating_point else None, listed(network.setting.thresholds)
+    if chosen is None or points.get(chosen) != here:
+        chosen = _AS_SAVED if any(one is not None for one in here) else _ALL_OFF
+        points = {chosen: here, **points}
     described = []
     for stage in stages:
         file, without_exit = [*stage.files, None][:2]
@@ -97,16 +109,11 @@ def _plan(network: DynamicNetwork, stages: Sequence[_Stage]) -> dict[str, Any]:
         described.append(named | {"inputs": stage.inputs, "outputs": stage.outputs})
     return {
         "input": list(network.input_shape),
-        "classes": _class_count(network),
+        "classes": network.shapes[-1][0],
         "operating_point": chosen,
         "operating_points": points,
         "stages": described,
     }
-
-
-def _class_count(network: DynamicNetwork) -> int:
-    with torch.no_grad():
-        return int(network.all_exits(blank(network, 1, *network.input_shape))[-1].shape[1])
 
 
 def _replaceable(folder: Path) -> bool:

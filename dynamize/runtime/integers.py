@@ -1,5 +1,6 @@
 """Segments in bytes hand bytes to each other: a quarter of the memory, and nothing is computed at the border."""
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -7,31 +8,45 @@ from torch import Tensor, fx, nn
 
 from dynamize.graph.nodes import output_value, placeholder
 from dynamize.graph.trace import Whole
-from dynamize.nn.gated import GatedSegment
-from dynamize.nn.heads import ExitHead
 from dynamize.nn.network import DynamicNetwork
+from dynamize.nn.piece import Part
 from dynamize.nn.quantized import LEVELS, Quantizer
 
 
-def exchange_bytes(network: DynamicNetwork) -> None:
-    """Let features cross the borders between segments as bytes, in place, where both sides round them alike.
+def exchange_bytes(network: DynamicNetwork) -> set[int]:
+    """Let features cross the borders at heads as bytes, in place, where both sides round them alike.
 
-    The same numbers are computed. For execution by a backend only: ``all_exits`` still works, training does not.
+    The same numbers are computed. For execution by a backend only.
+
+    Returns:
+        The numbers of these borders.
     """
-    for k, head in enumerate(network.heads):
-        giver = _end(network.segments[k])
-        takers = [_start(network.segments[k + 1]), cast(ExitHead, head).body]
-        last = None if giver is None else _last(giver)
-        firsts = [_first(taker) if isinstance(taker, fx.GraphModule) else None for taker in takers]
-        if giver is None or last is None or any(first is None for first in firsts):
-            continue
-        held = [_quantizer(giver, last)]
-        held += [_quantizer(cast(fx.GraphModule, t), cast(fx.Node, f)) for t, f in zip(takers, firsts, strict=True)]
-        if any(not torch.equal(_numbers(held[0]), _numbers(one)) for one in held[1:]):
-            continue
-        _exchange(giver, last, ToBytes(held[0]))
-        for taker, first in zip(takers, firsts, strict=True):
-            _exchange(cast(fx.GraphModule, taker), cast(fx.Node, first), FromBytes(held[0]))
+    every = network.parts()
+    exchanged: set[int] = set()
+    for border in {part.before for part in every if part.role == "head"}:
+        givers = [part for part in every if part.after == border]
+        takers = [part for part in every if part.before == border]
+        if len(givers) == 1 and _exchange_at(givers[0], takers):
+            exchanged.add(border)
+    return exchanged
+
+
+def _exchange_at(giver: Part, takers: Sequence[Part]) -> bool:
+    graphs = [part.graph for part in (giver, *takers)]
+    if not all(isinstance(graph, fx.GraphModule) for graph in graphs):
+        return False
+    gives, *take = cast(list[fx.GraphModule], graphs)
+    nodes = [_last(gives), *(_first(graph) for graph in take)]
+    if any(node is None for node in nodes):
+        return False
+    last, *firsts = cast(list[fx.Node], nodes)
+    held = [_quantizer(gives, last), *(_quantizer(graph, first) for graph, first in zip(take, firsts, strict=True))]
+    if any(not torch.equal(_numbers(held[0]), _numbers(one)) for one in held[1:]):
+        return False
+    _exchange(gives, last, ToBytes(held[0]))
+    for graph, first in zip(take, firsts, strict=True):
+        _exchange(graph, first, FromBytes(held[0]))
+    return True
 
 
 class ToBytes(Whole):
@@ -82,16 +97,6 @@ class _FromBytes(torch.autograd.Function):
     def symbolic(graph: Any, values: Any, scale: Any, zero_point: Any) -> Any:
         found = graph.op("DequantizeLinear", values, scale, zero_point)
         return found.setType(values.type().with_dtype(torch.float32))
-
-
-def _end(segment: nn.Module) -> fx.GraphModule | None:
-    """The graph that gives a segment's features; None if it is a unit with several ways."""
-    last = segment.pieces[-1] if isinstance(segment, GatedSegment) else segment
-    return last if isinstance(last, fx.GraphModule) else None
-
-
-def _start(segment: nn.Module) -> nn.Module:
-    return segment.pieces[0] if isinstance(segment, GatedSegment) else segment
 
 
 def _last(graph: fx.GraphModule) -> fx.Node | None:

@@ -9,15 +9,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import cache, partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from dynamize.errors import DynamizeError
-from dynamize.nn.network import DynamicNetwork
-from dynamize.nn.routing import Stage
-from dynamize.runtime.onnx import Engine, Session, as_array, engine_stages
+from dynamize.runtime.onnx import OnnxEngine, Session, as_array
 
 Precision = Literal["f32", "bf16"]
 _CAPABILITY = "BF16"
@@ -27,27 +25,33 @@ _MOST_SHAPES = 12
 _SMALL_MODEL, _SMALL_FEATURES = 2**23, 2**22  # bytes
 
 
-def openvino_stages(network: DynamicNetwork, device: torch.device, precision: Precision = "f32") -> list[Stage]:
-    """Every stage of ``network`` compiled by OpenVINO on the CPU: one model, or one for each way through its gates.
-
-    The stages are not for several threads at a time.
+class OpenVino(OnnxEngine):
+    """OpenVINO on the CPU in float32. Its sessions are not for several threads at a time.
 
     Raises:
-        DynamizeError: OpenVINO is not installed or refuses a segment, the device is not the CPU, or the CPU cannot
-            compute in ``precision``.
+        DynamizeError: OpenVINO is not installed or refuses a part, or the CPU cannot compute in the precision.
     """
-    name = backend_name(precision)
-    if device.type != "cpu":
-        raise DynamizeError(f"backend {name} runs on the CPU here, not on {device}: use --backend eager")
-    if precision == "bf16" and not computes_bfloat16():
-        raise DynamizeError(f"backend {name}: this CPU does not compute in bfloat16. Use --backend openvino")
-    load = partial(_session, precision=precision, threads=torch.get_num_threads())
-    return engine_stages(network, Engine(load, load, blocks=False))
+
+    name = "openvino"
+    precision: ClassVar[Precision] = "f32"
+
+    def load(self, model: bytes, channels: Mapping[str, int], overwrite: bool) -> Session:
+        make = partial(_compiled, model, self.precision)
+        return _Shaped(make, torch.get_num_threads(), small=len(model) <= _SMALL_MODEL)
 
 
-def backend_name(precision: Precision) -> str:
-    """What people call the backend."""
-    return "openvino" if precision == "f32" else f"openvino-{precision}"
+class OpenVinoBfloat16(OpenVino):
+    """OpenVINO in bfloat16."""
+
+    name = "openvino-bf16"
+    precision = "bf16"
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        if not computes_bfloat16():
+            raise DynamizeError(
+                f"backend {self.name}: this CPU does not compute in bfloat16. Use --backend {OpenVino.name}"
+            )
 
 
 def computes_bfloat16() -> bool:
@@ -68,10 +72,6 @@ def _openvino() -> Any:
             "the openvino backends need OpenVINO, which is not installed: pip install 'dynamize[openvino]', or use "
             "--backend onnxruntime"
         ) from error
-
-
-def _session(model: bytes, _: Mapping[str, int], *, precision: Precision, threads: int) -> Session:
-    return _Shaped(partial(_compiled, model, precision), threads, small=len(model) <= _SMALL_MODEL)
 
 
 class _Shaped:

@@ -1,14 +1,13 @@
 """What gates are trained towards, beside the answers: a mean cost."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from dynamize.nn.gated import GatedSegment
-from dynamize.nn.network import DynamicNetwork
+from dynamize.nn.piece import Choose, Dense
 
 _WEIGHT = 10.0  # of the cost, against a cross entropy of 1 (DynConv; LAUDNet)
 _ANNEALED = 1 / 3  # of the training, in which the target falls and the bounds widen
@@ -28,9 +27,9 @@ class BudgetLoss:
     away from its open gates; meanwhile the bounds widen from t to [0, 1].
 
     Args:
-        network: whose train-mode forward leaves the decisions.
+        choose: how the network takes its decisions.
         target: mean cost as a share of the original network's, gates, heads and what always runs included.
-        costs: for each unit the cost of its paths (P,).
+        costs: by decision, the cost of its options (P,).
         fixed: cost of all that always runs.
         whole: cost of the original network.
         noise: falling: decisions are drawn at a temperature that falls from the first step on; long: they are drawn
@@ -39,50 +38,46 @@ class BudgetLoss:
 
     def __init__(
         self,
-        network: DynamicNetwork,
+        choose: Choose,
         target: float,
-        costs: Sequence[Sequence[float]],
+        costs: Mapping[str, Sequence[float]],
         fixed: float,
         whole: float,
         noise: Noise = "falling",
     ) -> None:
-        self.network, self.target, self.noise = network, target, noise
-        self.costs = [torch.tensor(path_costs, dtype=torch.float32) / whole for path_costs in costs]
+        self.choose, self.target, self.noise = choose, target, noise
+        self.costs = {name: torch.tensor(each, dtype=torch.float32) / whole for name, each in costs.items()}
         self.fixed = fixed / whole
         self.progress = 0.0
 
     @property
     def reachable(self) -> tuple[float, float]:
         """Relative mean cost with all gates closed and with all open."""
-        cheapest = self.fixed + sum(float(costs.min()) for costs in self.costs)
-        return cheapest, self.fixed + sum(float(costs[-1]) for costs in self.costs)
+        cheapest = self.fixed + sum(float(costs.min()) for costs in self.costs.values())
+        return cheapest, self.fixed + sum(float(costs[-1]) for costs in self.costs.values())
 
     def advance(self, progress: float) -> None:
         """Tell how much of the training is over, 0 to 1."""
         self.progress = progress
         start = _FALLS_FROM[self.noise]
-        for segment in self._segments():
-            segment.noise = min(1.0, max(0.0, (_QUIET - progress) / (_QUIET - start)))
+        self.choose.noise = min(1.0, max(0.0, (_QUIET - progress) / (_QUIET - start)))
 
-    def __call__(self) -> Tensor:
-        """The loss of the decisions of the last batch, a scalar."""
-        shares = [one for segment in self._segments() for one in segment.shares]
-        spent = [(share.mean(0) * costs.to(share)).sum() for share, costs in zip(shares, self.costs, strict=True)]
+    def __call__(self, shares: Mapping[str, Tensor]) -> Tensor:
+        """The loss of decisions, by name the shares (N, P) of their options: a scalar."""
+        pairs = [(share, self.costs[name].to(share)) for name, share in shares.items()]
+        spent = [(share.mean(0) * costs).sum() for share, costs in pairs]
         fall = min(1.0, self.progress / _ANNEALED)
         target = 1 - (1 - self.target) * fall
         tight = math.cos(math.pi / 2 * fall) ** 2
         low, high = target * tight, 1 - (1 - target) * tight
-        rates = [one / costs[-1].to(one) for one, costs in zip(spent, self.costs, strict=True)]
+        rates = [one / costs[-1] for one, (_, costs) in zip(spent, pairs, strict=True)]
         outside = [torch.relu(rate - high) ** 2 + torch.relu(low - rate) ** 2 for rate in rates]
         mean = torch.stack(spent).sum() + self.fixed
         return _WEIGHT * ((mean - target) ** 2 + torch.stack(outside).mean())
 
-    def _segments(self) -> list[GatedSegment]:
-        return [segment for segment in self.network.segments if isinstance(segment, GatedSegment)]
-
 
 class GatedLoss:
-    """Another loss plus the budget of the gates, for ``loss(logits, images, labels)`` in any loop."""
+    """Another loss plus the budget of the gates, for ``loss(output, images, labels)`` in any loop."""
 
     def __init__(self, answers: Any, budget: BudgetLoss) -> None:
         self.answers, self.budget = answers, budget
@@ -90,6 +85,6 @@ class GatedLoss:
     def advance(self, progress: float) -> None:
         self.budget.advance(progress)
 
-    def __call__(self, logits: Any, images: Tensor, labels: Tensor) -> Tensor:
-        loss: Tensor = self.answers(logits, images, labels) + self.budget()
+    def __call__(self, output: Dense, images: Tensor, labels: Tensor) -> Tensor:
+        loss: Tensor = self.answers(output, images, labels) + self.budget(output.shares)
         return loss

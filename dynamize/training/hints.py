@@ -83,7 +83,7 @@ def _pairs(student: DynamicNetwork, teacher: nn.Module) -> dict[str, tuple[nn.Mo
     found = {
         cut.name: (student.plain.get_submodule(readers[cut.name]), paths[readers[cut.name]])
         for cut in usable
-        if cut.name in {*last.values(), *student.cuts}
+        if cut.name in {*last.values(), *student.exit_places}
     }
     if not found:
         raise DynamizeError(

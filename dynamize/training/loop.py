@@ -145,9 +145,7 @@ class _Run:
 
     def _epoch(self, epoch: int, first: int, batches: Any) -> None:
         self.network.train()
-        if self.plan.heads_only:
-            self.network.segments.eval()
-        for module in self.plan.frozen:
+        for module in (*self.plan.frozen, *(_all_but_heads(self.network) if self.plan.heads_only else ())):
             module.eval()
         waiting: list[Tensor] = []
         for step, (images, labels) in enumerate(batches, start=first):
@@ -220,17 +218,18 @@ def _accelerator(plan: Plan) -> Accelerator:
 def _trainable(network: DynamicNetwork, plan: Plan) -> Iterator[list[nn.Parameter]]:
     """The parameters to train; the others are frozen inside the block and as they were after it."""
     before = {p: p.requires_grad for p in network.parameters()}
-    for module in plan.frozen:
+    for module in (*plan.frozen, *(_all_but_heads(network) if plan.heads_only else ())):
         module.requires_grad_(False)
-    if plan.heads_only:
-        network.segments.requires_grad_(False)
-        if network.memory is not None:
-            network.memory.requires_grad_(False)
     try:
         yield [p for p in network.parameters() if p.requires_grad]
     finally:
         for parameter, wanted in before.items():
             parameter.requires_grad_(wanted)
+
+
+def _all_but_heads(network: DynamicNetwork) -> list[nn.Module]:
+    """Modules that hold the network's own layers and the gates."""
+    return [network.nets, *(piece for piece in network.row if not piece.answers)]
 
 
 def _flat(row: dict[str, Any]) -> dict[str, float]:

@@ -7,12 +7,22 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div
 
 from dynamize.errors import DynamizeError
+from dynamize.nn.piece import Dense
 
 UNLABELLED = -1
+Output = Tensor | Sequence[Tensor] | Dense
+"""What a network gives in train mode: logits (N, classes), those of all exits, or these with the shares of gates."""
+
+
+def exit_logits(output: Output) -> Sequence[Tensor]:
+    """The logits of all exits, (N, classes) each."""
+    if isinstance(output, Tensor):
+        return [output]
+    return output.logits if isinstance(output, Dense) else output
 
 
 class MultiExitLoss:
-    """Weighted sum over exits of cross entropy and distillation, for ``loss(logits, images, labels)`` in any loop.
+    """Weighted sum over exits of cross entropy and distillation, for ``loss(output, images, labels)`` in any loop.
 
     Of each exit's loss, ``alpha`` is T^2 KL(teacher || exit) at temperature T (Hinton et al. 2015, eq. 4), the rest
     cross entropy. ``from_last`` adds the same distance to the last exit, detached (Phuong & Lampert 2019, sec. 3).
@@ -40,13 +50,13 @@ class MultiExitLoss:
         self.temperature, self.from_last = temperature, from_last
         self.weights = None if weights is None else [w * len(weights) / sum(weights) for w in weights]
 
-    def __call__(self, logits: Tensor | Sequence[Tensor], images: Tensor, labels: Tensor) -> Tensor:
-        """Logits of all exits, each (N, classes); images (N, C, H, W) for the teacher; labels (N,). A scalar.
+    def __call__(self, output: Output, images: Tensor, labels: Tensor) -> Tensor:
+        """What the network gave in train mode; images (N, C, H, W) for the teacher; labels (N,). A scalar.
 
         Raises:
             DynamizeError: there are images without labels and no teacher.
         """
-        exits = [logits.float()] if isinstance(logits, Tensor) else [one.float() for one in logits]
+        exits = [one.float() for one in exit_logits(output)]
         taught = self._teach(images)
         weights = self.weights or [1.0] * len(exits)
         if taught is None and bool((labels == UNLABELLED).any()):

@@ -3,7 +3,7 @@
 SkipNet's hybrid reinforcement learning with the self-critical baseline of BlockDrop.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -13,53 +13,58 @@ from torch.nn import functional
 
 from dynamize.graph.macs import count_macs
 from dynamize.graph.trace import blank
-from dynamize.nn.gated import GatedSegment, Policy
 from dynamize.nn.network import DynamicNetwork
+from dynamize.nn.piece import Choose
+from dynamize.training.objectives import Output, exit_logits
 
 
-class Decision(NamedTuple):
-    """What one unit did with a batch: the features that reached it (N, C, H, W), its gate's scores (N, P) and the path
-    of each image (N,)."""
+class Action(NamedTuple):
+    """What was done at one decision with a batch: the features that reached it (N, C, H, W), its scores (N, P) and the
+    option of each image (N,)."""
 
     features: Tensor
     scores: Tensor
     paths: Tensor
 
 
-class Recorder:
-    """A policy that keeps its decisions.
+class Recorder(Choose):
+    """Takes decisions and keeps them.
 
     Args:
-        decide: scores (N, P) -> path of each image (N,).
+        decide: scores (N, P) -> option of each image (N,).
     """
 
     def __init__(self, decide: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
         self.decide = decide
-        self._taken: list[Decision] = []
+        self._taken: dict[str, Action] = {}
 
-    def __call__(self, features_NCHW: Tensor, scores_NP: Tensor) -> Tensor:
+    def __call__(self, name: str, features: Tensor, scores_NP: Tensor) -> Tensor:
         paths_N = self.decide(scores_NP.detach())
-        self._taken.append(Decision(features_NCHW, scores_NP, paths_N))
+        self._taken[name] = Action(features, scores_NP, paths_N)
         return as_shares(paths_N, scores_NP)
 
-    def take(self) -> list[Decision]:
-        """The decisions since the last call, in order of execution."""
-        taken, self._taken = self._taken, []
+    def take(self) -> dict[str, Action]:
+        """By decision, in order of execution, what was done in the last forward; it is forgotten then."""
+        taken, self._taken = self._taken, {}
         return taken
 
 
+class FollowBest(Choose):
+    """The decisions of eval mode, without a gradient."""
+
+    def __call__(self, name: str, features: Tensor, scores_NP: Tensor) -> Tensor:
+        return as_shares(best(scores_NP), scores_NP)
+
+
 @contextmanager
-def deciding(network: DynamicNetwork, policy: Policy) -> Iterator[None]:
-    """Let ``policy`` take all decisions of ``network`` in train mode."""
-    segments = [segment for segment in network.segments if isinstance(segment, GatedSegment)]
-    before = [segment.policy for segment in segments]
-    for segment in segments:
-        segment.policy = policy
+def deciding(network: DynamicNetwork, choose: Choose) -> Iterator[None]:
+    """Let ``choose`` take all decisions of ``network`` in train mode."""
+    before, network.choose = network.choose, choose
     try:
         yield
     finally:
-        for segment, policy_before in zip(segments, before, strict=True):
-            segment.policy = policy_before
+        network.choose = before
 
 
 def as_shares(paths_N: Tensor, scores_NP: Tensor) -> Tensor:
@@ -78,26 +83,21 @@ def best(scores_NP: Tensor) -> Tensor:
     return scores_NP.argmax(1)
 
 
-def follow_best(features_NCHW: Tensor, scores_NP: Tensor) -> Tensor:
-    """The policy of eval mode."""
-    return as_shares(best(scores_NP), scores_NP)
-
-
-def relative_costs(network: DynamicNetwork) -> list[Tensor]:
-    """For each unit the MACs of its paths (P,) as a share of the original network's. ``network`` is in eval mode."""
+def relative_costs(network: DynamicNetwork) -> dict[str, Tensor]:
+    """By decision, the MACs of its options (P,) as a share of the original network's. ``network`` is in eval mode."""
     whole = count_macs(network.plain, blank(network.plain, 1, *network.input_shape))
-    return [torch.tensor(unit.path_macs, dtype=torch.float32) / whole for unit in network.units]
+    changing = (decision for decision in network.decisions() if decision.effect == "changes")
+    return {one.name: torch.tensor(one.macs, dtype=torch.float32) / whole for one in changing}
 
 
-def executed_costs(paths: Sequence[Tensor], costs: Sequence[Tensor]) -> Tensor:
-    """Cost of each decision, (N, U), from the paths taken through each unit, (N,), and the costs of its paths, (P,)."""
-    return torch.stack([each.to(path.device)[path] for path, each in zip(paths, costs, strict=True)], 1)
+def executed_costs(taken: Mapping[str, Action], costs: Mapping[str, Tensor]) -> Tensor:
+    """Cost of each decision, (N, U), from what was done and the costs of its options, (P,)."""
+    return torch.stack([costs[name].to(one.paths.device)[one.paths] for name, one in taken.items()], 1)
 
 
-def mean_cross_entropy(logits: Tensor | Sequence[Tensor], labels: Tensor) -> Tensor:
+def mean_cross_entropy(output: Output, labels: Tensor) -> Tensor:
     """Of each image, the mean over exits, (N,)."""
-    exits = [logits] if isinstance(logits, Tensor) else logits
-    each = [functional.cross_entropy(one.float(), labels, reduction="none") for one in exits]
+    each = [functional.cross_entropy(one.float(), labels, reduction="none") for one in exit_logits(output)]
     return torch.stack(each).mean(0)
 
 
@@ -117,34 +117,33 @@ class HybridLoss:
     Args:
         network: with gates.
         answers: loss of (logits, images, labels) that is propagated back through the network.
-        costs: for each unit the relative cost of its paths, (P,).
+        costs: by decision, the relative cost of its options, (P,).
         cost: weight of the cost against a cross entropy of 1 (SkipNet's alpha).
         rl_weight: weight of the policy gradient.
     """
 
     def __init__(
-        self, network: DynamicNetwork, answers: Any, costs: Sequence[Tensor], *, cost: float, rl_weight: float
+        self, network: DynamicNetwork, answers: Any, costs: Mapping[str, Tensor], *, cost: float, rl_weight: float
     ) -> None:
         self.network, self.answers, self.costs = network, answers, costs
         self.cost, self.rl_weight = cost, rl_weight
         self.recorder = Recorder(sample)
 
-    def __call__(self, logits: Tensor | Sequence[Tensor], images: Tensor, labels: Tensor) -> Tensor:
+    def __call__(self, output: Output, images: Tensor, labels: Tensor) -> Tensor:
         taken = self.recorder.take()
         greedy = Recorder(best)
         with torch.no_grad(), deciding(self.network, greedy):
             baseline_NU = self._returns(self.network.all_exits(images), labels, greedy.take())
-            advantage_NU = self._returns(logits, labels, taken) - baseline_NU
-        loss: Tensor = self.answers(logits, images, labels) + self.rl_weight * policy_loss(taken, advantage_NU)
+            advantage_NU = self._returns(output, labels, taken) - baseline_NU
+        loss: Tensor = self.answers(output, images, labels) + self.rl_weight * policy_loss(taken, advantage_NU)
         return loss
 
-    def _returns(self, logits: Tensor | Sequence[Tensor], labels: Tensor, taken: Sequence[Decision]) -> Tensor:
-        costs_NU = executed_costs([one.paths for one in taken], self.costs)
-        return returns(mean_cross_entropy(logits, labels), costs_NU, self.cost)
+    def _returns(self, output: Output, labels: Tensor, taken: Mapping[str, Action]) -> Tensor:
+        return returns(mean_cross_entropy(output, labels), executed_costs(taken, self.costs), self.cost)
 
 
-def policy_loss(taken: Sequence[Decision], advantage_NU: Tensor) -> Tensor:
+def policy_loss(taken: Mapping[str, Action], advantage_NU: Tensor) -> Tensor:
     """What has the policy gradient as its gradient (Williams 1992, REINFORCE): minus the log-probabilities of the
     decisions, weighted by their advantage, summed over units, mean over images."""
-    chosen = [one.scores.float().log_softmax(1).gather(1, one.paths[:, None]) for one in taken]
+    chosen = [one.scores.float().log_softmax(1).gather(1, one.paths[:, None]) for one in taken.values()]
     return -(advantage_NU * torch.cat(chosen, 1)).sum(1).mean()

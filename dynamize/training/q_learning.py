@@ -4,7 +4,7 @@ The agent of Runtime Neural Pruning (Lin et al. 2017), with gates in the place o
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 
 import torch
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dynamize.data import Images
-from dynamize.nn.gated import GatedSegment, Unit
-from dynamize.nn.gates import State
 from dynamize.nn.network import DynamicNetwork
-from dynamize.training.policy import Decision, Recorder, best, executed_costs, mean_cross_entropy
+from dynamize.nn.piece import Setting
+from dynamize.training.objectives import Output
+from dynamize.training.policy import Action, Recorder, best, executed_costs, mean_cross_entropy
 
 _BATCH, _BATCHES = 256, 8  # to find the scale of the loss
 
@@ -28,7 +28,7 @@ class QLearning:
 
     Args:
         network: with gates, of which ``target`` is a copy (:func:`copy_gates`) that follows them slowly.
-        costs: for each unit the relative cost of its paths, (P,).
+        costs: by decision, the relative cost of its options, (P,).
         epsilon: probability of a random path at the beginning and at the end, linear between.
         follow: share of the way to the gates that ``target`` goes in each step.
     """
@@ -37,7 +37,7 @@ class QLearning:
         self,
         network: DynamicNetwork,
         target: nn.ModuleList,
-        costs: Sequence[Tensor],
+        costs: Mapping[str, Tensor],
         *,
         penalty: float,
         loss_scale: float,
@@ -62,25 +62,22 @@ class QLearning:
         any_N = torch.randint(scores_NP.shape[1], explores_N.shape, device=scores_NP.device)
         return torch.where(explores_N, any_N, best(scores_NP))
 
-    def __call__(self, logits: Tensor | Sequence[Tensor], images: Tensor, labels: Tensor) -> Tensor:
+    def __call__(self, output: Output, images: Tensor, labels: Tensor) -> Tensor:
         taken = self.recorder.take()
-        paths = [one.paths for one in taken]
         with torch.no_grad():
-            rewards_NU = -self.penalty * executed_costs(paths, self.costs)
-            rewards_NU[:, -1] -= self.loss_scale * mean_cross_entropy(logits, labels)
+            rewards_NU = -self.penalty * executed_costs(taken, self.costs)
+            rewards_NU[:, -1] -= self.loss_scale * mean_cross_entropy(output, labels)
             wanted_NU = q_targets(rewards_NU, self._best_values(taken), self.discount)
-        values = [one.scores.float().gather(1, one.paths[:, None]) for one in taken]
+        values = [one.scores.float().gather(1, one.paths[:, None]) for one in taken.values()]
         return functional.huber_loss(torch.cat(values, 1), wanted_NU)
 
-    def _best_values(self, taken: Sequence[Decision]) -> Tensor:
-        """The value of the best path in each unit as the target sees it, (N, U)."""
-        found: list[Tensor] = []
-        for segment in self.network.segments:
-            state: State = None
-            for _ in segment.units if isinstance(segment, GatedSegment) else []:
-                gate, features = self.target[len(found)], taken[len(found)].features
-                scores, state = gate.decide(gate.describe(features), state)  # type: ignore[operator]
-                found.append(scores.float().amax(1))
+    def _best_values(self, taken: Mapping[str, Action]) -> Tensor:
+        """The value of the best option of each decision as the target sees it, (N, U)."""
+        carried: dict[str, Tensor] = {}
+        found = []
+        for unit, gate in zip(self.network.changing, self.target, strict=True):
+            scores = gate.score(gate(taken[unit.name].features), carried, unit.fresh)  # type: ignore[operator]
+            found.append(scores.float().amax(1))
         return torch.stack(found, 1)
 
 
@@ -93,18 +90,13 @@ def q_targets(rewards_NU: Tensor, best_values_NU: Tensor, discount: float) -> Te
 
 
 def all_gates(network: DynamicNetwork) -> nn.ModuleList:
-    """The gates in order of execution, and what they share."""
-    shared = [] if network.memory is None else [network.memory]
-    return nn.ModuleList([*(unit.gate for unit in network.units), *shared])
+    """The gates in order of execution."""
+    return nn.ModuleList([unit.gate for unit in network.changing])
 
 
 def all_but_gates(network: DynamicNetwork) -> list[nn.Module]:
     """Modules that hold everything else."""
-    found: list[nn.Module] = [network.heads, *([] if network.fusion is None else [network.fusion])]
-    for segment in network.segments:
-        for piece in segment.pieces if isinstance(segment, GatedSegment) else [segment]:
-            found += [one for one in piece.children() if one is not piece.gate] if isinstance(piece, Unit) else [piece]
-    return found
+    return [network.nets, *(piece for piece in network.row if piece.answers)]
 
 
 def copy_gates(network: DynamicNetwork) -> nn.ModuleList:
@@ -124,7 +116,7 @@ def follow(target: nn.Module, source: nn.Module, share: float) -> None:
 @torch.no_grad()
 def scale_scores(network: DynamicNetwork, factors: Sequence[float]) -> None:
     """Multiply the scores of each unit's gate."""
-    for unit, factor in zip(network.units, factors, strict=True):
+    for unit, factor in zip(network.changing, factors, strict=True):
         for parameter in unit.gate.linear.parameters():
             parameter.mul_(factor)
 
@@ -133,17 +125,13 @@ def find_loss_scale(network: DynamicNetwork, images: Images, device: torch.devic
     """The factor that makes the mean cross entropy one when paths are random, on the first images of a split."""
     network.to(device).eval()
     generator = torch.Generator().manual_seed(seed)
-    segments = [segment for segment in network.segments if isinstance(segment, GatedSegment)]
     losses = []
-    try:
-        for batch, labels in islice(images.batches(_BATCH, device), _BATCHES):
-            for segment in segments:
-                counts = [len(unit.path_macs) for unit in segment.units]
-                paths = [torch.randint(count, (len(labels),), generator=generator) for count in counts]
-                segment.forced = torch.stack(paths, 1).to(device)
-            with torch.no_grad():
-                losses.append(mean_cross_entropy(network.all_exits(batch), labels))
-    finally:
-        for segment in segments:
-            segment.forced = None
+    for batch, labels in islice(images.batches(_BATCH, device), _BATCHES):
+        forced = {
+            one.name: torch.randint(len(one.options), (len(labels),), generator=generator).to(device)
+            for one in network.decisions()
+            if one.effect == "changes"
+        }
+        with torch.no_grad():
+            losses.append(mean_cross_entropy(network.all_exits(batch, Setting(forced=forced)), labels))
     return 1 / max(1e-6, float(torch.cat(losses).mean()))

@@ -8,19 +8,17 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dynamize.data import Images
 from dynamize.graph.trace import NetworkTracer
-from dynamize.nn.channels import ChannelUnit
-from dynamize.nn.gated import GatedSegment, Unit
-from dynamize.nn.gates import State, choose
+from dynamize.nn.flow import Flow
 from dynamize.nn.network import DynamicNetwork
+from dynamize.nn.piece import Call, Part, Setting
 
 Norms = Literal["widths", "all"]
 
@@ -65,22 +63,22 @@ def estimate_statistics(
             borders move the statistics of a ResNet-56 on CIFAR-10 by as much as 3 points of accuracy.
     """
     network.to(device).eval()
-    for unit in network.units:
-        if isinstance(unit, ChannelUnit) and norms == "widths":
-            unit.own_statistics()
-    features = _draw(images, min(count, _fitting(network)), seed, device, augmented)
-    found, rare = len(features), 0
-    for k, segment in enumerate(network.segments):
-        state: State = None
-        for piece in segment.pieces if isinstance(segment, GatedSegment) else [segment]:
-            if not isinstance(piece, Unit):
-                features = _through(piece, features, estimate=norms == "all")
-                continue
-            choice_N, state = _decide(piece, features, state, cast(GatedSegment, segment).offset)
-            features, few = _through_unit(piece, features, choice_N, norms == "all")
-            rare += few
-        if norms == "all" and k < len(network.heads):
-            _through(cast(nn.Module, network.heads[k].body), features, estimate=True)
+    for unit in network.changing if norms == "widths" else ():
+        unit.own_statistics()
+    flow = Flow(_draw(images, min(count, _fitting(network)), seed, device, augmented))
+    found, rare = len(flow), 0
+    for piece in network.row:
+        if piece.answers:
+            heads = [part.graph for part in piece.parts() if part.graph is not None]
+            for head in heads if norms == "all" else ():
+                _through(head, flow.features, estimate=True)
+            continue
+        calls = {part.name: _call(part, norms == "all" and piece.effect is None) for part in piece.parts()}
+        if piece.effect is not None:
+            deciding = _Deciding(piece, norms == "all")
+            calls["decide"] = deciding
+        piece.bind(calls)(flow, Setting(offset=network.setting.offset))
+        rare += deciding.rare if piece.effect is not None else 0
     return Estimated(found, rare)
 
 
@@ -100,44 +98,34 @@ def _draw(images: Images, count: int, seed: int, device: torch.device, augmented
     return torch.cat(drawn)[:count]
 
 
-def _decide(unit: Unit, features: Tensor, state: State, offset: float) -> tuple[Tensor, State]:
-    described = torch.cat([unit.gate.describe(part) for part in features.split(_BATCH)])
-    scores, state = unit.gate.decide(described, state)
-    return choose(scores, unit.path_costs, offset), state
+def _call(part: Part, estimate: bool) -> Call:
+    if part.role == "gate":
+        return lambda features: torch.cat([part.module(some) for some in features.split(_BATCH)])
+    return lambda features: (_through(part.module, features, estimate=estimate), None)
 
 
-def _through_unit(unit: Unit, features: Tensor, choice_N: Tensor, everything: bool) -> tuple[Tensor, int]:
-    """What the unit makes of the images, each on its path, and how many paths were estimated from all images."""
-    if everything:
-        _estimate_shared(unit, features, choice_N)
-    own = isinstance(unit, ChannelUnit) and unit.has_own
-    paths, rare = unit.paths(), 0
-    parts: list[Tensor] = []
-    for p, path in enumerate(paths):
-        takes_N = choice_N == p
-        if path is None or not own or p == len(paths) - 1:
-            parts.append(features[takes_N] if path is None else _through(path, features[takes_N]))
-            continue
-        few = int(takes_N.sum()) < min(_RARE, len(features))
-        rare += few
-        found = _through(path, features if few else features[takes_N], estimate=True)
-        parts.append(found[takes_N] if few else found)
-        cast(ChannelUnit, unit).take_statistics(p, path)
-    out = parts[-1].new_empty(len(features), *parts[-1].shape[1:])
-    for p, part in enumerate(parts):
-        out[choice_N == p] = part
-    return out, rare
+class _Deciding:
+    """The decisions of a unit, taken for all images; between them and the ways its batch norms are estimated.
 
+    Attributes:
+        rare: how many ways so few images take that their own statistics are from all of them.
+    """
 
-def _estimate_shared(unit: Unit, features: Tensor, choice_N: Tensor) -> None:
-    """The batch norms that the paths of a unit share, over all images as in training."""
-    if isinstance(unit, ChannelUnit):
-        shares_NP = functional.one_hot(choice_N, len(unit.path_macs)).to(features.dtype)
-        _through(unit.masked, features, *unit.masks(shares_NP), estimate=True)
-    else:
-        original = unit.paths()[-1]
-        assert original is not None
-        _through(original, features, estimate=True)
+    def __init__(self, unit: Any, shared: bool) -> None:
+        self.unit, self.shared, self.rare = unit, shared, 0
+
+    def __call__(self, described: Tensor, flow: Flow, offset: float) -> list[int]:
+        taken: list[int] = self.unit.decide(described, flow, offset)
+        choice_N = torch.tensor(taken, device=flow.features.device)
+        if self.shared:
+            module, extra = self.unit.trained(choice_N)
+            _through(module, flow.features, *extra, estimate=True)
+        for option, way in enumerate(self.unit.paths()[:-1] if self.unit.has_own else ()):
+            takes_N = choice_N == option
+            few = int(takes_N.sum()) < min(_RARE, len(flow))
+            self.rare += few
+            _through(way, flow.features if few else flow.features[takes_N], estimate=True)
+        return taken
 
 
 def _through(module: nn.Module, *inputs_N: Tensor, estimate: bool = False) -> Tensor:

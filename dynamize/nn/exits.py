@@ -1,0 +1,223 @@
+"""Pieces that answer: exits, at which images leave, and what the network's own classifier adds of what they saw."""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dynamize.graph.macs import counting_macs
+from dynamize.nn.confidence import CONFIDENCES, ConfidenceName
+from dynamize.nn.flow import NOBODY, ONLY, Flow, Indices
+from dynamize.nn.heads import ExitHead
+from dynamize.nn.piece import GOES_ON, LEAVES, Call, Choose, Decision, Part, Piece, Run, Setting
+
+CONTEXT = "context"  # (n, D), in what a flow carries: everything that heads so far have pooled, side by side
+
+
+class Leaving(Piece):
+    """A place where images whose score reaches a threshold are answered and leave.
+
+    ``forward``: features (N, C, H, W) and, if it is ``chained``, the context (N, D) or None -> logits (N, classes),
+    score (N,) and, if it is chained, the context for the next one.
+
+    Attributes:
+        temperature: of the logits before they are scored, a scalar.
+        chained: whether later ones build on what it saw, so that it runs even while it is off.
+    """
+
+    answers = True
+    effect = "leaves"
+    kind: ClassVar[str] = "exit"
+    temperature: Tensor
+
+    def __init__(self, name: str, confidence: ConfidenceName = "top_probability", chained: bool = False) -> None:
+        super().__init__()
+        self._name, self.confidence, self.chained = name, confidence, chained
+        self.register_buffer("temperature", torch.ones(()))
+
+    @abstractmethod
+    def classify(self, features_NCHW: Tensor, context_ND: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Logits (N, classes), and what later ones may build on (N, D'), if there is such."""
+
+    def forward(self, features_NCHW: Tensor, context_ND: Tensor | None = None) -> tuple[Tensor, ...]:
+        logits, seen = self.classify(features_NCHW, context_ND)
+        score = self.score(logits, features_NCHW)
+        return (logits, score, extend(context_ND, seen)) if self.chained and seen is not None else (logits, score)
+
+    def score(self, logits: Tensor, features_NCHW: Tensor) -> Tensor:
+        """How sure the answers are, (N,) in float32: larger is surer."""
+        return CONFIDENCES[self.confidence](logits.float() / self.temperature.to(logits.device))
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @property
+    def decision(self) -> Decision:
+        return Decision(self._name, self.kind, ("leaves", "goes on"), (0.0, 0.0), self.macs, self.effect)
+
+    @property
+    def passes(self) -> bool:
+        return True
+
+    def parts(self) -> list[Part]:
+        return [Part("head", "head", self)]
+
+    def idle(self, setting: Setting) -> bool:
+        return not self.chained and setting.thresholds.get(self._name) is None and self._name not in setting.forced
+
+    def bind(self, calls: Mapping[str, Call]) -> Run:
+        head = calls["head"]
+
+        def run(flow: Flow, setting: Setting) -> None:
+            self.decide(flow, setting, *head(flow.features, flow.extra.get(CONTEXT)))
+
+        return run
+
+    def decide(
+        self, flow: Flow, setting: Setting, logits: Tensor, score: Tensor | None, context: Tensor | None = None
+    ) -> None:
+        """Let those go who may, from what the head has found for all rows."""
+        if context is not None:
+            flow.extra[CONTEXT] = context
+        if flow.seen is not None:
+            flow.seen.append((self._name, logits, score))
+            return
+        leaving = self._leaving(flow, setting, score)
+        options = np.full(len(flow), GOES_ON)
+        options[leaving] = LEAVES
+        flow.log.append((self._name, flow.rows, options))
+        flow.leave(leaving, logits)
+
+    def _leaving(self, flow: Flow, setting: Setting, score_N: Tensor | None) -> Indices:
+        if self._name in setting.forced:
+            forced = setting.forced[self._name][torch.from_numpy(flow.rows)]
+            return np.flatnonzero(forced.cpu().numpy() == LEAVES)
+        threshold = setting.thresholds.get(self._name)
+        if threshold is None or score_N is None:
+            return NOBODY
+        if len(flow) == 1:  # a single image waits for every microsecond between two sessions
+            return ONLY if score_N.item() >= threshold else NOBODY
+        scores = score_N.detach().cpu().numpy().astype(np.float64)  # in float32 the threshold would be rounded
+        return np.flatnonzero(scores >= threshold)
+
+    def dense(self, flow: Flow, choose: Choose) -> None:
+        features = flow.features
+        if choose.equilibrium:
+            left = flow.ahead
+            features = _Rescale.apply(flow.features, 1 / left)
+            flow.features = _Rescale.apply(flow.features, (left - 1) / left)
+        flow.ahead -= 1
+        logits, seen = self.classify(features, flow.extra.get(CONTEXT))
+        assert flow.seen is not None
+        flow.seen.append((self._name, logits, None))
+        self._hand_on(flow, None if seen is None else seen.detach())
+
+    def read(self, flow: Flow) -> Tensor:
+        logits, seen = self.classify(flow.features, flow.extra.get(CONTEXT))
+        self._hand_on(flow, seen)
+        return logits
+
+    def count(self, flow: Flow) -> None:
+        with counting_macs() as counted:
+            self.read(flow)
+        self.macs = counted()
+
+    def _hand_on(self, flow: Flow, seen: Tensor | None) -> None:
+        if self.chained and seen is not None:
+            flow.extra[CONTEXT] = extend(flow.extra.get(CONTEXT), seen)
+
+
+class Exit(Leaving):
+    """An intermediate classifier (Huang et al. 2018, MSDNet, sec. 3; Teerapittayanon et al. 2016, BranchyNet).
+
+    Args:
+        name: of its decision: "exit.1".
+        head: what answers.
+        confidence: what the threshold is compared with.
+        chained: whether later exits build on what its head saw.
+    """
+
+    def __init__(
+        self, name: str, head: ExitHead, confidence: ConfidenceName = "top_probability", chained: bool = False
+    ) -> None:
+        super().__init__(name, confidence, chained)
+        self.head = head
+
+    def classify(self, features_NCHW: Tensor, context_ND: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        logits, pooled = self.head(features_NCHW, context_ND)
+        return logits, pooled
+
+    def parts(self) -> list[Part]:
+        return [Part("head", "head", self, self.head.body, self._put, "head.body.")]
+
+    def _put(self, body: nn.Module) -> None:
+        self.head.body = body
+
+
+class Fusion(Piece):
+    """Adds what the exits saw to the logits of the network's own classifier.
+
+    ``forward``: logits (N, classes) and context (N, D) -> logits, in a tuple as heads give them.
+    """
+
+    answers = True
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+
+    @property
+    def name(self) -> str:
+        return "fusion"
+
+    def forward(self, logits: Tensor, context_ND: Tensor) -> tuple[Tensor]:
+        return (logits + self.linear(context_ND),)
+
+    def parts(self) -> list[Part]:
+        return [Part("head", "head", self)]
+
+    def bind(self, calls: Mapping[str, Call]) -> Run:
+        head = calls["head"]
+
+        def run(flow: Flow, setting: Setting) -> None:
+            self.decide(flow, setting, *head(flow.features, flow.extra[CONTEXT]))
+
+        return run
+
+    def decide(self, flow: Flow, setting: Setting, logits: Tensor) -> None:
+        """Go on with the logits."""
+        flow.features = logits
+
+    def dense(self, flow: Flow, choose: Choose) -> None:
+        flow.features = self.read(flow)
+
+    def read(self, flow: Flow) -> Tensor:
+        (logits,) = self(flow.features, flow.extra[CONTEXT])
+        return logits
+
+    def count(self, flow: Flow) -> None:
+        with counting_macs() as counted:
+            flow.features = self.read(flow)
+        self.macs = counted()
+
+
+def extend(context_ND: Tensor | None, pooled_NC: Tensor) -> Tensor:
+    """What the next exit may build on: everything earlier heads pooled, side by side."""
+    return pooled_NC if context_ND is None else torch.cat([context_ND, pooled_NC], dim=1)
+
+
+class _Rescale(torch.autograd.Function):
+    """Identity whose gradient is multiplied: gradient equilibrium (Li et al. 2019, IMTA, sec. 3.2)."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return features.view_as(features)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0] * ctx.factor, None

@@ -1,0 +1,243 @@
+"""What a dynamic network is a row of: pieces, of which some take a decision for each image.
+
+A decision is one integer for each image, with a table of what each choice costs. Execution, costs, calibration,
+reports and export speak of decisions, never of kinds of pieces.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, NamedTuple
+
+from torch import Tensor, nn
+
+from dynamize.graph.macs import counting_macs
+from dynamize.nn.flow import Flow
+from dynamize.nn.gates import pool, sample_paths
+
+Effect = Literal["leaves", "changes"]
+Role = Literal["path", "gate", "head"]
+Call = Callable[..., Any]
+"""A part as a backend runs it. path: features -> (features, their channel means if they are handed on, else None);
+gate: features -> description (n, D); head: features, context or None -> what the piece's own forward gives."""
+Run = Callable[[Flow, "Setting"], None]
+
+LEAVES, GOES_ON = 0, 1  # the options of a decision at which images leave
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is decided for each image at one place.
+
+    Attributes:
+        name: "exit.1", "layer2.0": the key in operating points, routing and report.
+        kind: exit, skip, channels, ...: for words and colours only.
+        options: labels, the cheapest first.
+        macs: per image and option, (P,), without ``always``.
+        always: MACs per image of the gate or head itself.
+        effect: "leaves": images are answered here or go on, and one cached pass knows all that a threshold decides;
+            "changes": what comes after differs, so there is one pass for each value of the shared offset.
+    """
+
+    name: str
+    kind: str
+    options: tuple[str, ...]
+    macs: tuple[float, ...]
+    always: float
+    effect: Effect
+
+
+@dataclass(frozen=True)
+class Setting:
+    """An operating point as the executor reads it: an argument of running, never state.
+
+    Attributes:
+        thresholds: by decision that ``leaves``, the score from which an image leaves; None, or no entry, is off.
+        offset: added to the score of each option of what ``changes`` times its relative cost.
+        forced: by decision, the option of each image of the batch (N,), whatever is decided.
+    """
+
+    thresholds: Mapping[str, float | None] = field(default_factory=dict)
+    offset: float = 0.0
+    forced: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Choose:
+    """How decisions are taken in training.
+
+    Attributes:
+        noise: how much they are sampled, 1 to 0 (:func:`dynamize.nn.gates.sample_paths`).
+        equilibrium: rescale gradients so that each exit counts alike in shared layers (Li et al. 2019, IMTA, sec. 3.2).
+    """
+
+    def __init__(self, noise: float = 1.0, equilibrium: bool = False) -> None:
+        self.noise, self.equilibrium = noise, equilibrium
+
+    def __call__(self, name: str, features: Tensor, scores_NP: Tensor) -> Tensor:
+        """Shares (N, P) of the options of decision ``name`` from the features that reach it and its scores (N, P)."""
+        return sample_paths(scores_NP, self.noise)
+
+
+class Dense(NamedTuple):
+    """What the training forward returns: the logits (N, classes) of all K exits, the network's own last, and the shares
+    (N, P) of each decision that ``changes``."""
+
+    logits: list[Tensor]
+    shares: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A static graph of a piece, which is compiled, or written anew, by itself.
+
+    Attributes:
+        name: within its piece.
+        role: path: a way for features; gate: describes them for a decision; head: answers.
+        module: what is compiled.
+        graph: what of it maps features to features, which ``put`` can exchange; None where nothing does.
+        put: lets another module stand in the place of ``graph``.
+        prefix: what the names of the graph's layers begin with; nothing for those of the original network.
+        owner: name of the piece.
+        before: number of the border that it reads from.
+        after: number of the border that it gives to. What passes a piece unchanged lies on the same border as what was
+            computed there.
+    """
+
+    name: str
+    role: Role
+    module: nn.Module
+    graph: nn.Module | None = None
+    put: Callable[[nn.Module], None] | None = None
+    prefix: str = ""
+    owner: str = ""
+    before: int = -1
+    after: int = -1
+
+
+class Piece(nn.Module, ABC):
+    """A piece of the row, static or with a decision.
+
+    Attributes:
+        place: the two nodes of the original graph that it stands between; the same one twice for a piece that only
+            reads what passes.
+        reads_means: whether it reads nothing but channel means, which the piece before can hand on.
+        passes: whether features may pass it unchanged, so that both sides are one border.
+        answers: whether it is a classifier, which may be trained alone.
+        effect: of its decision, if it takes one.
+        macs: per image, of a static piece; of the gate or head, if it decides.
+    """
+
+    answers: ClassVar[bool] = False
+    effect: ClassVar[Effect | None] = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.place: tuple[str, str] = ("", "")
+        self.macs = 0.0
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """Of its decision, or of where it ends."""
+
+    @property
+    def decision(self) -> Decision | None:
+        """What it decides; None for a static piece."""
+        return None
+
+    @property
+    def reads_means(self) -> bool:
+        """Whether it reads nothing but channel means, which the piece before can hand on."""
+        return False
+
+    @property
+    def passes(self) -> bool:
+        """Whether features may pass it unchanged, so that both sides are one border."""
+        return False
+
+    @abstractmethod
+    def parts(self) -> list[Part]:
+        """Its static graphs as they stand now."""
+
+    @abstractmethod
+    def bind(self, calls: Mapping[str, Call]) -> Run:
+        """What the executor runs in eval mode, which really skips.
+
+        Args:
+            calls: by name of the part.
+        """
+
+    @abstractmethod
+    def dense(self, flow: Flow, choose: Choose) -> None:
+        """Training: everything for all images, differentiable, mixed by shares."""
+
+    def read(self, flow: Flow) -> Tensor:
+        """What its gate or head makes of the features: scores (N, P), or logits (N, classes); nothing is decided."""
+        return flow.features
+
+    @abstractmethod
+    def count(self, flow: Flow) -> None:
+        """Count MACs, in eval mode, on what reaches the piece, one image; ``flow`` goes on by the original path."""
+
+    def idle(self, setting: Setting) -> bool:
+        """Whether it does nothing at this setting, so that it need not run."""
+        return False
+
+    def sliced(self) -> set[nn.Module]:
+        """Modules whose weights it slices while it runs, so that they have to stay as they are."""
+        return set()
+
+    def freeze(self) -> None:
+        """Hold all of its parts itself, so that each can be exchanged; for execution only."""
+
+
+class Static(Piece):
+    """A part of the network that all images run through."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    @property
+    def name(self) -> str:
+        return f"upto.{self.place[1]}"
+
+    def parts(self) -> list[Part]:
+        return [Part("path", "path", self.module, self.module, self._put)]
+
+    def _put(self, module: nn.Module) -> None:
+        self.module = module
+
+    def bind(self, calls: Mapping[str, Call]) -> Run:
+        path = calls["path"]
+
+        def run(flow: Flow, setting: Setting) -> None:
+            flow.features, flow.means = path(flow.features)
+
+        return run
+
+    def dense(self, flow: Flow, choose: Choose) -> None:
+        flow.features = self.module(flow.features)
+
+    def count(self, flow: Flow) -> None:
+        with counting_macs() as counted:
+            flow.features = self.module(flow.features)
+        self.macs = counted()
+
+
+def eager_calls(piece: Piece, means: bool) -> dict[str, Call]:
+    """A piece's parts in torch; with ``means``, paths hand on the channel means of what they give."""
+    return {part.name: eager_call(part, means) for part in piece.parts()}
+
+
+def eager_call(part: Part, means: bool) -> Call:
+    """A part in torch."""
+    module = part.module
+    if part.role != "path":
+        return module
+
+    def path(features: Tensor) -> tuple[Tensor, Tensor | None]:
+        features = module(features)
+        return features, pool(features) if means else None
+
+    return path

@@ -1,0 +1,75 @@
+"""From the original graph to a row of pieces: those that were put into it, and the static ones between them."""
+
+from collections.abc import Sequence
+from typing import cast
+
+from torch import fx, nn
+
+from dynamize.graph.extract import extract
+from dynamize.graph.nodes import output_value, placeholder, positions
+from dynamize.nn.piece import Piece, Static
+
+Region = tuple[str, str]  # from one cut point to another
+
+
+def build_row(plain: nn.Module, placed: Sequence[Piece]) -> tuple[Piece, ...]:
+    """The pieces in order of execution, with what is left of the network between them.
+
+    Args:
+        plain: the whole network; without pieces it need not be a graph.
+        placed: none of their regions overlap, and none holds the place of another one inside.
+    """
+    if not placed:
+        return (_static(plain, "input", "output"),)
+    assert isinstance(plain, fx.GraphModule)
+    position = positions(plain.graph)
+    ordered = sorted(placed, key=lambda piece: [position[end] for end in piece.place])
+    first, end = placeholder(plain.graph).name, output_value(plain.graph).name
+    row: list[Piece] = []
+    for piece in ordered:
+        row += _between(plain, first, piece.place[0])
+        row.append(piece)
+        first = piece.place[1]
+    row += _between(plain, first, end)
+    _mark_fresh(row)
+    return tuple(row)
+
+
+def _between(plain: fx.GraphModule, first: str, last: str) -> list[Piece]:
+    if first == last:
+        return []
+    module = extract(plain, first, last)
+    return [] if _changes_nothing(module) else [_static(module, first, last)]
+
+
+def _static(module: nn.Module, first: str, last: str) -> Static:
+    static = Static(module).train(module.training)
+    static.place = (first, last)
+    return static
+
+
+def _changes_nothing(module: fx.GraphModule) -> bool:
+    """Whether it only hands on what it is given, as a block does that is skipped for good."""
+    nodes = [node for node in module.graph.nodes if node.op not in ("placeholder", "output")]
+    layers = [module.get_submodule(str(node.target)) if node.op == "call_module" else None for node in nodes]
+    return all(isinstance(layer, nn.Identity) for layer in layers)
+
+
+def _mark_fresh(row: Sequence[Piece]) -> None:
+    """Tell each piece that hands something to the next of its kind whether it is the first behind an exit."""
+    fresh = True
+    for piece in row:
+        if piece.effect == "changes":
+            piece.fresh = fresh
+        fresh = piece.effect == "leaves" or (fresh and piece.effect is None)
+
+
+def outside(position: dict[str, int], name: str, pieces: Sequence[Piece]) -> bool:
+    """Whether a node lies inside none of the pieces' regions; their ends are outside."""
+    return not any(position[piece.place[0]] < position[name] < position[piece.place[1]] for piece in pieces)
+
+
+def spans(plain: fx.GraphModule, pieces: Sequence[Piece]) -> list[tuple[int, int]]:
+    """Positions of both ends of each piece."""
+    position = positions(plain.graph)
+    return [cast(tuple[int, int], tuple(position[end] for end in piece.place)) for piece in pieces]

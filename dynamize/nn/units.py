@@ -1,0 +1,257 @@
+"""Pieces that offer each image several ways through: a gate scores them, and each way runs for those who take it.
+
+Training is dense: a unit computes all that its ways do and mixes it by hard decisions, so gradients reach the gate.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dynamize.errors import DynamizeError
+from dynamize.graph.macs import count_macs, counting_macs
+from dynamize.nn.flow import Flow, put_rows, take_rows
+from dynamize.nn.gates import Gate, choose, make_gate, make_memory
+from dynamize.nn.piece import Call, Choose, Decision, Part, Piece, Run, Setting
+
+
+class Unit(Piece):
+    """A region of the network with P ways through it, the cheapest first and the original one last.
+
+    Attributes:
+        label: name of its decision, for people too, e.g. "layer1.2".
+        gate: picks a way for each image.
+        path_macs: MACs per image of each way, (P,).
+        fresh: whether a recurrent gate starts anew here, as it does behind a place where images may leave.
+        kind: of its decision.
+        slices: whether narrower ways slice the weights of the whole one.
+        has_own: whether these have batch-norm statistics of their own.
+    """
+
+    path_costs: Tensor
+    kind: ClassVar[str]
+    slices: ClassVar[bool] = False
+    has_own = False
+    effect = "changes"
+
+    def __init__(self, label: str, gate: Gate, paths: int) -> None:
+        super().__init__()
+        self.label, self.gate, self.fresh = label, gate, True
+        self.path_macs: tuple[float, ...] = (1.0,) * paths
+        self.frozen: nn.ModuleList | None = None
+        self.register_buffer("path_costs", torch.ones(paths), persistent=False)
+
+    @abstractmethod
+    def ways(self) -> Sequence[nn.Module | None]:
+        """A module for each way, None for one that changes nothing."""
+
+    @abstractmethod
+    def blend(self, features_NCHW: Tensor, shares_NP: Tensor) -> Tensor:
+        """All ways, weighted: dense and differentiable."""
+
+    @abstractmethod
+    def options(self) -> Sequence[str]:
+        """A label for each way."""
+
+    def trained(self, choice_N: Tensor) -> tuple[nn.Module, list[Tensor]]:
+        """The module whose batch norms training moves when all images come here, and what it takes beside features."""
+        whole = self.ways()[-1]
+        assert whole is not None
+        return whole, []
+
+    @property
+    def name(self) -> str:
+        return self.label
+
+    @property
+    def decision(self) -> Decision:
+        return Decision(self.label, self.kind, tuple(self.options()), self.path_macs, self.macs, self.effect)
+
+    @property
+    def reads_means(self) -> bool:
+        return self.gate.pooled
+
+    @property
+    def passes(self) -> bool:
+        return None in self.paths()
+
+    def paths(self) -> Sequence[nn.Module | None]:
+        """The ways as they run: what was put in their places, or :meth:`ways`."""
+        if self.frozen is None:
+            return self.ways()
+        return [None if isinstance(way, _Unchanged) else way for way in self.frozen]
+
+    def sliced(self) -> set[nn.Module]:
+        whole = self.ways()[-1]
+        return set(whole.modules()) if self.slices and whole is not None else set()
+
+    def own_statistics(self) -> None:
+        """Let narrower ways have batch-norm statistics of their own; for those that slice."""
+
+    def shared_statistics(self) -> None:
+        """Undo :meth:`own_statistics`."""
+
+    def freeze(self) -> None:
+        self.gate.fold()
+        self.frozen = nn.ModuleList([_Unchanged() if way is None else way for way in self.paths()])
+
+    def parts(self) -> list[Part]:
+        ways = [
+            Part(str(p), "path", way, way, self._putting(p)) for p, way in enumerate(self.paths()) if way is not None
+        ]
+        return [Part("gate", "gate", self.gate), *ways]
+
+    def _putting(self, path: int) -> Callable[[nn.Module], None]:
+        def put(module: nn.Module) -> None:
+            assert self.frozen is not None, "a network is frozen before parts are exchanged"
+            self.frozen[path] = module
+
+        return put
+
+    def bind(self, calls: Mapping[str, Call]) -> Run:
+        ways: list[Call | None] = [calls.get(str(p)) for p in range(len(self.path_macs))]
+        describe, pooled, name = calls["gate"], self.gate.pooled, self.label
+        decide = calls.get("decide") or self.decide
+
+        def run(flow: Flow, setting: Setting) -> None:
+            means = flow.means
+            described = means if means is not None and pooled else describe(flow.features)
+            taken = decide(described, flow, setting.offset)
+            if name in setting.forced:
+                taken = setting.forced[name][torch.from_numpy(flow.rows)].tolist()
+            flow.log.append((name, flow.rows, taken))
+            _dispatch(ways, taken, flow, described if pooled else None)
+
+        return run
+
+    def decide(self, described: Tensor, flow: Flow, offset: float) -> list[int]:
+        """The way of each image, in torch; a gate with a memory leaves it in the flow."""
+        scores = self.gate.score(described, flow.extra, self.fresh)
+        taken: list[int] = choose(scores, self.path_costs, offset).tolist()
+        return taken
+
+    def dense(self, flow: Flow, choose: Choose) -> None:
+        if self.frozen is not None:
+            raise DynamizeError(
+                "a compiled or quantised network is not trained: train the network it was made of, then compile or "
+                "quantise again"
+            )
+        shares = choose(self.label, flow.features, self.read(flow))
+        flow.shares[self.label] = shares
+        flow.features = self.blend(flow.features, shares)
+
+    def read(self, flow: Flow) -> Tensor:
+        return self.gate.score(self.gate(flow.features), flow.extra, self.fresh)
+
+    def count(self, flow: Flow) -> None:
+        with counting_macs() as counted:
+            self.read(flow)
+        self.macs = counted()
+        paths = self.paths()
+        self.path_macs = tuple(0.0 if way is None else count_macs(way, flow.features.clone()) for way in paths)
+        self.path_costs.copy_(torch.tensor(self.path_macs) / self.path_macs[-1])
+        whole = paths[-1]
+        assert whole is not None
+        flow.features = whole(flow.features)
+
+
+GateMaker = Callable[[int, int], Gate]
+"""Channels and number of ways -> a gate."""
+
+
+def gate_maker(kind: str, units: Sequence[Unit]) -> GateMaker:
+    """Makes gates of a kind; all recurrent ones of a network share one memory, which ``units`` may have already."""
+    memory = next((unit.gate.memory for unit in units if unit.gate.memory is not None), None)
+    if kind == "recurrent" and memory is None:
+        memory = make_memory()
+    return lambda channels, paths: make_gate(kind, channels, paths, memory)
+
+
+def unique_names(labels: Sequence[str], nodes: Sequence[str], taken: Sequence[str]) -> list[str]:
+    """Each label, or the name of the node at the end of the region where several have one label or it is taken."""
+    return [
+        label if labels.count(label) == 1 and label not in taken else node
+        for label, node in zip(labels, nodes, strict=True)
+    ]
+
+
+class _Unchanged(nn.Module):
+    """Stands where a way changes nothing."""
+
+
+class SkipUnit(Unit):
+    """A residual block, or a run of them, that an image may skip (SkipNet, Wang et al. 2018, eq. 1).
+
+    Args:
+        body: the block; it does not write to its input. Its layers are the network's.
+        bypass: what an image that skips it goes through (a projection shortcut); None changes nothing.
+        masked: body and bypass in one, ``(features, runs) -> features`` with ``runs`` (N,) multiplied into what is
+            added to the shortcut; for a block with a bypass.
+    """
+
+    kind = "skip"
+
+    def __init__(
+        self, label: str, gate: Gate, body: nn.Module, bypass: nn.Module | None = None, masked: nn.Module | None = None
+    ) -> None:
+        super().__init__(label, gate, 2)
+        self._sharing = (bypass, body)  # tuples: their modules are the network's, which registers them
+        self._masked = (masked,)
+
+    def ways(self) -> Sequence[nn.Module | None]:
+        return self._sharing
+
+    def options(self) -> Sequence[str]:
+        return "skipped", "whole"
+
+    def blend(self, features_NCHW: Tensor, shares_NP: Tensor) -> Tensor:
+        bypass, body = self._sharing
+        (masked,) = self._masked
+        if masked is not None:
+            return cast(Tensor, masked(features_NCHW, shares_NP[:, 1]))
+        assert body is not None
+        computed = body(features_NCHW)
+        skips, runs = shares_NP.to(computed.dtype)[:, :, None, None, None].unbind(1)
+        blended: Tensor = runs * computed + skips * features_NCHW
+        return blended
+
+
+def _dispatch(ways: Sequence[Call | None], taken: Sequence[int], flow: Flow, means: Tensor | None) -> None:
+    """Send each image the way it has taken. Rows are gathered, computed and written back in place; nothing is
+    concatenated.
+
+    Args:
+        means: of the channels of ``flow.features``, if the gate has read them.
+    """
+    if len(set(taken)) < 2:
+        way = ways[taken[0] if taken else -1]
+        if way is None:
+            flow.means = means
+        else:
+            flow.features, flow.means = way(flow.own())
+        return
+    source = flow.own()
+    if torch.is_grad_enabled():
+        source, means = source.clone(), None if means is None else means.clone()
+    target = source if None in ways else None
+    target_means = means if None in ways else None
+    known = means is not None or None not in ways  # else the means of those who pass unchanged are missing
+    for path in sorted(set(taken)):
+        way = ways[path]
+        if way is None:
+            continue
+        rows = np.array([row for row, one in enumerate(taken) if one == path])
+        found, found_means = way(take_rows(source, rows))
+        if target is None:
+            target = source if found.shape[1:] == source.shape[1:] else found.new_empty(len(taken), *found.shape[1:])
+        put_rows(target, rows, found)
+        known = known and found_means is not None
+        if known:
+            if target_means is None:
+                target_means = found_means.new_empty(len(taken), found_means.shape[1])
+            put_rows(target_means, rows, found_means)
+    assert target is not None
+    flow.features, flow.means = target, target_means if known else None

@@ -1,0 +1,1 @@
+"""Changing a converted network: its parts, its layers, and which of its decisions are fixed."""

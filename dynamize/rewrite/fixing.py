@@ -1,0 +1,43 @@
+"""Making decisions static: one option for all images."""
+
+from collections.abc import Mapping
+from typing import cast
+
+import torch
+from torch import fx, nn
+
+from dynamize.graph.splice import splice
+from dynamize.graph.trace import annotate
+from dynamize.nn.network import DynamicNetwork
+
+
+def fix_options(network: DynamicNetwork, options: Mapping[str, int]) -> None:
+    """Give gated units one way for all images, in place; their gates are gone.
+
+    Where that is not the original way, what it leaves out is gone from ``network.plain`` too.
+
+    Args:
+        options: number of the way by name of the decision.
+    """
+    training = network.training
+    network.eval()
+    for unit in network.changing:
+        ways = unit.paths()
+        option = options.get(unit.name, len(ways) - 1)
+        if option < len(ways) - 1:
+            way = _own(ways[option]) if unit.slices else ways[option]
+            splice(network.plain, *unit.place, cast(fx.GraphModule | None, way))
+    annotate(network.plain, network.input_shape)
+    network.remove(list(options))
+    network.train(training)
+
+
+def _own(way: nn.Module) -> nn.Module:
+    """A narrower way with tensors of its own instead of slices."""
+    whole = {"memory_format": torch.contiguous_format}
+    for module in way.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            module._parameters[name] = nn.Parameter(parameter.detach().clone(**whole), parameter.requires_grad)
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            module._buffers[name] = buffer.clone(**whole)
+    return way

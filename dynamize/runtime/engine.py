@@ -1,0 +1,138 @@
+"""Backends: each compiles the static parts of a network, and says what it likes.
+
+A backend is a subclass of :class:`Engine`; those of this package are imported when they are first asked for.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from dynamize.errors import DynamizeError, closest
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from dynamize.nn.network import DynamicNetwork
+
+_HOMES = {
+    "eager": "eager",
+    "onnxruntime": "onnxruntime",
+    "openvino": "openvino",
+    "openvino-bf16": "openvino",
+}
+FASTEST = {"cpu": "onnxruntime"}  # as measured; eager elsewhere
+
+
+@dataclass(frozen=True)
+class Border:
+    """What two neighbouring parts agree on about the features between them.
+
+    Attributes:
+        shape: of one image's features, (C, H, W), or (classes,).
+        dtype: of them; None for that of the network.
+        blocked: whether they are in the engine's own layout.
+        means: whether their channel means are handed on beside them.
+        may_overwrite: whether a part may write over what it is given.
+    """
+
+    shape: tuple[int, ...]
+    dtype: "torch.dtype | None" = None
+    blocked: bool = False
+    means: bool = False
+    may_overwrite: bool = False
+
+
+class Engine(ABC):
+    """Compiles the parts of one network.
+
+    Attributes:
+        name: what people call the backend.
+        devices: kinds of devices that it runs on; empty for all.
+        liked_multiple: numbers of channels that it computes without waste.
+        one_torch_thread: whether torch has to keep to one thread between calls: a parallel region of torch, however
+            small, leaves its threads spinning against those of sessions.
+    """
+
+    name: ClassVar[str]
+    devices: ClassVar[tuple[str, ...]] = ()
+    liked_multiple: ClassVar[int] = 8
+    one_torch_thread: ClassVar[bool] = False
+
+    def __init__(self, device: "torch.device") -> None:
+        if self.devices and device.type not in self.devices:
+            raise DynamizeError(
+                f"backend {self.name} runs on the {' or '.join(self.devices).upper()} here, not on {device}: use "
+                "--backend eager"
+            )
+        self.device = device
+        self.byte_borders: set[int] = set()  # numbers of those at which features are handed on as bytes
+
+    def prepare(self, network: "DynamicNetwork") -> "DynamicNetwork":
+        """The network, a copy of the user's in eval mode, as its parts are compiled."""
+        return network.to(self.device)
+
+    def blocks(self, shape: tuple[int, ...]) -> bool:
+        """Whether features of this shape, (C, H, W), can be handed on in the engine's own layout."""
+        return False
+
+    @abstractmethod
+    def path(self, module: "nn.Module", takes: Border, gives: Border) -> Callable[..., Any]:
+        """Features -> (features, channel means (n, C) if ``gives.means``, else None)."""
+
+    @abstractmethod
+    def gate(self, gate: "nn.Module", takes: Border) -> Callable[..., Any]:
+        """Features -> description (n, D)."""
+
+    @abstractmethod
+    def head(self, head: "nn.Module", takes: Border, context: int) -> Callable[..., Any]:
+        """Features and context (n, ``context``), or None if that is 0 -> what the head's forward gives."""
+
+    def both(self, path: "nn.Module", head: "nn.Module", takes: Border, gives: Border, context: int) -> Any:
+        """A path and the head behind it as one: features, context -> (features, what the head gives...); None where the
+        engine gains nothing by it."""
+        return None
+
+
+def engine_class(name: str) -> type[Engine]:
+    """The backend of this name, in this package or a subclass that the user has made; a DynamizeError lists all."""
+    if name in _HOMES:
+        import_module(f"dynamize.runtime.{_HOMES[name]}")
+    known = {cls.name: cls for cls in _subclasses(Engine) if hasattr(cls, "name")}
+    if name not in known:
+        names = sorted({*known, *_HOMES})
+        raise DynamizeError(f"'{name}' is no backend. {closest(name, names)}Known: {', '.join(backend_names())}.")
+    return known[name]
+
+
+def backend_names() -> list[str]:
+    """Of all backends, without loading any."""
+    made = [cls.name for cls in _subclasses(Engine) if hasattr(cls, "name")]
+    return list(dict.fromkeys([*_HOMES, *made]))
+
+
+def default_backend(device: "torch.device") -> str:
+    """The fastest backend on a device that was measured to be."""
+    return FASTEST.get(device.type, "eager")
+
+
+def _subclasses(cls: type[Engine]) -> Iterator[type[Engine]]:
+    for sub in cls.__subclasses__():
+        yield sub
+        yield from _subclasses(sub)
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """For the small products between sessions."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
