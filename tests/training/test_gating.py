@@ -1,7 +1,6 @@
 """The budget of the gates: its numbers by hand, what it pushes, and that a training arrives at it."""
 
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +15,9 @@ from dynamize.graph.macs import count_macs
 from dynamize.measure.accuracy import routed_answers
 from dynamize.measure.costs import exit_costs
 from dynamize.models import create
-from dynamize.nn.gated import GatedSegment
+from dynamize.nn.executor import Routed
 from dynamize.nn.network import DynamicNetwork
+from dynamize.nn.piece import Choose, Dense
 from dynamize.training.gating import BudgetLoss, GatedLoss, Noise
 from dynamize.training.objectives import MultiExitLoss
 from dynamize.transform import Context
@@ -28,13 +28,13 @@ SHAPE = (1, 8, 8)
 OPENED, CLOSED = [0.0, 1.0], [1.0, 0.0]
 
 
-def loss_of(*shares: list[list[float]], target: float = 0.5) -> BudgetLoss:
-    """Two units of 30 and of 10 to 40 in a network of 100 of which 30 always run; in a segment each."""
-    segments = [GatedSegment([]), nn.Identity(), GatedSegment([])]
-    for segment, rows in zip((segments[0], segments[2]), shares, strict=True):
-        cast(GatedSegment, segment).shares = [torch.tensor(rows)]
-    network = cast(DynamicNetwork, SimpleNamespace(segments=segments))
-    return BudgetLoss(network, target, [[0.0, 30.0], [10.0, 40.0]], 30.0, 100.0)
+def loss_of(target: float = 0.5, noise: Noise = "falling") -> BudgetLoss:
+    """Two units of 30 and of 10 to 40 in a network of 100 of which 30 always run."""
+    return BudgetLoss(Choose(), target, {"first": [0.0, 30.0], "second": [10.0, 40.0]}, 30.0, 100.0, noise)
+
+
+def shares_of(*shares: list[list[float]]) -> dict[str, Tensor]:
+    return {name: torch.tensor(rows) for name, rows in zip(("first", "second"), shares, strict=True)}
 
 
 @pytest.mark.parametrize(
@@ -54,22 +54,23 @@ def loss_of(*shares: list[list[float]], target: float = 0.5) -> BudgetLoss:
     ],
 )
 def test_by_hand(progress: float, shares: tuple, wanted: float) -> None:
-    loss = loss_of(*shares)
+    loss = loss_of()
     loss.advance(progress)
-    assert float(loss()) == pytest.approx(wanted, abs=1e-6)
+    assert float(loss(shares_of(*shares))) == pytest.approx(wanted, abs=1e-6)
 
 
 def test_what_can_be_reached() -> None:
-    assert loss_of([OPENED], [OPENED]).reachable == pytest.approx((0.4, 1.0))
+    assert loss_of().reachable == pytest.approx((0.4, 1.0))
 
 
 def test_the_cost_is_not_rounded_under_autocast() -> None:
-    loss = loss_of([OPENED, CLOSED, OPENED], [OPENED, CLOSED, CLOSED], target=0.43)
+    loss = loss_of(target=0.43)
+    shares = shares_of([OPENED, CLOSED, OPENED], [OPENED, CLOSED, CLOSED])
     loss.advance(1.0)
     with torch.autocast("cpu", torch.bfloat16):
-        found = loss()
+        found = loss(shares)
     assert found.dtype == torch.float32
-    assert float(found) == float(loss())
+    assert float(found) == float(loss(shares))
 
 
 @pytest.mark.parametrize(
@@ -80,20 +81,20 @@ def test_the_cost_is_not_rounded_under_autocast() -> None:
     ],
 )
 def test_the_noise_of_decisions_falls_to_none_in_the_first_four_fifths(kind: Noise, wanted: tuple) -> None:
-    loss = loss_of([OPENED], [OPENED])
-    loss.noise = kind
+    loss = loss_of(noise=kind)
     for progress, noise in wanted:
         loss.advance(progress)
-        assert [s.noise for s in loss.network.segments if isinstance(s, GatedSegment)] == [pytest.approx(noise)] * 2
+        assert loss.choose.noise == pytest.approx(noise)
 
 
 def test_the_two_losses_are_added_and_the_clock_is_passed_on() -> None:
-    budget = loss_of([OPENED, CLOSED], [OPENED, OPENED])
-    loss = GatedLoss(lambda logits, images, labels: logits.sum() + images.sum() + labels.sum(), budget)
+    budget = loss_of()
+    loss = GatedLoss(lambda output, images, labels: output.logits[0].sum() + images.sum() + labels.sum(), budget)
     loss.advance(1.0)
     assert budget.progress == 1.0
     one = torch.ones(1)
-    assert float(loss(one, 2 * one, 3 * one)) == pytest.approx(6 + 10 * 0.35**2, rel=1e-5)
+    output = Dense([one], shares_of([OPENED, CLOSED], [OPENED, OPENED]))
+    assert float(loss(output, 2 * one, 3 * one)) == pytest.approx(6 + 10 * 0.35**2, rel=1e-5)
 
 
 def images(count: int) -> Tensor:
@@ -107,7 +108,9 @@ def budget_of(network: DynamicNetwork, target: float) -> BudgetLoss:
 @pytest.mark.parametrize(("asked", "wanted"), [("auto", "long"), ("falling", "falling"), ("long", "long")])
 def test_gates_that_skip_or_run_are_drawn_at_random_for_longer(asked: str, wanted: str) -> None:
     network = gated_resnet()
-    assert Distill(gate_budget=0.6, gate_noise=asked)._budget(network, Context()).noise == wanted
+    budget = Distill(gate_budget=0.6, gate_noise=asked)._budget(network, Context())
+    assert budget.noise == wanted
+    assert budget.choose is network.choose
 
 
 @pytest.mark.parametrize("exits", [None, {"head": "linear"}, {"head": "linear", "chain": True}])
@@ -116,17 +119,13 @@ def test_the_loss_counts_what_is_executed(exits: dict | None) -> None:
     network, batch = gated_resnet(exits, keep_first=False), images(8)
     budget = budget_of(network, 0.5)
     budget.advance(1.0)
-    for segment in network.segments:
-        if isinstance(segment, GatedSegment):
-            segment.eval()
     whole = count_macs(small_resnet(), batch[:1])
+    found: list[Routed] = []
     with torch.no_grad():
-        executed = count_macs(lambda: network.all_exits(batch)) / 8 / whole
-        for segment in network.segments:
-            if isinstance(segment, GatedSegment):
-                assert segment.choices is not None
-                segment.shares = [nn.functional.one_hot(one, 2).float() for one in segment.choices.T]
-    assert float(budget()) == pytest.approx(10 * (executed - 0.5) ** 2, rel=1e-4)
+        executed = count_macs(lambda: found.append(network.run(batch, everyone=True))) / 8 / whole
+    taken = found[0].taken
+    shares = {unit.name: nn.functional.one_hot(taken[unit.name], 2).float() for unit in network.changing}
+    assert float(budget(shares)) == pytest.approx(10 * (executed - 0.5) ** 2, rel=1e-4)
     cheapest, dearest = budget.reachable
     assert cheapest < executed < dearest
 
@@ -135,7 +134,7 @@ def test_the_loss_counts_what_is_executed(exits: dict | None) -> None:
 def test_gradients_reach_every_gate_and_lead_towards_the_target(gate: str) -> None:
     """Above the target open paths lose score, below it they win; at the target nothing moves."""
     network = convert(small_resnet(), [SkipGates.model_validate({"gate": gate, "group": 1})], SmallResNet.shape)
-    lasts = [unit.gate.linear for unit in network.units]
+    lasts = [unit.gate.linear for unit in network.changing]
     network.train()
     for opening, target, sign in ((3.0, 0.6, 1), (-3.0, 0.6, -1), (3.0, None, 0)):
         budget = budget_of(network, 0.6)
@@ -147,8 +146,7 @@ def test_gradients_reach_every_gate_and_lead_towards_the_target(gate: str) -> No
             with torch.no_grad():
                 last.bias[-1] = opening
         network.zero_grad()
-        network(images(8))
-        budget().backward()
+        budget(network(images(8)).shares).backward()
         for last in lasts:
             assert last.bias.grad is not None
             assert last.bias.grad.sign().tolist() == ([-sign, sign] if sign else pytest.approx([0, 0], abs=1e-4))
@@ -157,24 +155,21 @@ def test_gradients_reach_every_gate_and_lead_towards_the_target(gate: str) -> No
 def test_the_budget_alone_lowers_the_mean_cost() -> None:
     network = convert(small_resnet(), [SkipGates(gate="conv", group=1)], SmallResNet.shape)
     budget = budget_of(network, 0.6)
-    gates = [p for unit in network.units for p in unit.gate.parameters()]
+    gates = [p for unit in network.changing for p in unit.gate.parameters()]
     optimizer = torch.optim.SGD(gates, lr=0.02, momentum=0.9)
     network.train()
     costs = []
     for step in range(60):
         budget.advance(step / 60)
-        network(images(8))
+        shares = network(images(8)).shares
         optimizer.zero_grad()
-        budget().backward()
+        budget(shares).backward()
         optimizer.step()
-        spent = [float((s.mean(0) * c).sum()) for s, c in zip(_shares(network), budget.costs, strict=True)]
+        spent = [float((share.detach().mean(0) * budget.costs[name]).sum()) for name, share in shares.items()]
+        assert len(spent) == len(budget.costs)
         costs.append(sum(spent) + budget.fixed)
     assert sum(costs[:10]) / 10 > 0.9
     assert sum(costs[-10:]) / 10 < 0.75
-
-
-def _shares(network: DynamicNetwork) -> list[Tensor]:
-    return [one.detach() for segment in network.segments if isinstance(segment, GatedSegment) for one in segment.shares]
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +191,7 @@ def test_a_training_arrives_at_the_budget(gate: str, splits: Splits) -> None:
     network = digits_network(SkipGates.model_validate({"gate": gate, "group": 1}))
     tuned, _ = apply(network, Distill(**STEP, gate_budget=0.55), Context(data=splits, teacher=teacher))
     found, labels, routing = routed_answers(tuned, splits.test, CPU)
-    executed = exit_costs(tuned).executed(routing.exits.numpy(), routing.choices.numpy(), []).mean()
+    executed = exit_costs(tuned).executed(routing.taken, routing.images).mean()
     assert abs(executed / count_macs(teacher, torch.zeros(1, *SHAPE)) - 0.55) < 0.15
     assert float((found == labels).float().mean()) > 0.85
     assert tuned.history[-1]["gate_budget"] == 0.55
@@ -209,7 +204,7 @@ def test_heads_alone_are_trained_with_the_gates_as_they_are(splits: Splits) -> N
     tuned, _ = apply(network, step, Context(data=splits))
     changed = {name for name, value in tuned.state_dict().items() if not torch.equal(value, before[name])}
     assert changed
-    assert all(name.startswith("heads.") for name in changed)
+    assert all(name.startswith("pieces.exit__1.head.") for name in changed)
     assert tuned.history[-1]["gate_budget"] is None
 
 

@@ -125,7 +125,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(splits: Splits, tmp_path: Pat
         path.write_bytes(path.read_bytes()[:1000])
     else:
         found = torch.load(path, weights_only=True)
-        del found["network"]["heads.0.classifier.2.bias"]
+        del found["network"]["pieces.exit__1.head.classifier.2.bias"]
         torch.save(found, path)
     with pytest.raises(DynamizeError, match=r"checkpoint\.pt cannot be continued from .*delete it"):
         trained(splits, replace(PLAN, work=tmp_path, resume=True))
@@ -166,21 +166,25 @@ def test_heads_only_leaves_the_network_to_the_bit(splits: Splits) -> None:
     before = weights(digit_network())
     network, _ = trained(splits, replace(PLAN, heads_only=True))
     after = weights(network)
-    segments = {name for name in before if name.startswith("segments.")}
-    assert any("running_mean" in name for name in segments)
-    assert all(torch.equal(after[name], before[name]) for name in segments)
+    own = {name for name in before if name.startswith("nets.main.")}
+    assert any("running_mean" in name for name in own)
+    assert all(torch.equal(after[name], before[name]) for name in own)
     changed = {name for name in after if not torch.equal(after[name], before[name])}
-    heads = {name for name in before if name.startswith("heads.")}
-    assert changed == heads
+    temperatures = {f"pieces.exit__{k}.temperature" for k in (1, 2)}
+    assert changed == before.keys() - own - temperatures
+    assert all(".head." in name for name in changed)
     assert all(parameter.requires_grad for parameter in network.parameters())
 
 
 def test_parameters_that_were_frozen_stay_frozen(splits: Splits) -> None:
     network = digit_network()
-    network.segments[0].requires_grad_(False)
+    static = network.row[0]
+    static.module.requires_grad_(False)
     before = weights(network)
     train(network, splits, MultiExitLoss(), replace(PLAN, epochs=1))
-    parameters = [n for n, p in network.named_parameters() if n.startswith("segments.0.")]
+    own = {id(p) for p in static.module.parameters()}
+    parameters = [n for n, p in network.named_parameters() if id(p) in own]
+    assert len(parameters) == 3
     assert all(torch.equal(network.state_dict()[name], before[name]) for name in parameters)
     assert not any(p.requires_grad for n, p in network.named_parameters() if n in parameters)
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from digits import SHAPE, digit_splits
-from gated_digits import gated_digits, indifferent, set_scores
+from gated_digits import UNITS, gated_digits, indifferent, set_scores
 from torch import Tensor
 
 from dynamize.nn.network import DynamicNetwork
@@ -36,7 +36,7 @@ def test_the_loss_by_hand() -> None:
     set_scores(network, [[-0.5, -1.0], [-1.2, -1.1], [-0.7, -3.0]])
     learner = learning(network, loss_scale=0.4)
     set_scores(network, [[0.0, 0.1], [0.3, 0.2], [-0.1, 0.0]])  # best paths 1, 0, 1
-    cost = float(relative_costs(network)[0][1])
+    cost = float(relative_costs(network)[UNITS[0]][1])
     with deciding(network.train(), learner.recorder):
         loss = learner(network(IMAGES), IMAGES, LABELS)
     wanted = [-0.5 * cost + 0.9 * -1.1, 0.9 * -0.7, -0.5 * cost - 0.4 * math.log(10)]
@@ -52,7 +52,7 @@ def test_the_value_of_a_path_goes_towards_its_target_and_no_other_moves() -> Non
     set_scores(network, [[0.0, 0.1], [0.3, 0.2], [-0.1, 0.0]])
     with deciding(network.train(), learner.recorder):
         learner(network(IMAGES), IMAGES, LABELS).backward()
-    gradients = [unit.gate.linear.bias.grad for unit in network.units]
+    gradients = [unit.gate.linear.bias.grad for unit in network.changing]
     for gradient, taken in zip(gradients, [1, 0, 1], strict=True):
         assert gradient[taken] > 0.01  # all are worth less than their scores say
         assert gradient[1 - taken] == 0
@@ -69,8 +69,9 @@ def test_learnt_values_prefer_the_cheap_path_where_the_loss_does_not_care() -> N
             optimizer.zero_grad()
             learner(network(IMAGES), IMAGES, LABELS).backward()
             optimizer.step()
-    network.eval()(IMAGES)
-    assert int(network.segments[0].choices.sum()) == 0
+    choices = network.eval().run(IMAGES).choices
+    assert choices.shape == (len(IMAGES), 3)
+    assert int(choices.abs().sum()) == 0
 
 
 def test_epsilon_is_annealed_linearly() -> None:
@@ -94,27 +95,27 @@ def test_the_target_follows_the_gates() -> None:
     set_scores(network, [[0.0, 0.0]] * 3)
     learner = learning(network, follow=0.25)
     set_scores(network, [[4.0, 8.0]] * 3)
-    network.units[0].gate.norm.running_mean.fill_(7.0)
+    network.changing[0].gate.norm.running_mean.fill_(7.0)
     for wanted in ([1.0, 2.0], [1.75, 3.5]):
         learner.advance(0.0)
         assert learner.target[0].linear.bias.tolist() == wanted
     assert learner.target[0].norm.running_mean.tolist() == [7.0] * 12
     assert not any(parameter.requires_grad for parameter in learner.target.parameters())
-    assert network.units[0].gate.linear.bias.tolist() == [4.0, 8.0]
+    assert network.changing[0].gate.linear.bias.tolist() == [4.0, 8.0]
 
 
 def test_a_copy_of_recurrent_gates_has_its_own_memory() -> None:
     network = gated_digits("recurrent")
     target = copy_gates(network)
     with torch.no_grad():
-        network.units[0].gate.linear.weight.normal_()
-        target[0].linear.weight.copy_(network.units[0].gate.linear.weight)
-        network.memory.bias_hh.add_(5.0)
+        network.changing[0].gate.linear.weight.normal_()
+        target[0].linear.weight.copy_(network.changing[0].gate.linear.weight)
+        network.changing[0].gate.memory.bias_hh.add_(5.0)
     described = torch.randn(4, 12)
     before = target[0].decide(described)[0]
-    assert not torch.allclose(before, network.units[0].gate.decide(described)[0])
+    assert not torch.allclose(before, network.changing[0].gate.decide(described)[0])
     follow(target, all_gates(network), 1.0)
-    assert torch.equal(target[0].decide(described)[0], network.units[0].gate.eval().decide(described)[0])
+    assert torch.equal(target[0].decide(described)[0], network.changing[0].gate.eval().decide(described)[0])
 
 
 @pytest.mark.parametrize("gate", ["linear", "conv", "recurrent"])
@@ -126,7 +127,7 @@ def test_the_target_sees_what_the_gates_saw(gate: str) -> None:
     with deciding(network, learner.recorder):
         network(IMAGES)
     taken = learner.recorder.take()
-    wanted = torch.stack([one.scores.amax(1) for one in taken], 1)
+    wanted = torch.stack([one.scores.amax(1) for one in taken.values()], 1)
     assert torch.equal(learner._best_values(taken), wanted)
 
 
@@ -147,7 +148,7 @@ def test_scaling_scores(gate: str) -> None:
 
     def scores() -> list[Tensor]:
         described = torch.ones(1, 12)
-        return [unit.gate.eval().decide(described)[0] for unit in network.units]
+        return [unit.gate.eval().decide(described)[0] for unit in network.changing]
 
     before = scores()
     q_learning.scale_scores(network, factors)
@@ -159,4 +160,4 @@ def test_the_scale_makes_the_mean_loss_one() -> None:
     network = indifferent(gated_digits())
     found = q_learning.find_loss_scale(network, digit_splits(64).train, torch.device("cpu"), seed=0)
     assert found == pytest.approx(1 / math.log(10))
-    assert network.segments[0].forced is None
+    assert network.setting.forced == {}

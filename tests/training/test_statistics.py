@@ -7,16 +7,14 @@ import pytest
 import torch
 from digits import digit_network, digit_splits
 from gated_networks import gated_resnet, scatter
-from networks import SmallResNet, conv_block, small_resnet
+from networks import SmallResNet, conv_block, set_offset, small_resnet
 from torch import Tensor, nn
 
 from dynamize.conversion import convert, wrap
 from dynamize.data.images import LoaderSet
 from dynamize.nn.channels import ChannelUnit
-from dynamize.nn.gated import GatedSegment
 from dynamize.nn.gates import ALL_OPEN, Gate
-from dynamize.nn.network import DynamicNetwork
-from dynamize.nn.routing import record_routing
+from dynamize.nn.network import DynamicNetwork, record_routing
 from dynamize.training import statistics
 from dynamize.training.statistics import Estimated, estimate_statistics, moments
 from dynamize.transforms import ChannelGates, SkipGates
@@ -107,7 +105,7 @@ def test_each_width_has_those_of_the_images_that_take_it(monkeypatch: pytest.Mon
     network, batch = channels(), images()
     before = running(network)
     estimate(network, batch, "widths", monkeypatch)
-    units = [unit for unit in network.units if isinstance(unit, ChannelUnit)]
+    units = [unit for unit in network.changing if isinstance(unit, ChannelUnit)]
     assert all(unit.has_own for unit in units)
     narrower = Inputs(path for unit in units for path in unit.paths()[:-1])
     sizes: list[int] = []
@@ -127,8 +125,7 @@ def assert_as_in_training(network: DynamicNetwork, batch: Tensor) -> None:
             module.momentum = 1.0
         if isinstance(module, Gate | nn.Dropout):
             module.eval()
-        if isinstance(module, GatedSegment):
-            module.noise = 0.0
+    trained.choose.noise = 0.0
     with torch.no_grad():
         trained(batch)
     found, wanted = running(network), running(trained)
@@ -152,26 +149,26 @@ def test_shared_ones_beside_those_of_widths(monkeypatch: pytest.MonkeyPatch) -> 
     network, batch = channels(), images()
     estimate(network, batch, "widths", monkeypatch)
     estimate(network, batch, "all", monkeypatch)
-    narrower = Inputs(path for unit in network.units for path in unit.paths()[:-1])
+    narrower = Inputs(path for unit in network.changing for path in unit.paths()[:-1])
     with torch.no_grad():
         network(batch)
     narrower.assert_normalised()
 
 
 def only_static(network: DynamicNetwork) -> list[nn.Module]:
-    return [piece for segment in network.segments for piece in segment.pieces if not hasattr(piece, "gate")]
+    return [piece for piece in network.row if piece.effect is None and not piece.answers]
 
 
 def test_a_path_that_no_image_takes_has_those_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
     network, batch = channels(), images()
-    network.gate_offset = ALL_OPEN
+    set_offset(network, ALL_OPEN)
     with torch.no_grad():
         wanted = network(batch)
         found = estimate(network, batch, "widths", monkeypatch)
-        assert found.rare == len(network.units)
+        assert found.rare == len(network.changing)
         assert torch.equal(network(batch), wanted)
-        unit = network.units[0]
-        before = network.segments[0].pieces[0](batch)
+        unit = network.changing[0]
+        before = network.row[0].module(batch)
         inputs = Inputs([unit.paths()[0]])
         unit.paths()[0](before)
     inputs.assert_normalised()
@@ -200,8 +197,8 @@ def test_a_projection_has_those_of_all_images(monkeypatch: pytest.MonkeyPatch) -
     scatter(network, images())
     estimate(network, images(), "all", monkeypatch)
     assert_as_in_training(network, images())
-    (unit,) = network.units
-    inputs = Inputs([unit.body.get_submodule("norm_short")])
+    (unit,) = network.changing
+    inputs = Inputs([unit.paths()[1].get_submodule("norm_short")])
     with torch.no_grad():
         network(images())
     inputs.assert_normalised()
@@ -210,11 +207,11 @@ def test_a_projection_has_those_of_all_images(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("gate", ["conv", "recurrent", "linear"])
 def test_heads_have_theirs_and_gates_keep_theirs(gate: str, monkeypatch: pytest.MonkeyPatch) -> None:
     network, batch = gated_resnet({"chain": True}, gate=gate), images()
-    gates = [running(unit.gate) for unit in network.units]
+    gates = [running(unit.gate) for unit in network.changing]
     estimate(network, batch, "all", monkeypatch)
-    assert all(torch.equal(one[name], running(unit.gate)[name]) for one, unit in zip(gates, network.units, strict=True)
+    assert all(torch.equal(one[name], running(unit.gate)[name]) for one, unit in zip(gates, network.changing, strict=True)
                for name in one)  # fmt: skip
-    inputs = Inputs([*network.heads, *only_static(network)])
+    inputs = Inputs([*network.leaving, *only_static(network)])
     with torch.no_grad():
         network.all_exits(batch)
     inputs.assert_normalised()
@@ -259,7 +256,7 @@ def test_images_are_drawn_with_the_seed_and_augmented_as_in_training() -> None:
     estimate_statistics(network, data.train, CPU, count=10**6, seed=0, augmented=False)
     assert not any(torch.allclose(one, with_borders[name]) for name, one in running(network).items())
     plain = torch.cat([batch for batch, _ in data.train.batches(64)])
-    inputs = Inputs([network.segments[0]])
+    inputs = Inputs([network.row[0]])
     with torch.no_grad():
         network.all_exits(plain)
     inputs.assert_normalised()
