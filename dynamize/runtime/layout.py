@@ -22,8 +22,8 @@ _BLOCK = 16  # channels; 8 on some machines
 
 
 def blocks(shape: Sequence[int]) -> bool:
-    """Whether features of this shape, (N, C, H, W), fill whole blocks of channels and this machine computes in them."""
-    return len(shape) == 4 and shape[1] % _BLOCK == 0 and _machine_has_blocks()
+    """Whether features of this shape, (C, H, W), fill whole blocks of channels and this machine computes in them."""
+    return len(shape) == 3 and shape[0] % _BLOCK == 0 and _machine_has_blocks()
 
 
 def exchange_blocked(model: bytes, channels: Mapping[str, int]) -> bytes:

@@ -6,19 +6,21 @@ import onnxruntime as ort
 import pytest
 import torch
 from gated_networks import masked, scatter
-from networks import Residual, close, randomise_norms, torchvision_network
+from networks import Residual, close, force, randomise_norms, torchvision_network
 from torch import Tensor, nn
 
 from dynamize.conversion import convert
-from dynamize.runtime import inplace, onnx
+from dynamize.nn.piece import Setting
+from dynamize.runtime import inplace, onnxruntime
 from dynamize.runtime.compiled import compile_network
 from dynamize.runtime.inplace import InPlace, can_write_over
 from dynamize.runtime.layout import blocks, exchange_blocked
+from dynamize.runtime.engine import Border
 from dynamize.runtime.onnx import export_onnx
 from dynamize.runtime.session import session_options
 from dynamize.transforms import SkipGates
 
-pytestmark = pytest.mark.skipif(not blocks((1, 16, 4, 4)), reason="ONNX Runtime computes in no blocks on this machine")
+pytestmark = pytest.mark.skipif(not blocks((16, 4, 4)), reason="ONNX Runtime computes in no blocks on this machine")
 
 CHANNELS = 32
 
@@ -66,7 +68,7 @@ class WithMeans(nn.Module):
 
 
 def optimised(module: nn.Module, outputs: int) -> bytes:
-    exported = export_onnx(module, [torch.randn(2, CHANNELS, 8, 8)], ["next_features", "means"][:outputs])
+    exported = export_onnx(module, Border((CHANNELS, 8, 8)), outputs=["next_features", "means"][:outputs], blocks=True)
     return exchange_blocked(exported, dict.fromkeys(("features", "next_features"), CHANNELS))
 
 
@@ -133,13 +135,14 @@ def test_left_alone(module: nn.Module, outputs: int) -> None:
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small"])
 def test_a_gated_network(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[InPlace] = []
-    monkeypatch.setattr(onnx, "InPlace", lambda *given: made.append(InPlace(*given)) or made[-1])
+    monkeypatch.setattr(onnxruntime, "InPlace", lambda *given: made.append(InPlace(*given)) or made[-1])
     network, batch = torchvision_network(name), torch.randn(6, 3, 64, 64)
     dynamic = scatter(convert(network, [SkipGates(group=1)], (3, 64, 64)), torch.randn(32, 3, 64, 64))
     compiled, wanted = compile_network(dynamic, "onnxruntime"), masked(dynamic, batch)
     assert made
     kept = batch.clone()
     for images in (batch, batch[:1]):
-        found = compiled.run(images, wanted.choices_NU[: len(images)])
+        forced = force(dynamic, wanted.choices_NU[: len(images)])
+        found = compiled.run(images, Setting(forced=forced))
         assert close(found.logits, wanted.answers_NC[: len(images)], 1e-4)
     assert torch.equal(batch, kept)

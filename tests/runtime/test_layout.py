@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from dynamize.runtime import layout
 from dynamize.runtime.layout import blocks, exchange_blocked
+from dynamize.runtime.engine import Border
 from dynamize.runtime.onnx import export_onnx
 from dynamize.runtime.session import session_options
 
-pytestmark = pytest.mark.skipif(not blocks((1, 16, 4, 4)), reason="ONNX Runtime computes in no blocks on this machine")
+pytestmark = pytest.mark.skipif(not blocks((16, 4, 4)), reason="ONNX Runtime computes in no blocks on this machine")
 
 CHANNELS = 32
 
@@ -55,7 +56,7 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
 def exported(name: str) -> tuple[nn.Module, bytes]:
     torch.manual_seed(0)
     module = randomise_norms(BLOCKS[name]()).eval()
-    return module, export_onnx(module, [torch.randn(2, CHANNELS, 8, 8)], ["next_features", "means"])
+    return module, export_onnx(module, Border((CHANNELS, 8, 8)), outputs=["next_features", "means"], blocks=True)
 
 
 def run(model: bytes, features: Tensor) -> list[Tensor]:
@@ -70,7 +71,7 @@ def block_size(channels: int = CHANNELS) -> int:
     module = nn.Conv2d(channels, channels, 1, groups=channels, bias=False)
     nn.init.ones_(module.weight)
     model = exchange_blocked(
-        export_onnx(module, [torch.randn(1, channels, 2, 2)], ["next_features"]), {"next_features": channels}
+        export_onnx(module, Border((channels, 2, 2)), outputs=["next_features"], blocks=True), {"next_features": channels}
     )
     pixels = torch.arange(4.0).view(1, 1, 2, 2).expand(1, channels, 2, 2).contiguous()
     return int(np.flatnonzero(run(model, pixels)[0].flatten().numpy() == 1)[0])
@@ -107,11 +108,11 @@ def test_no_step_is_left_between_two_residual_blocks() -> None:
     assert changed.graph.node[kinds.index("ReorderOutput")].input[0] not in ("features", "next_features")
 
 
-@pytest.mark.parametrize(("shape", "found"), [((1, 24, 4, 4), False), ((1, 48, 4, 4), True), ((1, 16), False)])
+@pytest.mark.parametrize(("shape", "found"), [((24, 4, 4), False), ((48, 4, 4), True), ((16,), False)])
 def test_whole_blocks_of_channels_only(shape: tuple[int, ...], found: bool) -> None:
     assert blocks(shape) is found
 
 
 def test_a_machine_without_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layout, "_machine_has_blocks", lambda: False)
-    assert not blocks((1, 48, 4, 4))
+    assert not blocks((48, 4, 4))
