@@ -29,7 +29,7 @@ def make(kind: str, channels: int = 12, paths: int = 3) -> Gate:
 def test_a_new_gate_prefers_the_last_path_whatever_it_sees(kind: str) -> None:
     gate = make(kind)
     for features in (torch.randn(5, 12, 6, 6), 1e3 * torch.randn(5, 12, 6, 6), torch.zeros(5, 12, 1, 1)):
-        scores, _ = gate.decide(gate.describe(features))
+        scores, _ = gate.decide(gate(features))
         assert torch.equal(scores, torch.tensor([0.0, 0.0, OPEN]).expand(5, 3))
 
 
@@ -37,26 +37,24 @@ def test_a_new_gate_prefers_the_last_path_whatever_it_sees(kind: str) -> None:
 def test_each_image_is_scored_by_itself(kind: str) -> None:
     gate, features = make(kind), torch.randn(6, 12, 5, 7)
     torch.nn.init.normal_(gate.linear.weight)
-    whole, _ = gate.decide(gate.describe(features))
+    whole, _ = gate.decide(gate(features))
     assert len(whole.unique(dim=0)) == 6
     for n in range(6):
-        alone, _ = gate.decide(gate.describe(features[n : n + 1]))
+        alone, _ = gate.decide(gate(features[n : n + 1]))
         assert torch.allclose(alone, whole[n : n + 1], atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_network_in_double_precision_has_gates_in_double_precision(kind: str) -> None:
     gate = make(kind).double()
-    if isinstance(gate, RecurrentGate):
-        gate._memory[0].double()
-    scores, _ = gate.decide(gate.describe(torch.randn(2, 12, 4, 4, dtype=torch.float64)))
+    scores, _ = gate.decide(gate(torch.randn(2, 12, 4, 4, dtype=torch.float64)))
     assert scores.dtype == torch.float64
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_reach_the_last_layer_although_it_starts_at_zero(kind: str) -> None:
     gate = make(kind)
-    shares = sample_paths(gate.decide(gate.describe(torch.randn(4, 12, 4, 4)))[0], noise=0.0)
+    shares = sample_paths(gate.decide(gate(torch.randn(4, 12, 4, 4)))[0], noise=0.0)
     (shares @ torch.tensor([0.0, 1.0, 2.0])).sum().backward()
     layer = gate.linear
     assert layer.bias.grad is not None
@@ -72,14 +70,14 @@ def test_one_image_alone_is_trained_with_the_running_statistics(kind: str) -> No
     torch.nn.init.normal_(gate.linear.weight)
     gate.norm.running_mean.uniform_(-1, 1)
     gate.norm.running_var.uniform_(0.5, 2)
-    wanted, _ = gate.decide(gate.describe(image))
+    wanted, _ = gate.decide(gate(image))
     held = {name: value.clone() for name, value in gate.norm.state_dict().items()}
     gate.train()
-    found, _ = gate.decide(gate.describe(image))
+    found, _ = gate.decide(gate(image))
     assert torch.equal(found, wanted)
     assert all(torch.equal(value, held[name]) for name, value in gate.norm.state_dict().items())
     found.sum().backward()
-    two, _ = gate.decide(gate.describe(torch.cat([image, 2 * image])))
+    two, _ = gate.decide(gate(torch.cat([image, 2 * image])))
     assert not torch.allclose(two[:1], wanted)
     assert gate.norm.num_batches_tracked == 1
 
@@ -90,7 +88,7 @@ def test_only_gates_that_read_channel_means_say_so() -> None:
     assert torch.allclose(pool(features), means, atol=1e-6)
     for kind in KINDS:
         gate = make(kind)
-        described = gate.describe(features)
+        described = gate(features)
         assert gate.pooled == (described.shape == means.shape and torch.allclose(described, means, atol=1e-6))
 
 
@@ -101,14 +99,18 @@ def test_a_recurrent_gate_remembers_and_shares_its_memory() -> None:
     described = torch.randn(4, 8)
     _, state = first.decide(described)
     assert not torch.allclose(second.decide(described, state)[0], second.decide(described)[0])
-    assert not {id(p) for p in memory.parameters()} & {id(p) for p in first.parameters()}
+    assert first.memory is second.memory is memory
+    assert not first.alone
+    for gate in (LinearGate(8, 2), ConvGate(8, 2)):
+        assert gate.memory is None
+        assert gate.alone
 
 
 def test_other_gates_hand_the_state_on() -> None:
     state = (torch.zeros(2, 1), torch.ones(2, 1))
     for kind in ("linear", "conv"):
         gate = make(kind)
-        assert gate.decide(gate.describe(torch.randn(2, 12, 4, 4)), state)[1] is state
+        assert gate.decide(gate(torch.randn(2, 12, 4, 4)), state)[1] is state
 
 
 def test_decisions_without_noise_are_the_best_paths_with_the_gradient_of_a_softmax() -> None:

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from dynamize.nn.quantized import QuantizedConv2d, QuantizedLinear, Quantizer, is_quantized
+from dynamize.runtime.engine import Border
 from dynamize.runtime.onnx import export_onnx
 
 
@@ -58,7 +59,7 @@ def test_onnx_holds_bytes() -> None:
     network = nn.Sequential(Quantizer(0.03, 128), QuantizedConv2d(nn.Conv2d(3, 5, 3), 0.03), Quantizer(0.02, 100))
     assert is_quantized(network)
     assert not is_quantized(nn.Conv2d(3, 5, 3))
-    model = onnx.load_from_string(export_onnx(network, [torch.randn(2, 3, 6, 6)], ["y"]))
+    model = onnx.load_from_string(export_onnx(network, Border((3, 6, 6)), outputs=["y"]))
     kinds = {tuple(tensor.dims): tensor.data_type for tensor in model.graph.initializer}
     assert kinds[5, 3, 3, 3] == onnx.TensorProto.INT8
     assert sum(node.op_type == "QuantizeLinear" for node in model.graph.node) == 2

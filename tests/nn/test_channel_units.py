@@ -1,15 +1,16 @@
-"""Channel units whose narrower paths have batch-norm statistics of their own."""
+"""Channel units: narrower paths are slices, which may have batch-norm statistics of their own."""
 
 import copy
 
 import torch
 from gated_networks import masked, scatter
-from networks import SmallResNet, close, small_resnet
+from networks import SmallResNet, close, force, small_resnet
 from torch import Tensor, nn
 
 from dynamize.conversion import convert
 from dynamize.nn.channels import ChannelUnit
 from dynamize.nn.network import DynamicNetwork
+from dynamize.nn.piece import Setting
 from dynamize.transforms import ChannelGates
 
 NORMS = 2  # in each unit: one between its convolutions, one behind them
@@ -25,7 +26,7 @@ def channels(groups: int = 2) -> DynamicNetwork:
 
 
 def own(network: DynamicNetwork) -> list[ChannelUnit]:
-    found = [unit for unit in network.units if isinstance(unit, ChannelUnit)]
+    found = [unit for unit in network.changing if isinstance(unit, ChannelUnit)]
     assert len(found) == 6
     for unit in found:
         unit.own_statistics()
@@ -80,11 +81,11 @@ def test_what_a_path_was_given_is_used_from_then_on() -> None:
                 norm.running_mean.uniform_(-1, 1)
                 norm.running_var.uniform_(1, 2)
         wanted = narrower(features)
-        unit.take_statistics(0, narrower)
-        again = unit.paths()[0]
+        assert torch.equal(unit.paths()[0](features), wanted)
+        assert unit.paths()[0] is narrower
+        again = copy.deepcopy(unit).paths()[0]  # from the unit's own tensors
         assert again is not narrower
         assert torch.equal(again(features), wanted)
-        assert unit.paths()[0] is again
 
 
 def disturb(network: DynamicNetwork) -> DynamicNetwork:
@@ -105,9 +106,9 @@ def test_each_image_runs_what_it_chose() -> None:
         found = network(batch)
         assert close(found[wanted.clear], wanted.answers_NC[wanted.clear])
         assert not close(found, shared(batch), 1e-2)
-        forced = torch.stack([torch.randint(0, len(unit.path_macs), (16,)) for unit in network.units], 1)
-        network.force_paths(forced)
-        assert close(network(batch), masked(network, batch, forced).answers_NC)
+        forced = torch.stack([torch.randint(0, len(unit.path_macs), (16,)) for unit in network.changing], 1)
+        found = network.run(batch, Setting(forced=force(network, forced))).logits
+        assert close(found, masked(network, batch, forced).answers_NC)
 
 
 def test_training_knows_the_shared_ones_only() -> None:
@@ -120,7 +121,8 @@ def test_training_knows_the_shared_ones_only() -> None:
         for network in (first, second):
             torch.manual_seed(1)
             found.append(network(batch))
-    assert torch.equal(*found)
+    assert torch.equal(found[0].logits[0], found[1].logits[0])
+    assert all(torch.equal(shares, found[1].shares[name]) for name, shares in found[0].shares.items())
 
 
 def test_copies_weights_and_moves_take_them_along() -> None:
@@ -133,7 +135,7 @@ def test_copies_weights_and_moves_take_them_along() -> None:
         other.load_state_dict(network.state_dict())
         assert torch.equal(other(batch), wanted)
         again = copy.deepcopy(network)
-        again.units[0].statistics_0 += 1
+        again.changing[0].statistics_0 += 1
         assert torch.equal(network(batch), wanted)
         assert torch.equal(copy.deepcopy(network)(batch), wanted)
         assert close(copy.deepcopy(network).double()(batch.double()).float(), wanted)
