@@ -4,14 +4,23 @@ import copy
 
 import pytest
 import torch
-from networks import SmallResNet, close, dense, small_resnet, split_at, with_exits
-from torch import nn
+from networks import (
+    SmallResNet,
+    close,
+    dense,
+    set_thresholds,
+    small_resnet,
+    split_at,
+    temperatures,
+    thresholds,
+    with_exits,
+)
 
 from dynamize.calibration.points import OperatingPoint, OperatingPoints
 from dynamize.conversion import convert, wrap
 from dynamize.errors import DynamizeError
 from dynamize.nn.network import DynamicNetwork
-from dynamize.nn.routing import Routing, record_routing
+from dynamize.nn.piece import Dense, Static
 from dynamize.transforms import Exits
 
 
@@ -23,16 +32,17 @@ def images(count: int = 6) -> torch.Tensor:
 def test_training_returns_every_exit_and_reaches_every_parameter(chain: bool) -> None:
     dynamic = with_exits(chain=chain).train()
     logits = dynamic(images())
-    assert isinstance(logits, list)
-    assert [tuple(one.shape) for one in logits] == [(6, 7)] * 3
-    sum(one.square().sum() for one in logits).backward()
+    assert isinstance(logits, Dense)
+    assert logits.shares == {}
+    assert [tuple(one.shape) for one in logits.logits] == [(6, 7)] * 3
+    sum(one.square().sum() for one in logits.logits).backward()
     assert all(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in dynamic.parameters())
 
 
 def test_training_ignores_thresholds() -> None:
     dynamic = with_exits().train()
-    dynamic.thresholds = [float("-inf"), float("-inf")]
-    assert len(dynamic(images())) == 3
+    set_thresholds(dynamic, [float("-inf"), float("-inf")])
+    assert [tuple(one.shape) for one in dynamic(images()).logits] == [(6, 7)] * 3
 
 
 def test_a_network_without_exits_returns_its_logits_in_either_mode() -> None:
@@ -53,32 +63,42 @@ def test_wrapping_twice_is_a_copy() -> None:
 def gradients(dynamic: DynamicNetwork, weights: list[float]) -> dict[str, torch.Tensor]:
     """Of a weighted sum of one loss per exit, in training mode without dropout."""
     dynamic.train()
-    dynamic.segments[-1].dropout.eval()
+    dynamic.plain.get_submodule("dropout").eval()
     dynamic.zero_grad()
-    logits = dynamic(images().double())
+    logits = dynamic(images().double()).logits
     sum(weight * one.square().mean() for weight, one in zip(weights, logits, strict=True)).backward()
     return {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in dynamic.named_parameters()}
 
 
+def static_owners(dynamic: DynamicNetwork) -> dict[str, int]:
+    """Number of the static piece that computes with each parameter of the original network."""
+    modules = [piece.module for piece in dynamic.row if isinstance(piece, Static)]
+    owners = {id(parameter): k for k, module in enumerate(modules) for parameter in module.parameters()}
+    return {name: owners[id(value)] for name, value in dynamic.named_parameters() if id(value) in owners}
+
+
 @pytest.mark.parametrize("chain", [False, True])
-def test_gradient_equilibrium_averages_the_exits_behind_each_segment(chain: bool) -> None:
-    """IMTA, sec. 3.2: what reaches segment k is the sum over the exits behind it divided by their number, K - k;
+def test_gradient_equilibrium_averages_the_exits_behind_each_piece(chain: bool) -> None:
+    """IMTA, sec. 3.2: what reaches static piece k is the sum over the exits behind it divided by their number, K - k;
     the heads get their own exit's gradient as it is."""
     dynamic = with_exits(chain=chain).double()
     single = [gradients(dynamic, [float(j == k) for j in range(3)]) for k in range(3)]
-    dynamic.gradient_equilibrium = True
+    dynamic.choose.equilibrium = True
+    static = static_owners(dynamic)
+    assert set(static.values()) == {0, 1, 2}
     together = gradients(dynamic, [1.0, 1.0, 1.0])
     for name, found in together.items():
         wanted = single[0][name] + single[1][name] + single[2][name]
-        if name.startswith("segments."):
-            wanted = wanted / (3 - int(name.split(".")[1]))
+        assert (name in static) == name.startswith("nets.main.")
+        if name in static:
+            wanted = wanted / (3 - static[name])
         assert torch.allclose(found, wanted, rtol=1e-9, atol=1e-12), name
 
 
 def test_gradient_equilibrium_changes_no_answer() -> None:
     dynamic = with_exits()
     plain = dynamic.all_exits(images())
-    dynamic.gradient_equilibrium = True
+    dynamic.choose.equilibrium = True
     assert all(torch.equal(a, b) for a, b in zip(dynamic.all_exits(images()), plain, strict=True))
 
 
@@ -86,7 +106,7 @@ def test_gradient_equilibrium_changes_no_answer() -> None:
 @pytest.mark.parametrize("frozen", [False, True])
 def test_gradients_in_eval_mode_are_those_of_the_exits_taken(chain: bool, frozen: bool) -> None:
     dynamic, batch = with_exits(chain=chain).double(), images(9).double()
-    dynamic.segments.requires_grad_(not frozen)
+    dynamic.nets.requires_grad_(not frozen)
     split_at(dynamic, batch, [0.4, 0.5])
     taken = dense(dynamic, batch).exits_N
     assert set(taken.tolist()) == {0, 1, 2}
@@ -110,14 +130,15 @@ def test_state_dict_round_trip() -> None:
     first, second = with_exits(seed=1), with_exits(seed=2)
     assert not torch.equal(first(images()), second(images()))
     second.load_state_dict(first.state_dict())
-    first.thresholds = second.thresholds = [0.5, 0.5]
+    set_thresholds(first, [0.5, 0.5])
+    set_thresholds(second, [0.5, 0.5])
     assert torch.equal(second(images()), first(images()))
-    assert torch.equal(second.temperatures, first.temperatures)
+    assert torch.equal(temperatures(second), temperatures(first))
 
 
 def test_every_tensor_of_the_original_is_in_the_state_dict_once() -> None:
     original, found = small_resnet().state_dict(), with_exits().state_dict()
-    names = [name.split(".", 2)[2] for name in found if name.startswith("segments.")]
+    names = [name.removeprefix("nets.main.") for name in found if name.startswith("nets.")]
     assert sorted(names) == sorted(original)
 
 
@@ -130,71 +151,30 @@ def test_a_deep_copy_is_independent_and_the_same() -> None:
     with torch.no_grad():
         for parameter in copied.parameters():
             parameter.zero_()
-    copied.thresholds[0] = None
+    set_thresholds(copied, [None, None])
     assert torch.equal(dynamic(images()), wanted)
     assert copied.history == dynamic.history
 
 
-def test_a_deep_copy_keeps_layers_shared_between_segments_shared() -> None:
+def test_a_deep_copy_keeps_layers_shared_between_pieces_shared() -> None:
     class Shared(SmallResNet):
         def __init__(self) -> None:
             super().__init__()
             self.layer1[1] = self.layer1[0]
 
-    dynamic = convert(Shared().eval(), [Exits(at=["stem", "relu_3"], share=1.0)], SmallResNet.shape)
-    assert dynamic.segments[1].layer1 is not None
+    dynamic = convert(Shared().eval(), [Exits(at=["stem", "relu"], share=1.0)], SmallResNet.shape)
     copied = copy.deepcopy(dynamic)
+    for network in (dynamic, copied):
+        _, second, third = (set(piece.module.parameters()) for piece in network.row if isinstance(piece, Static))
+        assert second < third
     assert len(list(copied.parameters())) == len(list(dynamic.parameters()))
     assert torch.equal(copied(images()), dynamic(images()))
 
 
-class TestRouting:
-    def test_batches_are_recorded_in_order(self) -> None:
-        dynamic = with_exits()
-        split_at(dynamic, images(8), [0.5, 0.5])
-        wanted = dense(dynamic, images(8)).exits_N
-        with record_routing(dynamic) as routing:
-            dynamic(images(8)[:3])
-            dynamic(images(8)[3:])
-        assert [len(batch) for batch in routing.batches] == [3, 5]
-        assert torch.equal(routing.exits, wanted)
-        assert routing.shares(3) == pytest.approx([float((wanted == k).double().mean()) for k in range(3)])
-
-    def test_nothing_is_recorded_outside(self) -> None:
-        dynamic = with_exits()
-        with record_routing(dynamic) as routing:
-            pass
-        dynamic(images())
-        assert routing.exits.tolist() == []
-        assert routing.shares(3) == [0, 0, 0]
-        assert dynamic.routing is None
-
-    def test_recording_ends_when_the_body_fails(self) -> None:
-        dynamic = with_exits()
-        with pytest.raises(RuntimeError), record_routing(dynamic):
-            dynamic(torch.zeros(1, 4, 16, 16))
-        assert dynamic.routing is None
-
-    def test_the_inner_recording_sees_its_own_batches_only(self) -> None:
-        dynamic = with_exits()
-        with record_routing(dynamic) as outer:
-            dynamic(images(2))
-            with record_routing(dynamic) as inner:
-                dynamic(images(3))
-            dynamic(images(4))
-        assert ([len(b) for b in outer.batches], [len(b) for b in inner.batches]) == ([2, 4], [3])
-
-    def test_training_takes_no_decisions(self) -> None:
-        dynamic = with_exits().train()
-        with record_routing(dynamic) as routing:
-            dynamic(images())
-        assert routing == Routing()
-
-
-def point(name: str, thresholds: list[float | None]) -> OperatingPoint:
+def point(name: str, values: list[float | None]) -> OperatingPoint:
     return OperatingPoint(
         name=name,
-        thresholds=thresholds,
+        thresholds={f"exit.{k}": value for k, value in enumerate(values, start=1)},
         accuracy=0.9,
         accuracy_ci=(0.8, 1.0),
         accuracy_drop=0.0,
@@ -211,12 +191,12 @@ class TestOperatingPoints:
         dynamic, chosen = with_exits(), point("half", [0.25, None])
         dynamic.operating_points = OperatingPoints((chosen, point("full", [None, None])))
         dynamic.set_operating_point("half")
-        assert (dynamic.thresholds, dynamic.operating_point) == ([0.25, None], chosen)
+        assert (thresholds(dynamic), dynamic.operating_point) == ([0.25, None], chosen)
         dynamic.set_operating_point(None)
-        assert (dynamic.thresholds, dynamic.operating_point) == ([None, None], None)
+        assert (thresholds(dynamic), dynamic.operating_point) == ([None, None], None)
         dynamic.set_operating_point(chosen)
-        dynamic.thresholds[0] = None
-        assert chosen.thresholds == [0.25, None]
+        set_thresholds(dynamic, [None, None])
+        assert chosen.thresholds == {"exit.1": 0.25, "exit.2": None}
 
     def test_no_points_yet(self) -> None:
         with pytest.raises(DynamizeError, match="no operating points yet: run the `calibrate` step"):
@@ -228,13 +208,8 @@ class TestOperatingPoints:
         dynamic.set_operating_point("half")
         with pytest.raises(DynamizeError, match="'third'.*half"):
             dynamic.set_operating_point("third")
-        assert dynamic.thresholds == [0.5, 0.5]
+        assert thresholds(dynamic) == [0.5, 0.5]
 
     def test_of_another_network(self) -> None:
-        with pytest.raises(DynamizeError, match="has 3 thresholds, the network 2 early exits: calibrate"):
+        with pytest.raises(DynamizeError, match="for exit.1, exit.2, exit.3, the network exit.1, exit.2: calibrate"):
             with_exits().set_operating_point(point("three", [0.1, 0.2, 0.3]))
-
-
-def test_segments_and_heads_must_match() -> None:
-    with pytest.raises(ValueError, match="2 segments need 1 heads, given 0"):
-        DynamicNetwork([nn.Identity(), nn.Identity()], input_shape=(3, 8, 8))

@@ -5,15 +5,25 @@ import math
 
 import pytest
 import torch
-from networks import SmallResNet, close, dense, small_resnet, split_at, torchvision_network, with_exits
+from networks import (
+    SmallResNet,
+    close,
+    dense,
+    set_thresholds,
+    small_resnet,
+    split_at,
+    thresholds,
+    torchvision_network,
+    with_exits,
+)
 from torch import nn
 
 from dynamize.conversion import convert
 from dynamize.graph.cuts import cut_points
 from dynamize.graph.macs import count_macs
 from dynamize.graph.trace import trace
-from dynamize.nn.network import DynamicNetwork
-from dynamize.nn.routing import record_routing
+from dynamize.nn.exits import Fusion
+from dynamize.nn.network import DynamicNetwork, record_routing
 from dynamize.transforms import Exits
 
 HEADS = [
@@ -34,7 +44,7 @@ def images(count: int) -> torch.Tensor:
 def test_with_exits_off_the_answers_are_bit_equal(fields: dict) -> None:
     network = small_resnet()
     dynamic = convert(network, [Exits.model_validate({"at": ["layer1", "layer2"], "share": 1.0} | fields)], (3, 16, 16))
-    assert dynamic.thresholds == [None, None]
+    assert thresholds(dynamic) == [None, None]
     for count in (1, 5):
         assert torch.equal(dynamic(images(count)), network(images(count)))
 
@@ -46,7 +56,7 @@ def test_with_exits_off_the_answers_are_bit_equal(fields: dict) -> None:
 def test_torchvision_networks_are_bit_equal(name: str, head: str) -> None:
     network, batch = torchvision_network(name), torch.randn(2, 3, 64, 64)
     dynamic = convert(network, [Exits(count=3, head=head, share=0.3)], (3, 64, 64))
-    assert len(dynamic.heads) == 3
+    assert len(dynamic.leaving) == 3
     with torch.no_grad():
         assert torch.equal(dynamic(batch), network(batch))
 
@@ -78,12 +88,13 @@ def cumulative_by_hand(dynamic: DynamicNetwork) -> list[float]:
     upto = {cut.name: cut for cut in cut_points(traced)}
     chosen = [upto[name] for name in dynamic.history[-1]["at"]]
     heads, costs = 0.0, []
-    for k, (head, cut) in enumerate(zip(dynamic.heads, chosen, strict=True)):
-        context = None if head.fusion is None else torch.zeros(1, head.fusion.in_features)
-        runs = dynamic.chained or dynamic.thresholds[k] is not None
-        heads += count_macs(head, torch.zeros(1, *cut.shape), context) * runs
+    for k, (piece, cut) in enumerate(zip(dynamic.leaving, chosen, strict=True)):
+        fused = piece.head.fusion
+        context = None if fused is None else torch.zeros(1, fused.in_features)
+        runs = piece.chained or thresholds(dynamic)[k] is not None
+        heads += count_macs(piece.head, torch.zeros(1, *cut.shape), context) * runs
         costs.append(cut.macs + heads)
-    fusion = 0 if dynamic.fusion is None else dynamic.fusion.weight.numel()
+    fusion = sum(piece.linear.weight.numel() for piece in dynamic.row if isinstance(piece, Fusion))
     return [*costs, total + heads + fusion]
 
 
@@ -114,16 +125,16 @@ def test_each_image_leaves_by_itself(fields: dict) -> None:
 def test_a_single_image_at_every_exit(fields: dict) -> None:
     dynamic = with_exits(**fields)
     scores = dense(dynamic, images(1)).scores_KN[:, 0].tolist()
-    for k, thresholds in enumerate(
+    for k, values in enumerate(
         ([scores[0] - 0.1, scores[1] - 0.1], [scores[0] + 0.1, scores[1] - 0.1], [scores[0] + 0.1, scores[1] + 0.1])
     ):
-        dynamic.thresholds = thresholds
+        set_thresholds(dynamic, values)
         assert assert_promise_2(dynamic, images(1)) == [int(k == j) for j in range(3)]
 
 
 @pytest.mark.parametrize("fields", HEADS[2:4])
 @pytest.mark.parametrize(
-    ("thresholds", "exit_index"),
+    ("values", "exit_index"),
     [
         ([float("-inf"), float("-inf")], 0),
         ([float("inf"), float("-inf")], 1),
@@ -133,9 +144,9 @@ def test_a_single_image_at_every_exit(fields: dict) -> None:
         ([None, None], 2),
     ],
 )
-def test_everyone_leaves_at_once_or_nobody(fields: dict, thresholds: list, exit_index: int) -> None:
+def test_everyone_leaves_at_once_or_nobody(fields: dict, values: list, exit_index: int) -> None:
     dynamic = with_exits(**fields)
-    dynamic.thresholds = thresholds
+    set_thresholds(dynamic, values)
     for count in (1, 2, 7, 64):
         assert assert_promise_2(dynamic, images(count))[exit_index] == count
 
@@ -146,27 +157,27 @@ def test_an_exit_that_is_off_among_exits_that_are_on(chain: bool) -> None:
     split_at(dynamic, images(16), [0.3, 0.3, 0.3])
     everything = count_macs(dynamic, images(16))
     for off in range(3):
-        kept = list(dynamic.thresholds)
-        dynamic.thresholds[off] = None
+        kept = thresholds(dynamic)
+        set_thresholds(dynamic, [None if k == off else one for k, one in enumerate(kept)])
         assert assert_promise_2(dynamic, images(16))[off] == 0
-        dynamic.thresholds = kept
+        set_thresholds(dynamic, kept)
     assert count_macs(dynamic, images(16)) == everything
 
 
 def test_the_last_block_is_not_entered_when_everyone_has_left() -> None:
     dynamic, entered = with_exits(), []
-    dynamic.segments[2].register_forward_hook(lambda *_: entered.append(True))
-    dynamic.thresholds = [float("inf"), float("-inf")]
+    dynamic.row[-1].module.register_forward_hook(lambda *_: entered.append(True))
+    set_thresholds(dynamic, [float("inf"), float("-inf")])
     dynamic(images(4))
     assert not entered
-    dynamic.thresholds = [None, None]
+    set_thresholds(dynamic, [None, None])
     dynamic(images(4))
     assert entered
 
 
 def test_a_score_on_the_threshold_leaves() -> None:
     dynamic = with_exits()
-    dynamic.thresholds = [float(dense(dynamic, images(1)).scores_KN[0, 0]), None]
+    set_thresholds(dynamic, [float(dense(dynamic, images(1)).scores_KN[0, 0]), None])
     with record_routing(dynamic) as routing:
         dynamic(images(1))
     assert routing.exits.tolist() == [0]
@@ -177,7 +188,7 @@ def test_thresholds_between_two_float32_numbers_are_not_rounded(count: int) -> N
     dynamic, batch = with_exits(), images(1).repeat(count, 1, 1, 1)
     score = float(dense(dynamic, batch).scores_KN[0, 0])
     for threshold, exit_index in ((math.nextafter(score, -math.inf), 0), (math.nextafter(score, math.inf), 2)):
-        dynamic.thresholds = [threshold, None]
+        set_thresholds(dynamic, [threshold, None])
         with record_routing(dynamic) as routing:
             dynamic(batch)
         assert routing.exits.tolist() == [exit_index] * count
@@ -185,7 +196,7 @@ def test_thresholds_between_two_float32_numbers_are_not_rounded(count: int) -> N
 
 def test_a_score_that_is_not_a_number_goes_on() -> None:
     dynamic, batch = with_exits(), images(3)
-    dynamic.thresholds = [float("-inf"), None]
+    set_thresholds(dynamic, [float("-inf"), None])
     batch[1] = float("nan")
     with record_routing(dynamic) as routing:
         dynamic(batch)
@@ -215,8 +226,8 @@ def test_the_images_are_not_overwritten() -> None:
 
 def test_an_empty_batch_gives_an_empty_answer() -> None:
     dynamic = with_exits(chain=True)
-    for thresholds in ([None, None], [0.0, 0.0]):
-        dynamic.thresholds = thresholds
+    for values in ([None, None], [0.0, 0.0]):
+        set_thresholds(dynamic, values)
         with record_routing(dynamic) as routing:
             assert dynamic(images(2)[:0]).shape == (0, 7)
         assert routing.exits.shape == (0,)
