@@ -105,9 +105,7 @@ class Predictor:
         for start in range(0, len(files), _BATCH):
             yield from self._batch(images, range(start, min(start + _BATCH, len(files))), compiled, costs)
 
-    def _batch(
-        self, images: ImageSet, index: range, compiled: CompiledNetwork, costs: Costs
-    ) -> Iterator[Prediction]:
+    def _batch(self, images: ImageSet, index: range, compiled: CompiledNetwork, costs: Costs) -> Iterator[Prediction]:
         paths = images.keys
         read: dict[int, Tensor] = {}
         failed: dict[int, str] = {}

@@ -74,7 +74,7 @@ class ChannelGates(Transform):
                 region: self._unit(network, region, chains, label, gates)
                 for (region, chains), label in zip(found.items(), labels, strict=True)
             }
-        network.insert({**added})
+        network.insert(added)
         resolved = self.model_copy(update={"blocks": [upto for _, upto in found]})
         share = sum(unit.path_macs[-1] - unit.path_macs[0] for unit in added.values()) / annotated_macs(plain)
         return Applied(network, resolved, [f"{len(found)} gates; {share:.0%} of the MACs can be left out"])

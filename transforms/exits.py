@@ -78,7 +78,7 @@ class Exits(Transform):
             heads, sizes = self._build_heads(traced, chosen)
             fusion = Fusion(zero_fusion(_context_width(heads, chosen), _classes(traced))) if self.chain else None
         names = [cut.name for cut in chosen]
-        placed: dict[str | tuple[str, str], Piece] = {
+        placed: dict[str, Piece] = {
             cut: Exit(f"exit.{number}", head, self.confidence, self.chain)
             for number, (cut, head) in enumerate(zip(names, heads, strict=True), start=1)
         }

@@ -10,8 +10,8 @@ from dynamize.errors import DynamizeError, closest
 from dynamize.graph.fold import affine, has_hooks
 from dynamize.graph.macs import annotated_macs
 from dynamize.nn.branches import BranchBlock, Form, fits
-from dynamize.rewrite.exchange import sliced_layers, layers_and_norms, replace_layers
 from dynamize.nn.network import DynamicNetwork
+from dynamize.rewrite.exchange import layers_and_norms, replace_layers, sliced_layers
 from dynamize.transform import Applied, Context, Transform
 
 Names = Annotated[list[str], Field(min_length=1)]

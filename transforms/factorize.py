@@ -13,8 +13,8 @@ from dynamize.compression.factors import Ranks, can_factorize, factor_costs, fac
 from dynamize.compression.search import least
 from dynamize.errors import DynamizeError, closest
 from dynamize.graph.trace import annotate
-from dynamize.rewrite.exchange import replace_layers, sliced_layers
 from dynamize.nn.network import DynamicNetwork
+from dynamize.rewrite.exchange import replace_layers, sliced_layers
 from dynamize.runtime.engine import engine_class
 from dynamize.transform import Applied, Context, Transform
 

@@ -8,15 +8,15 @@ from torch import nn
 from dynamize.errors import DynamizeError
 from dynamize.graph.fold import Affine, affine, fold_norm
 from dynamize.graph.replace import check_same
+from dynamize.nn.network import DynamicNetwork
 from dynamize.rewrite.exchange import (
-    sliced_layers,
     check_answers,
     exit_answers,
     layers_and_norms,
     module_names,
     replace_layers,
+    sliced_layers,
 )
-from dynamize.nn.network import DynamicNetwork
 from dynamize.transform import Applied, Context, Transform
 
 _PIXELS = 16  # added to the reach of a kernel: side of the map on which a layer is compared

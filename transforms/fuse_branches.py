@@ -12,9 +12,9 @@ from dynamize.graph.nodes import positions
 from dynamize.graph.replace import check_same, every_module
 from dynamize.graph.trace import annotate
 from dynamize.nn.branches import BranchBlock
-from dynamize.rewrite.exchange import check_answers, count_again, exit_answers, module_names, replace_layers
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.row import spans
+from dynamize.rewrite.exchange import check_answers, count_again, exit_answers, module_names, replace_layers
 from dynamize.transform import Applied, Context, Transform
 
 _PIXELS = 8  # times the stride, added to the reach of a kernel: side of the map on which a block is compared

@@ -31,8 +31,8 @@ from dynamize.data import Images, set_epoch
 from dynamize.errors import DynamizeError
 from dynamize.files import write_json_lines, write_text
 from dynamize.folders import METRICS
-from dynamize.rewrite.exchange import count_again, sliced_layers
 from dynamize.nn.network import DynamicNetwork
+from dynamize.rewrite.exchange import count_again, sliced_layers
 from dynamize.runtime.engine import engine_class
 from dynamize.training.statistics import estimate_statistics
 from dynamize.transform import Applied, Context, Transform

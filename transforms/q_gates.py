@@ -13,7 +13,7 @@ from dynamize.files import write_json_lines
 from dynamize.nn.network import DynamicNetwork
 from dynamize.training.loop import WEIGHT_DECAY, Plan, Precision, decide_precision, train
 from dynamize.training.objectives import MultiExitLoss
-from dynamize.training.policy import deciding, FollowBest, relative_costs
+from dynamize.training.policy import FollowBest, deciding, relative_costs
 from dynamize.training.q_learning import (
     QLearning,
     all_but_gates,

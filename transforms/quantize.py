@@ -10,8 +10,8 @@ from torch import Tensor
 
 from dynamize.compression.fidelity import layer_fidelity
 from dynamize.compression.neural_compressor import chosen_steps
-from dynamize.compression.rounding import Key, layer_names, prepare
 from dynamize.compression.quantization import assemble, observe, placeholder_steps, sample, steps_of
+from dynamize.compression.rounding import Key, layer_names, prepare
 from dynamize.compression.steps import RangeName, Steps
 from dynamize.data import Images, Splits
 from dynamize.errors import DynamizeError, closest

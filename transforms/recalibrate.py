@@ -60,9 +60,7 @@ class Recalibrate(Transform):
             tried.append("widths")
         return self._best(network, units, tried, context)
 
-    def _best(
-        self, network: DynamicNetwork, units: list[Unit], tried: list[Statistics], context: Context
-    ) -> Applied:
+    def _best(self, network: DynamicNetwork, units: list[Unit], tried: list[Statistics], context: Context) -> Applied:
         data = context.needs_data(self)
         without = [unit for unit in units if not unit.has_own]
         found: dict[Statistics, _Judgement] = {"shared": _judge(network, data.calibration, context.device)}

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
-from dynamize.compression.rounding import Key, RoundedPart, rounded_parts
 from dynamize.compression.quantization import routed, run_watched
+from dynamize.compression.rounding import Key, RoundedPart, rounded_parts
 from dynamize.compression.steps import Steps
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.quantized import Quantizer, quantized_layer

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from dynamize.compression.rounding import Key, RoundedPart, rounded_parts
 from dynamize.compression.quantization import routed, run_watched
+from dynamize.compression.rounding import Key, RoundedPart, rounded_parts
 from dynamize.compression.steps import Steps
 from dynamize.errors import DynamizeError
 from dynamize.nn.network import DynamicNetwork

@@ -12,6 +12,7 @@ from dynamize.rewrite.exchange import count_again
 
 Widths = tuple[int, ...]  # channels that stay, one for each group
 
+
 def kept_width(channels: int, share: float, multiple: int) -> int:
     """The multiple nearest to ``share`` of the channels, at least one and at most all channels."""
     steps = max(1, int(share * channels / multiple + 0.5))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dynamize.devices import cache_bytes
+from dynamize.errors import DynamizeError
 from dynamize.nn.flow import Flow, Indices, join
 from dynamize.nn.piece import LEAVES, Effect, Piece, Run, Setting
 
@@ -120,8 +121,16 @@ def execute(
     Args:
         everyone: nobody leaves: all places where images may leave answer all images.
         cache: bytes of the processor's last cache, by which images are grouped.
+
+    Raises:
+        DynamizeError: options are forced for more or fewer images.
     """
     flow = Flow(images_NCHW, everyone)
+    for name, options in setting.forced.items():
+        if len(options) != len(flow):
+            raise DynamizeError(
+                f"{len(options)} options are forced in `{name}`, for {len(flow)} images: give one for each image"
+            )
     for stretch in ran.stretches:
         if stretch.grouped and len(flow) > 1:
             flow = join(_in_groups(stretch.runs, setting, [flow], cache))

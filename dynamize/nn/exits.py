@@ -17,7 +17,33 @@ from dynamize.nn.piece import GOES_ON, LEAVES, Call, Choose, Decision, Part, Pie
 CONTEXT = "context"  # (n, D), in what a flow carries: everything that heads so far have pooled, side by side
 
 
-class Leaving(Piece):
+class Answering(Piece):
+    """A piece that is one head: ``forward`` gives what :meth:`decide` goes on with."""
+
+    answers = True
+
+    def parts(self) -> list[Part]:
+        return [Part("head", "head", self)]
+
+    def bind(self, calls: Mapping[str, Call]) -> Run:
+        head = calls["head"]
+
+        def run(flow: Flow, setting: Setting) -> None:
+            self.decide(flow, setting, *head(flow.features, flow.extra.get(CONTEXT)))
+
+        return run
+
+    @abstractmethod
+    def decide(self, flow: Flow, setting: Setting, logits: Tensor, *more: Tensor) -> None:
+        """Go on with what the head has found for all rows."""
+
+    def count(self, flow: Flow) -> None:
+        with counting_macs() as counted:
+            self.read(flow)
+        self.macs = counted()
+
+
+class Leaving(Answering):
     """A place where images whose score reaches a threshold are answered and leave.
 
     ``forward``: features (N, C, H, W) and, if it is ``chained``, the context (N, D) or None -> logits (N, classes),
@@ -28,7 +54,6 @@ class Leaving(Piece):
         chained: whether later ones build on what it saw, so that it runs even while it is off.
     """
 
-    answers = True
     effect = "leaves"
     kind: ClassVar[str] = "exit"
     temperature: Tensor
@@ -63,26 +88,13 @@ class Leaving(Piece):
     def passes(self) -> bool:
         return True
 
-    def parts(self) -> list[Part]:
-        return [Part("head", "head", self)]
-
     def idle(self, setting: Setting) -> bool:
         return not self.chained and setting.thresholds.get(self._name) is None and self._name not in setting.forced
 
-    def bind(self, calls: Mapping[str, Call]) -> Run:
-        head = calls["head"]
-
-        def run(flow: Flow, setting: Setting) -> None:
-            self.decide(flow, setting, *head(flow.features, flow.extra.get(CONTEXT)))
-
-        return run
-
-    def decide(
-        self, flow: Flow, setting: Setting, logits: Tensor, score: Tensor | None, context: Tensor | None = None
-    ) -> None:
-        """Let those go who may, from what the head has found for all rows."""
-        if context is not None:
-            flow.extra[CONTEXT] = context
+    def decide(self, flow: Flow, setting: Setting, logits: Tensor, *more: Tensor) -> None:
+        score, *context = more
+        if context:
+            (flow.extra[CONTEXT],) = context
         if flow.seen is not None:
             flow.seen.append((self._name, logits, score))
             return
@@ -92,12 +104,12 @@ class Leaving(Piece):
         flow.log.append((self._name, flow.rows, options))
         flow.leave(leaving, logits)
 
-    def _leaving(self, flow: Flow, setting: Setting, score_N: Tensor | None) -> Indices:
+    def _leaving(self, flow: Flow, setting: Setting, score_N: Tensor) -> Indices:
         if self._name in setting.forced:
             forced = setting.forced[self._name][torch.from_numpy(flow.rows)]
             return np.flatnonzero(forced.cpu().numpy() == LEAVES)
         threshold = setting.thresholds.get(self._name)
-        if threshold is None or score_N is None:
+        if threshold is None:
             return NOBODY
         if len(flow) == 1:  # a single image waits for every microsecond between two sessions
             return ONLY if score_N.item() >= threshold else NOBODY
@@ -120,11 +132,6 @@ class Leaving(Piece):
         logits, seen = self.classify(flow.features, flow.extra.get(CONTEXT))
         self._hand_on(flow, seen)
         return logits
-
-    def count(self, flow: Flow) -> None:
-        with counting_macs() as counted:
-            self.read(flow)
-        self.macs = counted()
 
     def _hand_on(self, flow: Flow, seen: Tensor | None) -> None:
         if self.chained and seen is not None:
@@ -158,13 +165,11 @@ class Exit(Leaving):
         self.head.body = body
 
 
-class Fusion(Piece):
+class Fusion(Answering):
     """Adds what the exits saw to the logits of the network's own classifier.
 
     ``forward``: logits (N, classes) and context (N, D) -> logits, in a tuple as heads give them.
     """
-
-    answers = True
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -177,32 +182,15 @@ class Fusion(Piece):
     def forward(self, logits: Tensor, context_ND: Tensor) -> tuple[Tensor]:
         return (logits + self.linear(context_ND),)
 
-    def parts(self) -> list[Part]:
-        return [Part("head", "head", self)]
-
-    def bind(self, calls: Mapping[str, Call]) -> Run:
-        head = calls["head"]
-
-        def run(flow: Flow, setting: Setting) -> None:
-            self.decide(flow, setting, *head(flow.features, flow.extra[CONTEXT]))
-
-        return run
-
-    def decide(self, flow: Flow, setting: Setting, logits: Tensor) -> None:
-        """Go on with the logits."""
+    def decide(self, flow: Flow, setting: Setting, logits: Tensor, *more: Tensor) -> None:
         flow.features = logits
 
     def dense(self, flow: Flow, choose: Choose) -> None:
-        flow.features = self.read(flow)
+        self.read(flow)
 
     def read(self, flow: Flow) -> Tensor:
-        (logits,) = self(flow.features, flow.extra[CONTEXT])
-        return logits
-
-    def count(self, flow: Flow) -> None:
-        with counting_macs() as counted:
-            flow.features = self.read(flow)
-        self.macs = counted()
+        (flow.features,) = self(flow.features, flow.extra[CONTEXT])
+        return flow.features
 
 
 def extend(context_ND: Tensor | None, pooled_NC: Tensor) -> Tensor:

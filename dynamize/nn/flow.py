@@ -51,10 +51,17 @@ class Flow:
         """Bytes of an image's features."""
         return self.features.shape[1:].numel() * self.features.element_size()
 
+    @property
+    def foreign(self) -> bool:
+        """Whether the features are the user's images, some of them or a part of each, which nothing may write to."""
+        if self.features is self.images:
+            return True
+        return self.features.untyped_storage().data_ptr() == self.images.untyped_storage().data_ptr()
+
     def own(self) -> Tensor:
         """The features, which may be written over: the user's images are copied first."""
-        if self.features is self.images:
-            self.features = self.images.clone()
+        if self.foreign:
+            self.features = self.features.clone()
         return self.features
 
     def leave(self, leaving: Indices, logits: Tensor) -> None:
@@ -79,7 +86,7 @@ class Flow:
         kept[holes] = fillers
         self.rows = self.rows[kept]
         self.means = None
-        if torch.is_grad_enabled() or self.features is self.images:  # even of frozen features a head keeps the rows
+        if torch.is_grad_enabled() or self.foreign:  # even of frozen features a head keeps the rows
             chosen = torch.from_numpy(kept)
             self.features = self.features[chosen]
             self.extra = {name: values[chosen] for name, values in self.extra.items()}

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-
 ALL_OPEN = 1e6  # an offset that no score outweighs; finite, so that it survives JSON
 OPEN = 3.0  # initial advantage of the original path: every gate is open, and a gradient still reaches it
 _SAMPLED = 28  # rows and columns that a mean is taken over, and up to twice as many

@@ -1,6 +1,6 @@
 """The converted network: a row of pieces, through which each image takes its own way."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
@@ -12,11 +12,12 @@ from dynamize.errors import DynamizeError
 from dynamize.graph.replace import every_module
 from dynamize.graph.trace import blank
 from dynamize.nn.executor import CACHE, Program, Routed, execute, names, program
-from dynamize.nn.exits import CONTEXT
+from dynamize.nn.exits import CONTEXT, Leaving
 from dynamize.nn.flow import Flow
 from dynamize.nn.piece import Choose, Decision, Dense, Part, Piece, Setting, eager_calls
 from dynamize.nn.routing import Routing
 from dynamize.nn.row import build_row
+from dynamize.nn.units import Unit
 
 if TYPE_CHECKING:
     from dynamize.calibration.points import OperatingPoint, OperatingPoints
@@ -85,14 +86,14 @@ class DynamicNetwork(nn.Module):
         return self._row
 
     @property
-    def leaving(self) -> list[Piece]:
+    def leaving(self) -> list[Leaving]:
         """The pieces at which images may leave, in order."""
-        return [piece for piece in self._row if piece.effect == "leaves"]
+        return [cast(Leaving, piece) for piece in self._row if piece.effect == "leaves"]
 
     @property
-    def changing(self) -> list[Any]:
+    def changing(self) -> list[Unit]:
         """The pieces whose decisions change what comes after, in order: units with a gate."""
-        return [piece for piece in self._row if piece.effect == "changes"]
+        return [cast(Unit, piece) for piece in self._row if piece.effect == "changes"]
 
     @property
     def exit_count(self) -> int:
@@ -113,7 +114,7 @@ class DynamicNetwork(nn.Module):
         """All decisions in order of execution."""
         return [piece.decision for piece in self._row if piece.decision is not None]
 
-    def insert(self, pieces: Mapping[str | tuple[str, str], Piece]) -> None:
+    def insert(self, pieces: Mapping[Any, Piece]) -> None:
         """Put pieces into the row, the one way in which a transform changes it.
 
         Args:
@@ -126,7 +127,7 @@ class DynamicNetwork(nn.Module):
             self.pieces[key_of(piece.name)] = piece.to(like).train(self.training)
         self.rebuild()
 
-    def remove(self, decisions: Iterator[str] | list[str]) -> None:
+    def remove(self, decisions: Iterable[str]) -> None:
         """Take pieces out of the row, by their names; what they stood for is static again."""
         for name in decisions:
             del self.pieces[key_of(name)]

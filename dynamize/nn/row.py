@@ -8,6 +8,7 @@ from torch import fx, nn
 from dynamize.graph.extract import extract
 from dynamize.graph.nodes import output_value, placeholder, positions
 from dynamize.nn.piece import Piece, Static
+from dynamize.nn.units import Unit
 
 Region = tuple[str, str]  # from one cut point to another
 
@@ -56,10 +57,10 @@ def _changes_nothing(module: fx.GraphModule) -> bool:
 
 
 def _mark_fresh(row: Sequence[Piece]) -> None:
-    """Tell each piece that hands something to the next of its kind whether it is the first behind an exit."""
+    """Tell each unit whether it is the first behind an exit, where a recurrent gate starts anew."""
     fresh = True
     for piece in row:
-        if piece.effect == "changes":
+        if isinstance(piece, Unit):
             piece.fresh = fresh
         fresh = piece.effect == "leaves" or (fresh and piece.effect is None)
 

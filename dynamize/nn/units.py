@@ -94,8 +94,15 @@ class Unit(Piece):
     def shared_statistics(self) -> None:
         """Undo :meth:`own_statistics`."""
 
-    def freeze(self) -> None:
+    def fold(self) -> None:
         self.gate.fold()
+
+    def quick_calls(self) -> dict[str, Call]:
+        quick = self.gate.quick_paths(self.path_costs)
+        return {} if quick is None else {"decide": quick}
+
+    def freeze(self) -> None:
+        self.fold()
         self.frozen = nn.ModuleList([_Unchanged() if way is None else way for way in self.paths()])
 
     def parts(self) -> list[Part]:

@@ -25,10 +25,12 @@ def fix_options(network: DynamicNetwork, options: Mapping[str, int]) -> None:
         ways = unit.paths()
         option = options.get(unit.name, len(ways) - 1)
         if option < len(ways) - 1:
-            way = _own(ways[option]) if unit.slices else ways[option]
-            splice(network.plain, *unit.place, cast(fx.GraphModule | None, way))
+            way = ways[option]
+            if way is not None and unit.slices:
+                way = _own(way)
+            splice(network.plain, unit.place[0], unit.place[1], cast(fx.GraphModule | None, way))
     annotate(network.plain, network.input_shape)
-    network.remove(list(options))
+    network.remove(options)
     network.train(training)
 
 

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -30,9 +30,8 @@ class CompiledNetwork:
         self.network, self.engine, self.cache = network, engine, cache
         self.backend, self.device = engine.name, engine.device
         frozen = copy.deepcopy(network).eval()
-        for part in frozen.parts():
-            if part.role == "gate":
-                part.module.fold()
+        for piece in frozen.row:
+            piece.fold()
         self._frozen = engine.prepare(frozen)
         self.row = self._frozen.row
         self._parts: dict[str, list[Part]] = {}
@@ -60,10 +59,7 @@ class CompiledNetwork:
         """The compiled parts of a piece by name; ``following`` may want to be handed channel means."""
         means = following is not None and following.reads_means
         found = {part.name: self._call(part, means) for part in self._parts.get(piece.name, [])}
-        if piece.effect == "changes" and self.engine.one_torch_thread:
-            quick = piece.gate.quick_paths(piece.path_costs)
-            found |= {} if quick is None else {"decide": quick}
-        return found
+        return found | piece.quick_calls() if self.engine.one_torch_thread else found
 
     def ways(self, images_NCHW: Tensor) -> dict[str, tuple[list[Call | None], Tensor]]:
         """By decision that changes what comes after, the ways through its piece, None where one changes nothing, and
@@ -141,7 +137,7 @@ class CompiledNetwork:
         if key not in self._made:
             context = self._frozen.contexts[head.name]
             self._made[key] = self.engine.both(path.module, reader.module, takes, gives, context)
-        return _run_both(self._made[key], head.decide) if self._made[key] is not None else None
+        return _run_both(self._made[key], cast(Any, head).decide) if self._made[key] is not None else None
 
 
 def _run_both(call: Call, decide: Callable[..., Any]) -> Run:

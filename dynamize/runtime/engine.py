@@ -101,7 +101,7 @@ def engine_class(name: str) -> type[Engine]:
     """The backend of this name, in this package or a subclass that the user has made; a DynamizeError lists all."""
     if name in _HOMES:
         import_module(f"dynamize.runtime.{_HOMES[name]}")
-    known = {cls.name: cls for cls in _subclasses(Engine) if hasattr(cls, "name")}
+    known = _loaded()
     if name not in known:
         names = sorted({*known, *_HOMES})
         raise DynamizeError(f"'{name}' is no backend. {closest(name, names)}Known: {', '.join(backend_names())}.")
@@ -110,8 +110,7 @@ def engine_class(name: str) -> type[Engine]:
 
 def backend_names() -> list[str]:
     """Of all backends, without loading any."""
-    made = [cls.name for cls in _subclasses(Engine) if hasattr(cls, "name")]
-    return list(dict.fromkeys([*_HOMES, *made]))
+    return list(dict.fromkeys([*_HOMES, *_loaded()]))
 
 
 def default_backend(device: "torch.device") -> str:
@@ -119,10 +118,14 @@ def default_backend(device: "torch.device") -> str:
     return FASTEST.get(device.type, "eager")
 
 
-def _subclasses(cls: type[Engine]) -> Iterator[type[Engine]]:
-    for sub in cls.__subclasses__():
-        yield sub
-        yield from _subclasses(sub)
+def _loaded() -> dict[str, type[Engine]]:
+    """All backends whose modules have been imported, by name."""
+    found: list[type[Engine]] = []
+    waiting = list(Engine.__subclasses__())
+    while waiting:
+        found.append(waiting.pop(0))
+        waiting += found[-1].__subclasses__()
+    return {cls.name: cls for cls in found if "name" in vars(cls)}
 
 
 @contextmanager

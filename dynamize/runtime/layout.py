@@ -18,12 +18,12 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 from dynamize.runtime.session import session_options
 
 _DOMAIN = "com.microsoft.nchwc"
-_BLOCK = 16  # channels; 8 on some machines
+BLOCK = 16  # channels; 8 on some machines
 
 
 def blocks(shape: Sequence[int]) -> bool:
     """Whether features of this shape, (C, H, W), fill whole blocks of channels and this machine computes in them."""
-    return len(shape) == 3 and shape[0] % _BLOCK == 0 and _machine_has_blocks()
+    return len(shape) == 3 and shape[0] % BLOCK == 0 and _machine_has_blocks()
 
 
 def exchange_blocked(model: bytes, channels: Mapping[str, int]) -> bytes:
@@ -118,9 +118,9 @@ def _optimise(model: bytes) -> ModelProto:
 
 @cache
 def _machine_has_blocks() -> bool:
-    shape = [1, _BLOCK, 4, 4]
+    shape = [1, BLOCK, 4, 4]
     features, out = (helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in ("x", "y"))
-    weight = helper.make_tensor("w", TensorProto.FLOAT, [_BLOCK, _BLOCK, 1, 1], [1.0] * _BLOCK * _BLOCK)
+    weight = helper.make_tensor("w", TensorProto.FLOAT, [BLOCK, BLOCK, 1, 1], [1.0] * BLOCK * BLOCK)
     graph = helper.make_graph([helper.make_node("Conv", ["x", "w"], ["y"])], "probe", [features], [out], [weight])
     probe = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
     return any(node.domain == _DOMAIN for node in _optimise(probe.SerializeToString()).graph.node)

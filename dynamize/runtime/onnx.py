@@ -19,8 +19,8 @@ from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.quantized import is_quantized
 from dynamize.runtime.engine import Border, Engine
 from dynamize.runtime.integers import exchange_bytes
+from dynamize.runtime.layout import BLOCK
 
-BLOCK = 16  # channels; ONNX Runtime's blocked layout holds 8 or 16 together
 FEATURES, CONTEXT, NEXT, NEXT_CONTEXT, MEANS = "features", "context", "next_features", "next_context", "means"
 INPUTS = [FEATURES, CONTEXT]
 _OPSET = 18
@@ -81,7 +81,7 @@ class OnnxEngine(Engine):
 
     def both(self, path: nn.Module, head: nn.Module, takes: Border, gives: Border, context: int) -> Any:
         exported = self._export(PathAndHead(path, head), takes, context, None)
-        session = self.load(exported, _ends(takes, gives), takes.may_overwrite)
+        session = self.load(exported, _ends(takes, gives), False)
         return lambda features, context: session([features] if context is None else [features, context])
 
     def _export(self, module: nn.Module, takes: Border, context: int, outputs: list[str] | None) -> bytes:

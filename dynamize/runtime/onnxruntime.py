@@ -11,8 +11,8 @@ from dynamize.errors import DynamizeError
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.quantized import is_quantized
 from dynamize.runtime.inplace import InPlace, can_write_over
-from dynamize.runtime.layout import blocks, exchange_blocked
-from dynamize.runtime.onnx import BLOCK, FEATURES, INPUTS, NEXT, OnnxEngine, Session, as_array
+from dynamize.runtime.layout import BLOCK, blocks, exchange_blocked
+from dynamize.runtime.onnx import FEATURES, INPUTS, NEXT, OnnxEngine, Session, as_array
 from dynamize.runtime.session import session_options
 
 
