@@ -2,10 +2,10 @@
 the whole curve or for one explicit budget, and picked again by what they cost or lose."""
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, RootModel
+from pydantic import BaseModel, ConfigDict, Field, RootModel, model_validator
 
 from dynamize.calibration.intervals import CrossFit, Interval, Solve, apply_folds, cross_fit, folds_of
 from dynamize.calibration.solver import frontier_budgets, solve_budget
@@ -22,18 +22,19 @@ Pair = tuple[float, float]
 
 
 class OperatingPoint(BaseModel):
-    """One setting of all K-1 thresholds (None = exit off; score >= threshold leaves).
+    """One setting: a threshold for each decision at which images leave (None = off; score >= threshold leaves), and the
+    offset of all others.
 
     Expected values are cross-fitted on calibration images; each interval is where the value of a fresh set
     of as many images falls with 95 % probability. Accuracies and drops are fractions, macs per image,
-    latency in ms per image without the machine's own noise; exits are the expected shares (K,). gate_offset
-    is what the gates stand at, None where there are none.
+    latency in ms per image without the machine's own noise; exits are the expected shares (K,).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str
-    thresholds: list[float | None]
+    thresholds: dict[str, float | None]
+    offset: float = 0.0
     accuracy: float = Field(ge=0, le=1)
     accuracy_ci: Pair
     accuracy_drop: float
@@ -44,7 +45,16 @@ class OperatingPoint(BaseModel):
     latency_ms: float | None = None
     latency_ci: Pair | None = None
     exits: list[float]
-    gate_offset: float | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_format_1(cls, given: Any) -> Any:
+        """Thresholds were a list, in the order of the exits."""
+        if not isinstance(given, Mapping) or not isinstance(given.get("thresholds"), list):
+            return given
+        thresholds = {f"exit.{k}": one for k, one in enumerate(given["thresholds"], start=1)}
+        kept = {key: value for key, value in given.items() if key != "gate_offset"}
+        return {**kept, "thresholds": thresholds, "offset": given.get("gate_offset") or 0.0}
 
 
 class OperatingPoints(RootModel[tuple[OperatingPoint, ...]]):
