@@ -12,7 +12,8 @@ from dynamize.report.data import DecisionUse, Network, ReportData, Usage
 from dynamize.report.ledger import Row, headline
 from dynamize.report.verdicts import verdicts
 
-_DARK = 0.9  # cost of an option from which its blue takes white text
+_GREY = 1 / 8  # cost of an option, as a share of the dearest one's, up to which it has no blue
+_DARK = 0.9  # from which its blue takes white text
 
 SHARED_FIELDS = {"accuracy", "accuracy_ci", "accuracy_drop", "macs", "macs_ratio"}
 
@@ -167,5 +168,5 @@ def _colors(count: int) -> list[str]:
 
 
 def _shade(cost: float) -> str:
-    """The dearer the option the darker its blue; the page's own grey for what costs nothing."""
-    return f"hsl(225 {45 + 20 * cost:.0f}% {84 - 36 * cost:.0f}%)" if cost else ""
+    """The dearer the option the darker its blue; the page's own grey for what costs little or nothing."""
+    return f"hsl(225 {45 + 20 * cost:.0f}% {84 - 36 * cost:.0f}%)" if cost > _GREY else ""

@@ -344,10 +344,12 @@ def test_exits_are_called_by_their_decisions(report: ReportData) -> None:
 def test_dearer_options_are_darker(report: ReportData) -> None:
     page = html.render(report)
     legend = re.findall(r'<li><i class="([a-z ]+)"(?: style="background: hsl\(225 \d+% (\d+)%\)")?></i>', page)
-    lightness = [int(light) for look, light in legend if look == "path"]
-    assert len(lightness) == 5
+    legend = [one for one in legend if one[0] in ("path", "gone")]
+    assert legend[0] == ("path", "")  # what is skipped has no blue
+    lightness = [int(light) for look, light in legend[1:5]]
     assert lightness == sorted(lightness, reverse=True)
     assert lightness[-1] == 48
+    assert legend[5:] == [("gone", "")]
     pieces = re.findall(r'<div class="(path|path pale|gone pale)" title="([a-z0-9% ]+): [0-9.]+ %"', page)
     assert {title for look, title in pieces if look == "path"} == {"whole"}
     assert {title for look, title in pieces if look == "gone pale"} == {"left before"}
