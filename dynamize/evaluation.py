@@ -17,7 +17,8 @@ from dynamize.nn.executor import exits_of
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.piece import Decision
 from dynamize.report.ledger import Row, Timing
-from dynamize.runtime.compiled import CompiledNetwork, compile_network, find_backend
+from dynamize.runtime.compiled import CompiledNetwork, compile_network
+from dynamize.runtime.engine import engine_class
 from dynamize.transform import Progress, quiet
 
 _INPUTS = 96  # images timed in each round, at least one batch
@@ -93,7 +94,7 @@ class Evaluator:
         self.progress = progress
         self._compiled: dict[str, CompiledNetwork] = {}
         for backend in self.backends:
-            find_backend(backend)  # an unknown one is refused before anything is timed
+            engine_class(backend)  # an unknown one is refused before anything is timed
 
     @cached_property
     def reference(self) -> Judgement:

@@ -60,7 +60,7 @@ def report_data(ledger: Ledger, network: DynamicNetwork, evaluator: Evaluator, d
 def _anytime(network: DynamicNetwork, seen: Seen, names: Sequence[str]) -> list[Network]:
     """What it costs and gives if all images leave at one exit, with gates as they stand."""
     costs = exit_costs(network)
-    saved = costs.before_exit(costs.savings(seen.taken))
+    saved = costs.up_to_exits(costs.savings(seen.taken))
     return [
         Network(name=name, macs=float(cost - np.mean(less)), accuracy=accuracy(logits, seen.labels))
         for name, logits, cost, less in zip(names, seen.logits, costs.cumulative(), saved, strict=True)
