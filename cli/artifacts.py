@@ -82,9 +82,8 @@ def calibrate(
         show_json({"chosen": chosen.model_dump(mode="json"), "operating_points": points, "notes": notes})
         return
     from dynamize.cli import tables
-    from dynamize.report import Point
 
-    show(tables.point(Point.model_validate(chosen)), *(f"- {note}" for note in notes))
+    show(tables.point(chosen), *(f"- {note}" for note in notes))
 
 
 def predict(

@@ -13,14 +13,14 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from dynamize.report import Point
-from dynamize.report.cells import ABSENT, count, path_name, point_columns, shares, three_digits
+from dynamize.report.cells import ABSENT, count, point_columns, shares, three_digits
 
 if TYPE_CHECKING:
     from dynamize.benchmark import Benchmark, Comparison
+    from dynamize.calibration.points import OperatingPoint
     from dynamize.graph.gateable import GateableBlock
     from dynamize.graph.tree import Block, NetworkTree, Stage
-    from dynamize.inspection import GatedUnit, Inspection
+    from dynamize.inspection import DecisionFacts, Inspection
     from dynamize.prediction import Prediction
     from dynamize.run import Failure
     from dynamize.transform import Transform
@@ -45,15 +45,16 @@ def inspection(found: "Inspection") -> Group:
         parts.append(Text("channels: hidden ones that `channel_gates` can split; skip: for `skip_gates`.", style="dim"))
     if found.history:
         parts += [Text("\nSteps", style="bold"), *(Text(_step(step)) for step in found.history)]
-    if len(found.exits) > 1:
-        parts += [Text("\nExits", style="bold"), _exits(found)]
-        parts += [Text("MACs to leave: with all gates open.", style="dim")] if found.units else []
-    if found.units:
-        parts += [Text("\nGates", style="bold"), _units(found.units)]
+    exits = [one for one in found.decisions if one.effect == "leaves"]
+    gates = [one for one in found.decisions if one.effect == "changes"]
+    if exits:
+        parts += [Text("\nExits", style="bold"), _exits(exits, found)]
+        parts += [Text("MACs to leave: with all gates open.", style="dim")] if gates else []
+    if gates:
+        parts += [Text("\nGates", style="bold"), _gates(gates)]
     if found.operating_points is not None:
-        points = [Point.model_validate(point) for point in found.operating_points]
-        parts += [Text("\nOperating points", style="bold"), _points(points)]
-        where = "none of them: all exits are off" + (", gates decide as trained" if found.units else "")
+        parts += [Text("\nOperating points", style="bold"), _points(list(found.operating_points))]
+        where = "none of them: all exits are off" + (", gates decide as trained" if gates else "")
         parts.append(Text(f"It stands at {found.operating_point or where}.", style="dim"))
     return Group(*parts)
 
@@ -120,12 +121,12 @@ def _channels(block: "GateableBlock") -> str:
     return ", ".join(str(width) if many == 1 else f"{many} x {width}" for width, many in groups) or ABSENT
 
 
-def _units(units: "Sequence[GatedUnit]") -> Table:
+def _gates(gates: "Sequence[DecisionFacts]") -> Table:
     """Each gate with the paths that it chooses from."""
     made = table(("block", "left"), ("MACs on each path", "left"), ("gate MACs", "right"))
-    for unit in units:
-        paths = ", ".join(f"{path_name(path.width)} {count(path.macs)}" for path in unit.paths)
-        made.add_row(*map(Text, [unit.label, paths, count(unit.gate_macs)]))
+    for one in gates:
+        paths = ", ".join(f"{option.label} {count(option.macs)}" for option in one.options)
+        made.add_row(*map(Text, [one.name, paths, count(one.always)]))
     return made
 
 
@@ -134,21 +135,23 @@ def _step(step: dict[str, Any]) -> str:
     return f"  {step['pass']}  {fields}"
 
 
-def _exits(found: "Inspection") -> Table:
+def _exits(exits: "Sequence[DecisionFacts]", found: "Inspection") -> Table:
     made = table(("exit", "right"), ("after", "left"), ("head MACs", "right"), ("MACs to leave", "right"))
     made.add_column("ratio", justify="right")
     made.add_column("threshold", justify="right")
-    for number, one in enumerate(found.exits, start=1):
-        threshold = "off" if one.threshold is None else f"{one.threshold:.4g}" if one.threshold > _ALL else "all leave"
-        ratio = f"{one.macs / found.tree.macs:.2f}"
-        last = number == len(found.exits)
-        after = one.after or "the network's own"
-        cells = [str(number), after, count(one.head_macs), count(one.macs), ratio, "last" if last else threshold]
-        made.add_row(*map(Text, cells))
+    rows = [(one.after, count(one.always), one.macs_to_leave, _threshold(one.threshold)) for one in exits]
+    rows.append(("the network's own", ABSENT, found.macs_to_end, "last"))
+    for number, (after, head, macs, threshold) in enumerate(rows, start=1):
+        assert macs is not None  # known of every place where images leave
+        made.add_row(*map(Text, [str(number), after, head, count(macs), f"{macs / found.tree.macs:.2f}", threshold]))
     return made
 
 
-def _points(points: Sequence[Point]) -> Table:
+def _threshold(score: float | None) -> str:
+    return "off" if score is None else f"{score:.4g}" if score > _ALL else "all leave"
+
+
+def _points(points: "Sequence[OperatingPoint]") -> Table:
     columns = point_columns(points)
     made = table(*((column.title, "right" if column.right else "left") for column in columns))
     for row in zip(*(column.cells for column in columns), strict=True):
@@ -217,7 +220,7 @@ def _beyond(failure: "Failure") -> str:
     return repr(failure.value)
 
 
-def point(found: Point) -> Table:
+def point(found: "OperatingPoint") -> Table:
     """One operating point as a table of one row."""
     return _points([found])
 

@@ -1,7 +1,7 @@
 """One network against the untouched static one: accuracy, executed MACs and time, as a row of the ledger."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -13,7 +13,9 @@ from dynamize.measure.accuracy import routed_answers, top_answers
 from dynamize.measure.costs import exit_costs
 from dynamize.measure.latency import Times, interleave
 from dynamize.measure.memory import peak_bytes, saved_bytes
+from dynamize.nn.executor import exits_of
 from dynamize.nn.network import DynamicNetwork
+from dynamize.nn.piece import Decision
 from dynamize.report.ledger import Row, Timing
 from dynamize.runtime.compiled import CompiledNetwork, compile_network
 from dynamize.runtime.engine import engine_class
@@ -24,14 +26,26 @@ _INPUTS = 96  # images timed in each round, at least one batch
 
 @dataclass(frozen=True)
 class Judgement:
-    """What a network does on a split: answers, labels, exit indexes and executed MACs, (n,) each; the path through each
-    gated unit, (n, U)."""
+    """What a network does on a split.
+
+    Attributes:
+        answers: (n,).
+        labels: (n,).
+        macs: executed, (n,).
+        taken: by decision, the option of each image (n,); -1 where it was not reached.
+        leaving: names of the decisions at which images leave, in order.
+    """
 
     answers: Tensor
     labels: Tensor
-    exits: Tensor
     macs: Tensor
-    choices: Tensor
+    taken: dict[str, Tensor] = field(default_factory=dict)
+    leaving: tuple[str, ...] = ()
+
+    @property
+    def exits(self) -> Tensor:
+        """Number of the place at which each image left, (n,); the end is the last."""
+        return exits_of(self.taken, self.leaving, len(self.labels))
 
     @property
     def accuracy(self) -> float:
@@ -41,6 +55,12 @@ class Judgement:
     def shares(self, count: int) -> list[float]:
         """Share of the images that left at each of ``count`` exits."""
         return (torch.bincount(self.exits, minlength=count).double() / len(self.exits)).tolist()
+
+    def use(self, decision: Decision) -> list[float]:
+        """Share of all images that took each option; those that did not come there took none."""
+        options = self.taken[decision.name]
+        taken = torch.bincount(options[options >= 0], minlength=len(decision.options))
+        return (taken.double() / len(options)).tolist()
 
 
 class Evaluator:
@@ -80,8 +100,7 @@ class Evaluator:
     def reference(self) -> Judgement:
         """The static network on the split."""
         found, labels = top_answers(self.static, self.images, self.device)
-        macs = torch.full((len(labels),), self.static_macs, dtype=torch.float64)
-        return Judgement(found, labels, torch.zeros_like(labels), macs, labels.new_empty(len(labels), 0))
+        return Judgement(found, labels, torch.full((len(labels),), self.static_macs, dtype=torch.float64))
 
     @cached_property
     def static_macs(self) -> float:
@@ -91,15 +110,13 @@ class Evaluator:
     def judge(self, network: DynamicNetwork) -> Judgement:
         """Answers and routing of ``network`` at its operating point."""
         found, labels, routing = routed_answers(network, self.images, self.device)
-        exits, choices = routing.exits, routing.choices
-        macs = exit_costs(network).executed(exits.numpy(), choices.numpy(), network.thresholds)
-        return Judgement(found, labels, exits, torch.from_numpy(macs), choices)
+        taken = routing.taken
+        macs = exit_costs(network).executed(taken, len(labels))
+        return Judgement(found, labels, torch.from_numpy(macs), taken, routing.leaving)
 
     def row(self, step: int, transform: str, network: DynamicNetwork, seconds: float, notes: Sequence[str]) -> Row:
         """A row of the ledger for the network as it stands."""
         judged = self.judge(network) if step else self.reference
-        costs = exit_costs(network).cumulative(network.thresholds)
-        shares = judged.shares(network.exit_count)
         macs = float(judged.macs.mean())
         right = int((judged.answers == judged.labels).sum())
         times = self.times(network, judged) if step else self.times(network, judged, alone=True)
@@ -108,7 +125,7 @@ class Evaluator:
             transform=transform,
             params=sum(parameter.numel() for parameter in network.parameters()),
             macs=macs,
-            macs_worst=float(max(costs)),
+            macs_worst=float(max(exit_costs(network).cumulative(network.setting))),
             macs_ratio=macs / self.static_macs,
             accuracy=judged.accuracy,
             accuracy_ci=wilson(right, len(judged.labels)),
@@ -116,7 +133,8 @@ class Evaluator:
             agreement=float((judged.answers == self.reference.answers).double().mean()),
             latency=latency_table(times),
             speedup=speedup_table(times) if step else {},
-            exits=shares if network.exit_count > 1 else [],
+            decisions={one.name: judged.use(one) for one in network.decisions()},
+            leaving=list(judged.leaving),
             seconds=round(seconds, 1),
             size=saved_bytes(network),
             peak_memory=peak_bytes(network),

@@ -1,9 +1,9 @@
-"""What `dynamize inspect` shows: a network's structure, cost and possible gates; an artifact's exits and gates."""
+"""What `dynamize inspect` shows: a network's structure, cost and possible gates; an artifact's decisions."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
@@ -13,9 +13,7 @@ from dynamize.graph.gateable import GateableBlock, gateable_blocks
 from dynamize.graph.trace import trace
 from dynamize.graph.tree import NetworkTree, network_tree
 from dynamize.measure.costs import exit_costs
-from dynamize.nn.channels import ChannelUnit
-from dynamize.nn.gated import Unit
-from dynamize.nn.widths import path_widths
+from dynamize.nn.piece import Decision, Effect, Piece, Setting
 from dynamize.sources import SourceSpec, build, load_source
 
 _USUAL_SIZES = {"cifar_": 32, "digits": 8, "inception": 299}
@@ -23,48 +21,43 @@ _USUAL_SIZE = 224
 
 
 @dataclass(frozen=True)
-class Exit:
-    """An exit of an artifact: where it is, what its head and leaving there cost in MACs per image.
-
-    ``threshold`` is the score from which an image leaves; None for an exit that is off and for the last.
-    """
-
-    after: str | None
-    head_macs: float
-    macs: float
-    threshold: float | None
-
-
-@dataclass(frozen=True)
-class UnitPath:
-    """One way through a gated unit: the share of its channels that it computes (0: skipped), and MACs per image."""
-
-    width: float
-    macs: float
-
-
-@dataclass(frozen=True)
-class GatedUnit:
-    """A gated unit of an artifact: from which cut point to which, the cheapest path first; MACs per image."""
+class OptionFacts:
+    """An option of a decision, and what it costs in MACs per image."""
 
     label: str
-    kind: Literal["skip", "channels"]
+    macs: float
+
+
+@dataclass(frozen=True)
+class DecisionFacts:
+    """A decision of an artifact: from which node of the original network to which, the cheapest option first.
+
+    ``always`` is what deciding costs, in MACs per image. Where images leave, ``macs_to_leave`` is what an image has
+    cost that leaves there, with the dearest options taken before, and ``threshold`` the score from which it does; None
+    for one that is off. Both are None elsewhere.
+    """
+
+    name: str
+    kind: str
+    effect: Effect
     after: str
     upto: str
-    paths: tuple[UnitPath, ...]
-    gate_macs: float
+    options: tuple[OptionFacts, ...]
+    always: float
+    macs_to_leave: float | None = None
+    threshold: float | None = None
 
 
 @dataclass(frozen=True)
 class Inspection:
     """A network, and what was made of it. The tree is that of the original network, with the gates that it can take;
-    ``units`` are the gates that an artifact has."""
+    ``decisions`` are those that an artifact takes, and ``macs_to_end`` what an image costs that never leaves before."""
 
     source: str
     tree: NetworkTree
     gates: list[GateableBlock] = field(default_factory=list)
-    units: list[GatedUnit] = field(default_factory=list)
-    exits: list[Exit] = field(default_factory=list)
+    decisions: list[DecisionFacts] = field(default_factory=list)
+    macs_to_end: float | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
     operating_points: OperatingPoints | None = None
     operating_point: str | None = None
@@ -87,8 +80,8 @@ class Inspection:
             **tree,
             "stages": stages,
             "gates": [_gate(block) for block in self.gates],
-            "units": [asdict(unit) for unit in self.units],
-            "exits": [asdict(one) for one in self.exits],
+            "decisions": [asdict(one) for one in self.decisions],
+            "macs_to_end": self.macs_to_end,
             "history": self.history,
             "operating_points": points,
             "operating_point": self.operating_point,
@@ -104,24 +97,23 @@ def inspect_source(spec: SourceSpec, input_shape: Sequence[int] | None = None) -
 
 
 def inspect_artifact(path: Path, *, trust_code: bool = False) -> Inspection:
-    """Read an artifact: the original network's structure, and the exits and gates as they stand."""
+    """Read an artifact: the original network's structure, and the decisions as they stand."""
     manifest = artifact.read_manifest(path)
     converted = artifact.load(path, trust_code=trust_code)
     assert manifest.source is not None  # load refuses an artifact without one
     traced = trace(build(manifest.source, trust_code=trust_code), manifest.input)
-    costs = exit_costs(converted)
-    after = [*_places(manifest.history), None]
-    leaving = costs.cumulative(converted.thresholds)
-    exits = [
-        Exit(after[k], float(costs.heads[k]), float(leaving[k]), [*converted.thresholds, None][k])
-        for k in range(converted.exit_count)
-    ]
+    *to_leave, to_end = map(float, exit_costs(converted).cumulative(converted.setting))
+    macs = dict(zip(converted.decision_names[0], to_leave, strict=True))
     point = manifest.operating_point
     return Inspection(
         source=manifest.source.source,
         tree=network_tree(traced, manifest.input),
-        units=[_unit(unit) for unit in converted.units],
-        exits=exits,
+        decisions=[
+            _facts(piece, piece.decision, macs.get(piece.name), converted.setting)
+            for piece in converted.row
+            if piece.decision is not None
+        ],
+        macs_to_end=to_end,
         history=manifest.history,
         operating_points=manifest.operating_points,
         operating_point=point.name if point else None,
@@ -146,11 +138,15 @@ def _gate(block: GateableBlock) -> dict[str, Any]:
     return {**asdict(block), "chains": chains}
 
 
-def _unit(unit: Unit) -> GatedUnit:
-    paths = [UnitPath(width, macs) for width, macs in zip(path_widths(unit), unit.path_macs, strict=True)]
-    kind: Literal["skip", "channels"] = "channels" if isinstance(unit, ChannelUnit) else "skip"
-    return GatedUnit(unit.label, kind, *unit.region, tuple(paths), unit.gate_macs)
-
-
-def _places(history: Sequence[dict[str, Any]]) -> list[str]:
-    return [name for step in history if step.get("pass") == "exits" for name in step["at"]]
+def _facts(piece: Piece, decision: Decision, macs_to_leave: float | None, setting: Setting) -> DecisionFacts:
+    return DecisionFacts(
+        name=decision.name,
+        kind=decision.kind,
+        effect=decision.effect,
+        after=piece.place[0],
+        upto=piece.place[1],
+        options=tuple(map(OptionFacts, decision.options, decision.macs)),
+        always=decision.always,
+        macs_to_leave=macs_to_leave,
+        threshold=setting.thresholds.get(decision.name),
+    )

@@ -2,6 +2,7 @@
 
 import base64
 import io
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -10,11 +11,11 @@ from torch import Tensor
 
 from dynamize.data import ImageSet, Splits
 from dynamize.evaluation import Evaluator, Judgement, gather
-from dynamize.measure.accuracy import everything
+from dynamize.measure.accuracy import Seen, accuracy, everything
 from dynamize.measure.costs import exit_costs
 from dynamize.nn.network import DynamicNetwork
-from dynamize.nn.widths import path_widths
-from dynamize.report import Gallery, GalleryImage, GateUse, Ledger, Network, PathUse, ReportData, UnitUse
+from dynamize.report import DecisionUse, Gallery, GalleryImage, Ledger, Network, OptionUse, ReportData, Usage
+from dynamize.report.data import exit_names
 
 _SHOWN = 12
 _LARGEST = 96  # pixels of a gallery image
@@ -33,64 +34,62 @@ def report_data(ledger: Ledger, network: DynamicNetwork, evaluator: Evaluator, d
     )
     report = ReportData(
         ledger=ledger,
-        operating_points=[p.model_dump() for p in network.operating_points or []],
+        operating_points=list(network.operating_points or []),
         static=static,
         latency_label=f"ms per image, batch 1, {ledger.backend}",
         selected=network.operating_point.name if network.operating_point else None,
         class_names=list(data.classes),
     )
-    if network.exit_count == 1 and not network.units:
+    if not network.decisions():
         return report
-    logits, labels, choices = everything(network, evaluator.images, evaluator.device)
+    seen = everything(network, evaluator.images, evaluator.device)
     judged = evaluator.judge(network)
-    if network.exit_count > 1:
-        report.anytime = _anytime(network, logits, labels, choices)
-    if network.units:
-        report.gates = _gate_use(network, judged)
+    names = exit_names(judged.leaving)
+    report.usage = _usage(network, judged)
+    if network.leaving:
+        report.anytime = _anytime(network, seen, names)
     if isinstance(data.test, ImageSet):
-        pictures = _Pictures(data.test, labels)
-        if network.exit_count > 1:
-            report.gallery = [_leaving_at(k, logits, judged, pictures) for k in range(len(logits))]
-        if network.units:
-            report.gallery.append(_cheapest_and_dearest(logits, judged, pictures))
+        pictures = _Pictures(data.test, seen.labels)
+        if network.leaving:
+            report.gallery = [_leaving_at(k, name, seen.logits[k], judged, pictures) for k, name in enumerate(names)]
+        if network.changing:
+            report.gallery.append(_cheapest_and_dearest(seen.logits, judged, pictures))
     return report
 
 
-def _anytime(network: DynamicNetwork, logits: list[Tensor], labels: Tensor, choices: Tensor) -> list[Network]:
+def _anytime(network: DynamicNetwork, seen: Seen, names: Sequence[str]) -> list[Network]:
     """What it costs and gives if all images leave at one exit, with gates as they stand."""
     costs = exit_costs(network)
-    saved, stages = costs.savings(choices.numpy()).mean(axis=0), np.array(costs.stages)
-    before = [saved[stages <= k].sum() for k in range(len(logits))]
+    saved = costs.up_to_exits(costs.savings(seen.taken))
     return [
-        Network(
-            name=_name(k, len(logits)),
-            macs=float(cost - before[k]),
-            accuracy=float((one.argmax(1) == labels).double().mean()),
-        )
-        for k, (one, cost) in enumerate(zip(logits, costs.cumulative(), strict=True))
+        Network(name=name, macs=float(cost - np.mean(less)), accuracy=accuracy(logits, seen.labels))
+        for name, logits, cost, less in zip(names, seen.logits, costs.cumulative(), saved, strict=True)
     ]
 
 
-def _gate_use(network: DynamicNetwork, judged: Judgement) -> GateUse:
-    units = []
-    unseen = len(network.units) - judged.choices.shape[1]  # where no image came that far
-    choices = torch.nn.functional.pad(judged.choices, (0, unseen), value=-1)
-    for unit, taken in zip(network.units, choices.T, strict=True):
-        shares = [float((taken == path).double().mean()) for path in range(len(unit.path_macs))]
-        facts = zip(path_widths(unit), unit.path_macs, shares, strict=True)
-        units.append(
-            UnitUse(label=unit.label, paths=[PathUse(width=width, macs=macs, share=one) for width, macs, one in facts])
+def _usage(network: DynamicNetwork, judged: Judgement) -> Usage:
+    decisions = [
+        DecisionUse(
+            name=one.name,
+            kind=one.kind,
+            effect=one.effect,
+            options=[
+                OptionUse(label=label, macs=macs, share=share)
+                for label, macs, share in zip(one.options, one.macs, judged.use(one), strict=True)
+            ],
+            always=one.always,
         )
-    decisions = torch.cat([judged.exits[:, None], choices], dim=1)
-    return GateUse(units=units, images=len(decisions), routings=len(decisions.unique(dim=0)))
+        for one in network.decisions()
+    ]
+    ways = torch.stack([*judged.taken.values()], 1)
+    return Usage(decisions=decisions, images=len(ways), routings=len(ways.unique(dim=0)))
 
 
-def _leaving_at(exit_index: int, logits: list[Tensor], judged: Judgement, pictures: "_Pictures") -> Gallery:
-    here = (judged.exits == exit_index).nonzero().flatten()
-    answered = logits[exit_index]
-    order = here[answered[here].softmax(1).amax(1).argsort(descending=True)]
-    first, last = (pictures.show(index, answered) for index in (order[:_SHOWN], order[_SHOWN:][-_SHOWN:]))
-    return Gallery(exit=exit_index, name=_name(exit_index, len(logits)), first=first, last=last)
+def _leaving_at(number: int, name: str, logits_NC: Tensor, judged: Judgement, pictures: "_Pictures") -> Gallery:
+    here = (judged.exits == number).nonzero().flatten()
+    order = here[logits_NC[here].softmax(1).amax(1).argsort(descending=True)]
+    first, last = (pictures.show(index, logits_NC) for index in (order[:_SHOWN], order[_SHOWN:][-_SHOWN:]))
+    return Gallery(exit=number, name=name, first=first, last=last)
 
 
 def _cheapest_and_dearest(logits: list[Tensor], judged: Judgement, pictures: "_Pictures") -> Gallery:
@@ -134,7 +133,3 @@ def _png(pixels_HWC: np.ndarray) -> str:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return base64.b64encode(buffer.getvalue()).decode()
-
-
-def _name(index: int, count: int) -> str:
-    return "last exit" if index == count - 1 else f"exit {index + 1}"

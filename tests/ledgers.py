@@ -1,4 +1,4 @@
-"""Quick settings for runs inside tests, and ledgers compared without what differs between two equal runs."""
+"""Quick settings for runs inside tests, rows of a ledger, and ledgers without what differs between two equal runs."""
 
 import json
 from pathlib import Path
@@ -26,3 +26,10 @@ def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def ledger_of(out: Path) -> list[dict[str, Any]]:
     """The timeless rows of a finished run."""
     return without_times(json.loads((out / "ledger.json").read_text()))
+
+
+def leaving(*shares: float) -> dict[str, object]:
+    """Fields of a row of which these shares of the images leave at its exits."""
+    names = [f"exit.{number}" for number in range(1, len(shares) + 1)]
+    decisions = {name: [shares[k], 1 - sum(shares[: k + 1])] for k, name in enumerate(names)}
+    return {"decisions": decisions, "leaving": names}

@@ -6,10 +6,11 @@ from digits import SHAPE, DigitNet, digit_network, digit_splits
 
 from dynamize.conversion import wrap
 from dynamize.errors import DynamizeError
-from dynamize.evaluation import Evaluator, busy, gather, representative
+from dynamize.evaluation import Evaluator, Judgement, busy, gather, representative
 from dynamize.measure.costs import exit_costs
 from dynamize.measure.latency import Times
 from dynamize.measure.memory import peak_bytes, saved_bytes
+from dynamize.nn.piece import Decision, Setting
 
 CPU = torch.device("cpu")
 
@@ -51,17 +52,19 @@ def test_static_row(evaluator: Evaluator) -> None:
 def test_row_counts_what_was_executed(evaluator: Evaluator) -> None:
     network = digit_network(seed=1)
     with torch.no_grad():
-        logits = network.all_exits(torch.cat([images for images, _ in evaluator.images.batches(32)]))
-    network.thresholds = [float(network.scores(logits[0], 0).quantile(0.4)), None]
+        routed = network.eval().run(torch.cat([images for images, _ in evaluator.images.batches(32)]), everyone=True)
+    (name, logits, scores), (off, _, _) = routed.seen
+    threshold = float(scores.quantile(0.4))
+    network.setting = Setting({name: threshold, off: None})
     row = evaluator.row(1, "exits", network, 12.34, ["told"])
-    costs = exit_costs(network)
-    first = costs.segments[0] + costs.heads[0]
-    last = costs.segments.sum() + costs.heads[0]  # the second head is off
+    first = exit_costs(network).cumulative()[0]
+    last = evaluator.static_macs + network.decisions()[0].always  # the second head is off
     assert row.exits == pytest.approx([0.6, 0.0, 0.4], abs=0.011)
+    assert row.leaving == ["exit.1", "exit.2"]
+    assert row.decisions == {"exit.1": [row.exits[0], pytest.approx(row.exits[2])], "exit.2": [0, 0]}
     assert row.macs == pytest.approx(row.exits[0] * first + row.exits[2] * last)
     assert row.macs_worst == pytest.approx(last)
-    leaves = network.scores(logits[0], 0) >= network.thresholds[0]
-    answers = torch.where(leaves, logits[0].argmax(1), logits[2].argmax(1))
+    answers = torch.where(scores.double() >= threshold, logits.argmax(1), routed.logits.argmax(1))
     labels = torch.cat([labels for _, labels in evaluator.images.batches(32)])
     assert row.accuracy == pytest.approx(float((answers == labels).double().mean()))
     assert row.accuracy_drop == pytest.approx(evaluator.reference.accuracy - row.accuracy)
@@ -70,6 +73,15 @@ def test_row_counts_what_was_executed(evaluator: Evaluator) -> None:
     assert row.seconds == 12.3
     assert row.notes[0] == "told"
     assert set(row.speedup["eager"]) == {"1", "8"}
+
+
+def test_options_are_shares_of_all_images() -> None:
+    four = torch.zeros(4, dtype=torch.int64)
+    taken = {"exit.1": torch.tensor([1, 0, 1, 1]), "layer2.0": torch.tensor([2, -1, 0, 2])}
+    judged = Judgement(four, four, four.double(), taken, ("exit.1",))
+    assert judged.exits.tolist() == [1, 0, 1, 1]
+    assert judged.use(Decision("layer2.0", "channels", ("a", "b", "c"), (1, 2, 3), 0.0, "changes")) == [0.25, 0, 0.5]
+    assert judged.use(Decision("exit.1", "exit", ("leaves", "goes on"), (0, 0), 1.0, "leaves")) == [0.25, 0.75]
 
 
 def test_batches_larger_than_the_split_are_timed(evaluator: Evaluator) -> None:

@@ -9,10 +9,10 @@ from dynamize.conversion import convert, wrap
 from dynamize.evaluation import Evaluator
 from dynamize.measure.costs import exit_costs
 from dynamize.models import create
-from dynamize.nn.network import DynamicNetwork
-from dynamize.nn.routing import record_routing
+from dynamize.nn.network import DynamicNetwork, record_routing
+from dynamize.nn.piece import LEAVES, Setting
 from dynamize.pictures import report_data
-from dynamize.report import Ledger, ReportData
+from dynamize.report import Ledger, ReportData, Usage, markdown
 from dynamize.transforms import ChannelGates, Exits, SkipGates
 
 EXITS = Exits(at=["layer1.1", "layer2.1"], head="conv", share=1.0, size=[16, 16])
@@ -38,48 +38,56 @@ class Told:
         ledger = Ledger(rows=[self.evaluator.row(0, "static", self.evaluator.static, 0.0, [])])
         return report_data(ledger, self.network, self.evaluator, self.splits)
 
-    def one_by_one(self) -> tuple[list[int], list[list[int]]]:
-        """Exit and paths of each image, run alone; -1 where it had left."""
-        exits, paths = [], []
+    def usage(self) -> Usage:
+        usage = self.report().usage
+        assert usage is not None
+        return usage
+
+    def one_by_one(self) -> tuple[list[int], dict[str, list[int]]]:
+        """Exit of each image, run alone, and its option in each decision; -1 where it had left."""
+        exits: list[int] = []
+        taken: dict[str, list[int]] = {one.name: [] for one in self.network.decisions()}
         for image in self.images:
             with torch.no_grad(), record_routing(self.network) as routing:
                 self.network.eval()(image[None])
-            taken = routing.choices[0].tolist()
             exits.append(int(routing.exits))
-            paths.append(taken + [-1] * (len(self.network.units) - len(taken)))
-        return exits, paths
+            for name, options in routing.taken.items():
+                taken[name].append(int(options))
+        return exits, taken
 
 
 def leaving(told: Told) -> Told:
     """About a third leaves at each exit."""
     with torch.no_grad():
-        logits = told.network.eval().all_exits(told.images)
-    for k, share in enumerate((0.67, 0.5)):
-        told.network.thresholds[k] = float(told.network.scores(logits[k], k).quantile(share))
+        seen = told.network.eval().run(told.images, everyone=True).seen
+    pairs = zip(seen, (0.67, 0.5), strict=True)
+    told.network.setting = Setting({name: float(score.quantile(share)) for (name, _, score), share in pairs})
     return told
 
 
 @pytest.mark.parametrize("exits", [False, True])
-def test_gates_are_told_as_images_go(exits: bool) -> None:
+def test_decisions_are_told_as_images_go(exits: bool) -> None:
     told = leaving(Told(EXITS, SKIPS, CHANNELS)) if exits else Told(SKIPS, CHANNELS)
-    report = told.report()
-    left, paths = told.one_by_one()
-    assert report.gates is not None
-    assert report.gates.images == 100
-    assert report.gates.routings == len({(one, *taken) for one, taken in zip(left, paths, strict=True)}) > 2
-    units = told.network.units
-    assert [unit.label for unit in report.gates.units] == [unit.label for unit in units]
-    for u, unit in enumerate(report.gates.units):
-        taken = [one[u] for one in paths]
-        assert [path.share for path in unit.paths] == pytest.approx(
-            [taken.count(p) / 100 for p in range(len(unit.paths))]
+    usage = told.usage()
+    left, taken = told.one_by_one()
+    assert usage.images == 100
+    assert usage.routings == len(set(zip(left, *taken.values(), strict=True))) > 2
+    for use, decision in zip(usage.decisions, told.network.decisions(), strict=True):
+        facts = (use.name, use.kind, use.effect, use.always)
+        assert facts == (decision.name, decision.kind, decision.effect, decision.always)
+        assert [(one.label, one.macs) for one in use.options] == list(zip(decision.options, decision.macs, strict=True))
+        options = taken[use.name]
+        assert [one.share for one in use.options] == pytest.approx(
+            [options.count(p) / 100 for p in range(len(use.options))]
         )
-        assert unit.left == pytest.approx(taken.count(-1) / 100)
-        assert [path.macs for path in unit.paths] == list(units[u].path_macs)
-    assert [[path.width for path in unit.paths] for unit in report.gates.units if len(unit.paths) > 2] == [
-        [0.25, 0.5, 0.75, 1.0]
+        assert use.left == pytest.approx(options.count(-1) / 100)
+    assert [use.effect for use in usage.decisions].count("leaves") == (2 if exits else 0)
+    assert [[one.label for one in use.options] for use in usage.decisions if use.kind == "channels"] == [
+        ["25 % wide", "50 % wide", "75 % wide", "whole"]
     ] * 2
-    assert any(unit.left for unit in report.gates.units) is exits
+    assert any(use.left for use in usage.changing) is exits
+    for k, use in enumerate(use for use in usage.decisions if use.effect == "leaves"):
+        assert use.options[LEAVES].share == pytest.approx(left.count(k) / 100)
 
 
 @pytest.mark.parametrize("exits", [False, True])
@@ -87,7 +95,8 @@ def test_cheapest_and_dearest_images(exits: bool) -> None:
     told = leaving(Told(EXITS, SKIPS)) if exits else Told(SKIPS)
     report = told.report()
     assert [shown.exit for shown in report.gallery] == ([0, 1, 2, None] if exits else [None])
-    macs = exit_costs(told.network).executed(*map(_array, told.one_by_one()), told.network.thresholds)
+    _, taken = told.one_by_one()
+    macs = exit_costs(told.network).executed({name: torch.tensor(one) for name, one in taken.items()}, 100)
     ranked = sorted(macs.tolist())
     shown = report.gallery[-1]
     assert [image.macs for image in shown.first] == ranked[:12]
@@ -96,15 +105,12 @@ def test_cheapest_and_dearest_images(exits: bool) -> None:
     assert all(image.macs is None for gallery in report.gallery[:-1] for image in gallery.first + gallery.last)
 
 
-def _array(values: list[int] | list[list[int]]) -> "torch.Tensor":
-    return torch.tensor(values).numpy()
-
-
 def test_marks_of_exits_count_what_gates_save() -> None:
     told = Told(EXITS, SKIPS)
     report = told.report()
     for k, mark in enumerate(report.anytime):
-        told.network.thresholds = [-1e9 if j == k else 1e9 for j in range(2)]  # everybody at exit k, all heads on
+        names = enumerate(told.network.decision_names[0])
+        told.network.setting = Setting({name: -1e9 if j == k else 1e9 for j, name in names})  # all at exit k, heads on
         assert mark.macs == pytest.approx(float(told.evaluator.judge(told.network).macs.mean()))
     whole = exit_costs(told.network).cumulative()
     assert report.anytime[0].macs < whole[0]
@@ -112,24 +118,25 @@ def test_marks_of_exits_count_what_gates_save() -> None:
 
 def test_nobody_comes_to_the_last_gates() -> None:
     told = Told(EXITS, SKIPS)
-    told.network.thresholds = [-1e9, None]
-    report = told.report()
-    assert report.gates is not None
-    assert [unit.left for unit in report.gates.units] == [0, 1, 1]
-    assert report.gates.units[-1].executed == 0
+    told.network.setting = Setting({told.network.decision_names[0][0]: -1e9})
+    gates = told.usage().changing
+    assert [use.left for use in gates] == [0, 1, 1]
+    assert gates[-1].executed == 0
 
 
 def test_exits_alone_and_a_static_network_have_no_gates() -> None:
     with_exits = leaving(Told(EXITS)).report()
-    assert with_exits.gates is None
+    assert with_exits.usage is not None
+    assert with_exits.usage.changing == []
+    assert "## Gates" not in markdown.render(with_exits)
     assert [shown.exit for shown in with_exits.gallery] == [0, 1, 2]
     alone = Told().report()
-    assert (alone.gates, alone.gallery, alone.anytime) == (None, [], [])
+    assert (alone.usage, alone.gallery, alone.anytime) == (None, [], [])
 
 
 def test_costs_are_those_of_the_whole_network_the_first_time_too() -> None:
     network = convert(create("digits_resnet", pretrained=True).eval(), [SKIPS, CHANNELS], SHAPE)
     whole = float(exit_costs(wrap(create("digits_resnet"), SHAPE)).cumulative()[-1])
-    gates = sum(unit.gate_macs for unit in network.units)
+    gates = sum(one.always for one in network.decisions())
     for _ in range(2):
         assert float(exit_costs(network).cumulative()[-1]) == whole + gates

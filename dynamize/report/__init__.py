@@ -3,22 +3,21 @@
 Each face is a module with one function, `render(report)`: `terminal`, `markdown`, `html`. None needs torch.
 """
 
-from dynamize.report.data import Gallery, GalleryImage, GateUse, Network, PathUse, Point, ReportData, UnitUse
+from dynamize.report.data import DecisionUse, Gallery, GalleryImage, Network, OptionUse, ReportData, Usage
 from dynamize.report.ledger import Ledger, Row, Timing, headline
 from dynamize.report.verdicts import share_of_saving_shown, verdicts
 
 __all__ = [
+    "DecisionUse",
     "Gallery",
     "GalleryImage",
-    "GateUse",
     "Ledger",
     "Network",
-    "PathUse",
-    "Point",
+    "OptionUse",
     "ReportData",
     "Row",
     "Timing",
-    "UnitUse",
+    "Usage",
     "headline",
     "share_of_saving_shown",
     "verdicts",

@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dynamize.report.data import GateUse, Point, UnitUse
+from dynamize.calibration.points import OperatingPoint
+from dynamize.report.data import DecisionUse, Usage
 from dynamize.report.ledger import Interval, Ledger, Row
 
 ABSENT = "-"
 LEFT = "left before"
-_WIDTHS = 20
+_MOST_LABELS = 6
+_BY_COST = ("little or nothing", "about a quarter", "about half", "about three quarters", "all or nearly all")
 
 
 @dataclass(frozen=True)
@@ -74,35 +76,36 @@ def shares(exits: Sequence[float]) -> str:
     return "/".join(map(str, whole))
 
 
-def path_name(width: float) -> str:
-    """What a path through a gated unit is called, by the share of the unit's channels that it computes."""
-    return {0.0: "skipped", 1.0: "whole"}.get(width, f"{100 * width:.0f} % wide")
+def option_names(usage: Usage) -> dict[str, float]:
+    """What options are called where decisions stand side by side, the cheapest first, each with its mean cost as a
+    share of the dearest: by their labels, or by that cost where labels are too many."""
+    costs: dict[str, list[float]] = {}
+    for use in usage.changing:
+        for name, cost in zip(names_of(use, usage), use.costs, strict=True):
+            costs.setdefault(name, []).append(cost)
+    means = {name: sum(found) / len(found) for name, found in costs.items()}
+    return dict(sorted(means.items(), key=lambda item: item[1]))
 
 
-def path_shares(unit: UnitUse) -> dict[float, float]:
-    """Share of the images by the unit's widths, rounded to 5 %, ascending."""
-    found: dict[float, float] = {}
-    for path in unit.paths:
-        width = _rounded(path.width)
-        found[width] = found.get(width, 0.0) + path.share
+def names_of(use: DecisionUse, usage: Usage) -> list[str]:
+    """The one among `option_names` of each option."""
+    if len({option.label for one in usage.changing for option in one.options}) <= _MOST_LABELS:
+        return [option.label for option in use.options]
+    return [_BY_COST[round(cost * (len(_BY_COST) - 1))] for cost in use.costs]
+
+
+def option_shares(use: DecisionUse, usage: Usage) -> dict[str, float]:
+    """Share of the images by name of the option."""
+    found: dict[str, float] = {}
+    for name, option in zip(names_of(use, usage), use.options, strict=True):
+        found[name] = found.get(name, 0.0) + option.share
     return found
 
 
-def path_widths(gates: GateUse) -> list[float]:
-    """All widths that any unit has, rounded to 5 %, ascending."""
-    return sorted({_rounded(path.width) for unit in gates.units for path in unit.paths})
-
-
-def _rounded(width: float) -> float:
-    if width in (0.0, 1.0):
-        return width
-    return min(max(1, round(width * _WIDTHS)), _WIDTHS - 1) / _WIDTHS
-
-
-def routings(gates: GateUse) -> str:
+def routings(usage: Usage) -> str:
     """How many ways through the network there were, in one sentence."""
-    ways = "way" if gates.routings == 1 else "different ways"
-    return f"The {gates.images:,} test images took {gates.routings:,} {ways} through the network."
+    ways = "way" if usage.routings == 1 else "different ways"
+    return f"The {usage.images:,} test images took {usage.routings:,} {ways} through the network."
 
 
 def _latency(row: Row, backend: str, batch: str) -> str:
@@ -157,7 +160,7 @@ def exit_column(ledger: Ledger) -> list[Column]:
     return [Column("exits\n%", cells)] if any(cell != ABSENT for cell in cells) else []
 
 
-def point_columns(points: Sequence[Point]) -> list[Column]:
+def point_columns(points: Sequence[OperatingPoint]) -> list[Column]:
     """The operating points: expected cost and accuracy, half of the 95 % interval, exit shares."""
     columns = [
         Column("point", [point.name for point in points], right=False),
@@ -175,19 +178,20 @@ def point_columns(points: Sequence[Point]) -> list[Column]:
     return [*columns, *([Column("exits\n%", leaving)] if any(cell != ABSENT for cell in leaving) else [])]
 
 
-def unit_columns(gates: GateUse) -> list[Column]:
-    """A row for each gated unit: what share of the images took each path, and of its MACs was executed."""
-    taken = [path_shares(unit) for unit in gates.units]
+def unit_columns(usage: Usage) -> list[Column]:
+    """A row for each gated unit: what share of the images took each option, and of its MACs was executed."""
+    units = usage.changing
     columns = [
-        Column("gated unit", [unit.label for unit in gates.units], right=False),
-        Column("MACs", [count(unit.paths[-1].macs) for unit in gates.units]),
+        Column("gated unit", [unit.name for unit in units], right=False),
+        Column("MACs", [count(unit.options[-1].macs) for unit in units]),
     ]
-    for width in path_widths(gates):
-        cells = [f"{100 * one[width]:.1f}" if width in one else ABSENT for one in taken]
-        columns.append(Column(f"{path_name(width)}\n%", cells))
-    if any(unit.left for unit in gates.units):
-        columns.append(Column(f"{LEFT}\n%", [f"{100 * unit.left:.1f}" for unit in gates.units]))
-    return [*columns, Column("MACs run\n%", [f"{100 * unit.executed:.1f}" for unit in gates.units])]
+    taken = [option_shares(unit, usage) for unit in units]
+    for name in option_names(usage):
+        cells = [f"{100 * one[name]:.1f}" if name in one else ABSENT for one in taken]
+        columns.append(Column(f"{name}\n%", cells))
+    if any(unit.left for unit in units):
+        columns.append(Column(f"{LEFT}\n%", [f"{100 * unit.left:.1f}" for unit in units]))
+    return [*columns, Column("MACs run\n%", [f"{100 * unit.executed:.1f}" for unit in units])]
 
 
 def row_notes(ledger: Ledger) -> list[str]:

@@ -1,9 +1,12 @@
 """What a report shows beside the ledger: the curve of operating points, rivals, and example images."""
 
-from typing import Annotated
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from dynamize.calibration.points import OperatingPoint
+from dynamize.report import older
 from dynamize.report.ledger import Interval, Ledger, Positive, Share
 
 Milliseconds = Positive | None
@@ -21,69 +24,61 @@ class Network(BaseModel):
     latency_ms: Milliseconds = None
 
 
-class Point(BaseModel):
-    """An operating point as the report needs it; an object with these attributes is taken as well as a dict.
-
-    Values are expected ones, the intervals 95 % prediction intervals. A threshold None switches its exit off.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="ignore", from_attributes=True)
-
-    name: str
-    thresholds: list[float | None]
-    accuracy: Share
-    accuracy_ci: Interval
-    accuracy_drop: float
-    accuracy_drop_ci: Interval
-    macs: Annotated[float, Field(ge=0)]
-    macs_ci: Interval
-    macs_ratio: Annotated[float, Field(ge=0)]
-    latency_ms: Milliseconds = None
-    latency_ci: Interval | None = None
-    exits: list[Share]
-
-
-class PathUse(BaseModel):
-    """One way through a gated unit, and the share of the images that took it.
-
-    `width` is the share of the unit's channels that it computes, 0 where the unit is skipped; `macs` per image.
-    """
+class OptionUse(BaseModel):
+    """One option of a decision, and the share of the images that took it; `macs` per image."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    width: Share
+    label: str
     macs: Annotated[float, Field(ge=0)]
     share: Share
 
 
-class UnitUse(BaseModel):
-    """How the images passed a gated unit; the cheapest path first, the original one last."""
+class DecisionUse(BaseModel):
+    """What was decided in one place; the cheapest option first.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    `kind` is for people only. `always` is what deciding costs, in MACs per image; older reports do not have it.
+    """
 
-    label: str
-    paths: Annotated[list[PathUse], Field(min_length=2)]
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    name: str
+    kind: str
+    effect: Literal["leaves", "changes"]
+    options: Annotated[list[OptionUse], Field(min_length=2)]
+    always: Annotated[float, Field(ge=0)] | None = None
 
     @property
     def left(self) -> float:
         """Share of the images that had left the network before."""
-        rest = 1 - sum(path.share for path in self.paths)
+        rest = 1 - sum(option.share for option in self.options)
         return rest if rest > 1e-9 else 0.0
 
     @property
+    def costs(self) -> list[float]:
+        """What each option costs, as a share of the dearest."""
+        dearest = self.options[-1].macs
+        return [option.macs / dearest if dearest else 0.0 for option in self.options]
+
+    @property
     def executed(self) -> float:
-        """Share of the unit's MACs that was executed, over all images."""
-        return sum(path.share * path.macs for path in self.paths) / self.paths[-1].macs
+        """Share of the dearest option's MACs that was executed, over all images."""
+        return sum(option.share * cost for option, cost in zip(self.options, self.costs, strict=True))
 
 
-class GateUse(BaseModel):
-    """What the gates decided for some test images, and how many different ways through the network came of it."""
+class Usage(BaseModel):
+    """What was decided for some test images, and how many different ways through the network came of it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    units: Annotated[list[UnitUse], Field(min_length=1)]
+    decisions: Annotated[list[DecisionUse], Field(min_length=1)]
     images: Annotated[int, Field(ge=1)]
     routings: Annotated[int, Field(ge=1)]
+
+    @property
+    def changing(self) -> list[DecisionUse]:
+        """The decisions on what comes after; where images leave is told with the operating points."""
+        return [use for use in self.decisions if use.effect == "changes"]
 
 
 class GalleryImage(BaseModel):
@@ -127,32 +122,45 @@ class ReportData(BaseModel):
 
     `static` (row 0 of the ledger if not given) and the points should be judged on the same images, and all
     `latency_ms` taken in the same way, named by `latency_label` ("ms per image, batch 64, onnxruntime").
-    `selected` names the operating point at which the network stands, and at which `gates` and `gallery` show it.
+    `selected` names the operating point at which the network stands, and at which `usage` and `gallery` show it.
     """
 
     model_config = ConfigDict(extra="forbid")
 
     ledger: Ledger
-    operating_points: list[Point] = []
+    operating_points: list[OperatingPoint] = []
     anytime: list[Network] = []
     static: Network | None = None
     rivals: list[Network] = []
     latency_label: str = "ms"
     selected: str | None = None
-    gates: GateUse | None = None
+    usage: Usage | None = None
     gallery: list[Gallery] = []
     class_names: list[str] = []
     notes: list[str] = []
 
+    @model_validator(mode="before")
+    @classmethod
+    def _upgraded(cls, given: Any) -> Any:
+        return older.report(given)
+
+    @property
+    def leaving(self) -> list[str]:
+        """Names of the decisions at which images leave, of the row or point that has the most."""
+        known = [*(row.leaving for row in self.ledger.rows), *([*point.thresholds] for point in self.operating_points)]
+        return max(known, key=len, default=[])
+
     def exit_names(self) -> list[str]:
-        """A name for every exit that a point, a row or the gallery has; the last is the network's own."""
-        shares = [point.exits for point in self.operating_points] + [row.exits for row in self.ledger.rows]
+        """What every place where images leave is called, by the gallery if it is shown there."""
         named = {shown.exit: shown.name for shown in self.gallery if shown.exit is not None}
-        count = max([0, *map(len, shares), *(index + 1 for index in named)])
-        names = [f"exit {number}" for number in range(1, count)] + ["last exit"][:count]
-        return [named.get(index, name) for index, name in enumerate(names)]
+        return [named.get(index, name) for index, name in enumerate(exit_names(self.leaving))]
 
     def class_name(self, label: int | str) -> str:
         """The name of a class given by index, or the given name itself."""
         known = isinstance(label, int) and 0 <= label < len(self.class_names)
         return self.class_names[label] if known and isinstance(label, int) else str(label)
+
+
+def exit_names(leaving: Sequence[str]) -> list[str]:
+    """What the places where images leave are called, by the decisions taken there and the network's own classifier."""
+    return [*(name.replace(".", " ") for name in leaving), "last exit"]

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from dynamize.errors import DynamizeError
 from dynamize.folders import LEDGER, MANIFEST, REPORT_DATA, STATE, step_folders
-from dynamize.report.data import Point, ReportData
+from dynamize.report.data import ReportData
 from dynamize.report.ledger import Ledger, Row
 
 OF_OTHER_FILES = {"ledger", "operating_points", "selected"}
@@ -42,9 +42,9 @@ def _assemble(out: Path, manifest: dict[str, Any]) -> ReportData:
         ledger, extras = Ledger(rows=_finished_rows(out), **header), {}
         extras["notes"] = [f"the run is not finished: {len(ledger.rows) - 1} steps are done, --resume goes on"]
     if about.get("recalibrated"):
-        extras |= {"gallery": [], "gates": None}  # they show who went where at the operating point of the run
+        extras |= {"gallery": [], "usage": None}  # they show who went where at the operating point of the run
         extras["notes"] = ["the operating points were solved again after the run; the rows show it as it ended"]
-    points = [Point.model_validate(point) for point in manifest.get("operating_points") or []]
+    points = manifest.get("operating_points") or []
     return ReportData(ledger=ledger, operating_points=points, selected=chosen.get("name"), **extras)
 
 

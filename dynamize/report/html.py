@@ -1,22 +1,21 @@
 """The report as one HTML page that holds everything it shows: no file beside it, no request to anywhere."""
 
-import math
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from dynamize.calibration.points import OperatingPoint
 from dynamize.report import cells
-from dynamize.report.data import GateUse, Network, Point, ReportData
+from dynamize.report.data import DecisionUse, Network, ReportData, Usage
 from dynamize.report.ledger import Row, headline
 from dynamize.report.verdicts import verdicts
 
-LEAST = -sys.float_info.max
-"""In place of minus infinity, which JSON does not have: a threshold that every score passes."""
+_GREY = 1 / 8  # cost of an option, as a share of the dearest one's, up to which it has no blue
+_DARK = 0.9  # from which its blue takes white text
 
-SHARED_FIELDS = {"accuracy", "accuracy_ci", "accuracy_drop", "macs", "macs_ratio", "exits"}
+SHARED_FIELDS = {"accuracy", "accuracy_ci", "accuracy_drop", "macs", "macs_ratio"}
 
 
 def render(report: ReportData) -> str:
@@ -51,7 +50,7 @@ def render(report: ReportData) -> str:
             view=_view(report),
             colors=_colors(len(report.exit_names())),
             exit_names=report.exit_names(),
-            gates=_gates(report.gates) if report.gates else None,
+            gates=_gates(report.usage) if report.usage and report.usage.changing else None,
         )
     )
 
@@ -78,7 +77,7 @@ def _view(report: ReportData) -> dict[str, Any]:
         shown = [_from_row(last, ms.get(last.step), _row_speedup(report, last))]
     else:
         static = static or _network("static network", first, None)
-        shown = [_from_point(point, static) for point in points]
+        shown = [_from_point(point, static, report.leaving) for point in points]
     return {
         "points": shown,
         "static": static.model_dump(mode="json"),
@@ -91,19 +90,29 @@ def _view(report: ReportData) -> dict[str, Any]:
     }
 
 
-def _gates(gates: GateUse) -> dict[str, Any]:
-    """The bars of the gated units: pieces of (name, share, colour)."""
-    kinds = [(cells.path_name(width), _shade(width)) for width in cells.path_widths(gates)]
-    units = []
-    for unit in gates.units:
-        pieces = [(cells.path_name(width), share, _shade(width)) for width, share in cells.path_shares(unit).items()]
-        units.append({"label": unit.label, "executed": unit.executed, "pieces": [*pieces, (cells.LEFT, unit.left, "")]})
-    if any(unit.left for unit in gates.units):
-        kinds.append((cells.LEFT, ""))
-    return {"units": units, "kinds": kinds, "routings": cells.routings(gates)}
+def _gates(usage: Usage) -> dict[str, Any]:
+    """The bars of the gated units: pieces of (name, share, class, colour)."""
+    costs = cells.option_names(usage)
+    kinds = [(name, "path", _shade(cost)) for name, cost in costs.items()]
+    if any(unit.left for unit in usage.changing):
+        kinds.append((cells.LEFT, "gone", ""))
+    units = [
+        {"label": unit.name, "kind": unit.kind, "executed": unit.executed, "pieces": _pieces(unit, usage, costs)}
+        for unit in usage.changing
+    ]
+    return {"units": units, "kinds": kinds, "routings": cells.routings(usage)}
 
 
-def _selected(report: ReportData, points: list[Point], last: Row) -> int:
+def _pieces(unit: DecisionUse, usage: Usage, costs: dict[str, float]) -> list[tuple[str, float, str, str]]:
+    """Each under the label of its own option, coloured as the options beside it."""
+    pieces = []
+    for name, option in zip(cells.names_of(unit, usage), unit.options, strict=True):
+        look = "path pale" if costs[name] < _DARK else "path"
+        pieces.append((option.label, option.share, look, _shade(costs[name])))
+    return [*pieces, (cells.LEFT, unit.left, "gone pale", "")]
+
+
+def _selected(report: ReportData, points: list[OperatingPoint], last: Row) -> int:
     """The named point, or the one that costs what the last row was measured to cost."""
     for index, point in enumerate(points):
         if point.name == report.selected:
@@ -111,9 +120,9 @@ def _selected(report: ReportData, points: list[Point], last: Row) -> int:
     return min(range(len(points)), key=lambda index: abs(points[index].macs - last.macs), default=0)
 
 
-def _from_point(point: Point, static: Network) -> dict[str, Any]:
+def _from_point(point: OperatingPoint, static: Network, leaving: list[str]) -> dict[str, Any]:
     speedup = static.latency_ms / point.latency_ms if static.latency_ms and point.latency_ms else None
-    thresholds = [None if t is None or t == math.inf else max(t, LEAST) for t in point.thresholds]
+    thresholds = [point.thresholds.get(name) for name in leaving]
     return point.model_dump(mode="json") | {"speedup": speedup, "thresholds": thresholds}
 
 
@@ -121,6 +130,7 @@ def _from_row(row: Row, latency_ms: float | None, speedup: float | None) -> dict
     return {
         **row.model_dump(mode="json", include=SHARED_FIELDS),
         "name": f"step {row.step}, {row.transform}",
+        "exits": row.exits,
         "thresholds": [],
         "accuracy_drop_ci": None,
         "macs_ci": None,
@@ -157,6 +167,6 @@ def _colors(count: int) -> list[str]:
     return [f"hsl({176 + 86 * index / steps:.0f} 48% 42%)" for index in range(count)]
 
 
-def _shade(width: float) -> str:
-    """The wider the path the darker its blue; the page's own grey for what is skipped."""
-    return f"hsl(225 {45 + 20 * width:.0f}% {84 - 36 * width:.0f}%)" if width else ""
+def _shade(cost: float) -> str:
+    """The dearer the option the darker its blue; the page's own grey for what costs little or nothing."""
+    return f"hsl(225 {45 + 20 * cost:.0f}% {84 - 36 * cost:.0f}%)" if cost > _GREY else ""

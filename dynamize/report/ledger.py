@@ -5,16 +5,18 @@ It is kept as `ledger.json`, a plain list of rows, replaced atomically: a killed
 
 import json
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from dynamize.errors import DynamizeError
 from dynamize.files import write_text
+from dynamize.report import older
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Interval = tuple[float, float]
+_ROUNDING = 1e-3
 
 
 class Timing(BaseModel):
@@ -31,9 +33,11 @@ class Row(BaseModel):
 
     `macs` is the mean of executed multiply-accumulates per image and `macs_worst` the dearest path;
     `macs_ratio`, `accuracy_drop` and `speedup` are against row 0. `latency` and `speedup` map backend, then
-    batch size, to the time of one call on the whole batch and to the ratio of interleaved medians. `exits` is
-    empty for a static network. `size` is bytes of the weights as saved, `peak_memory` bytes of weights and feature
-    maps at most at once for one image in eager PyTorch; older ledgers have neither.
+    batch size, to the time of one call on the whole batch and to the ratio of interleaved medians. `decisions`
+    maps each decision to the shares of all images that took its options, the cheapest first: an image that left
+    before took none, and nobody does where it is off. `leaving` names those at which images leave, by the first
+    option. `size` is bytes of the weights as saved, `peak_memory` bytes of weights and feature maps at most at
+    once for one image in eager PyTorch; older ledgers have neither.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -50,16 +54,37 @@ class Row(BaseModel):
     agreement: Share
     latency: dict[str, dict[str, Timing]] = {}
     speedup: dict[str, dict[str, Positive]] = {}
-    exits: list[Share] = []
+    decisions: dict[str, Annotated[list[Share], Field(min_length=2)]] = {}
+    leaving: list[str] = []
     seconds: Annotated[float, Field(ge=0)]
     size: Annotated[int, Field(ge=0)] | None = None
     peak_memory: Annotated[int, Field(ge=0)] | None = None
     notes: list[str] = []
 
+    @model_validator(mode="before")
+    @classmethod
+    def _upgraded(cls, given: Any) -> Any:
+        return older.row(given)
+
+    @property
+    def exits(self) -> list[float]:
+        """Share of the images that leave at each place, the end being the last; empty if they leave nowhere else."""
+        left = [self.decisions[name][0] for name in self.leaving]
+        return [*left, max(0.0, 1 - sum(left))] if left else []
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.exits and abs(sum(self.exits) - 1) > 1e-3:
-            raise ValueError(f"the shares in exits add up to {sum(self.exits):.4f}, not to 1")
+        if unknown := [name for name in self.leaving if name not in self.decisions]:
+            raise ValueError(f"images are said to leave at {unknown[0]!r}, which is not among the decisions")
+        here = 1.0
+        for name in self.leaving:
+            asked = sum(self.decisions[name])
+            if asked and abs(asked - here) > _ROUNDING:
+                raise ValueError(f"the shares at {name} add up to {asked:.4f}, not to the {here:.4f} who come there")
+            here -= self.decisions[name][0]
+        for name, shares in self.decisions.items():
+            if sum(shares) > 1 + _ROUNDING:
+                raise ValueError(f"the shares at {name} add up to {sum(shares):.4f}, more than 1")
         if self.accuracy_ci[0] > self.accuracy_ci[1]:
             raise ValueError(f"accuracy_ci {list(self.accuracy_ci)} is upside down: give [low, high]")
         batches = {batch for timings in self.latency.values() for batch in timings}

@@ -34,11 +34,11 @@ def render(report: ReportData) -> str:
             _table(cells.point_columns(report.operating_points)),
             f"Expected values; ±: the longer arm of the 95 % interval.{label}",
         ]
-    if report.gates:
+    if report.usage and report.usage.changing:
         blocks += [
             "## Gates",
-            f"{cells.routings(report.gates)} Shares of the images on each path, and of the MACs that ran:",
-            _table(cells.unit_columns(report.gates)),
+            f"{cells.routings(report.usage)} Shares of the images on each path, and of the MACs that ran:",
+            _table(cells.unit_columns(report.usage)),
         ]
     if notes := cells.row_notes(ledger) + report.notes:
         blocks += ["## Notes", "\n".join(f"- {_plain(note)}" for note in notes)]

@@ -62,8 +62,8 @@ def _parts(report: ReportData) -> Iterator[RenderableType]:
             _Fitted([name], [values[:3], values[3:6], values[6:]]),
         )
         yield Text(f"Expected values; ±: the longer arm of the 95 % interval.{label}", style="dim")
-    if report.gates:
-        yield Text("\n" + cells.routings(report.gates))
+    if report.usage and report.usage.changing:
+        yield Text("\n" + cells.routings(report.usage))
     yield Text("\n" + cells.legend(ledger), style="dim")
     yield from (Text(f"! {line}", style="yellow") for line in verdicts(ledger))
     yield from (Text(f"- {line}") for line in cells.row_notes(ledger) + report.notes)

@@ -12,8 +12,8 @@ from commandline import Cli
 
 from dynamize import artifact as artifacts
 from dynamize.artifact import read_manifest
-from dynamize.nn.routing import record_routing
-from dynamize.report import share_of_saving_shown
+from dynamize.nn.network import record_routing
+from dynamize.report import Row, share_of_saving_shown
 
 
 def test_bench_compares_on_every_backend_and_batch(finished_run: Path, cli: Cli) -> None:
@@ -23,7 +23,7 @@ def test_bench_compares_on_every_backend_and_batch(finished_run: Path, cli: Cli)
     assert tried == [("eager", 1), ("eager", 8), ("onnxruntime", 1), ("onnxruntime", 8)]
     last = json.loads((finished_run / "ledger.json").read_text())[-1]
     assert found["macs_ratio"] == pytest.approx(last["macs_ratio"])
-    assert found["exits"] == pytest.approx(last["exits"])
+    assert found["exits"] == pytest.approx(Row.model_validate(last).exits)
     assert found["accuracy"] == last["accuracy"]
     for one in found["comparisons"]:
         assert one["static_ms_per_image"] == one["static_median_ms"] / one["batch"]
@@ -61,7 +61,7 @@ def test_calibrate_replaces_the_manifest_only(artifact: Path, cli: Cli) -> None:
     after = {file: file.read_bytes() for file in artifact.rglob("*") if file.is_file()}
     assert {file.name for file in after if after[file] != before.get(file)} == {"manifest.json"}
     network = artifacts.load(artifact)
-    assert network.thresholds == chosen["thresholds"]
+    assert network.setting.thresholds == chosen["thresholds"]
     assert [step["pass"] for step in network.history] == ["exits", "distill", "calibrate"]
     assert network.history[-1]["macs_ratio"] == 0.5
     assert "solved again" in " ".join(cli("report", artifact).stdout.split())
@@ -195,7 +195,8 @@ def test_exported_plan_and_driver_command(finished_run: Path, tmp_path: Path, cl
     assert plan["input"] == [1, 8, 8]
     assert plan["normalize"] == [[0.305], [0.376]]
     assert [stage["outputs"] for stage in plan["stages"]][-1] == ["logits"]
-    assert plan["operating_points"][plan["operating_point"]] == artifacts.load(finished_run).thresholds
+    thresholds = artifacts.load(finished_run).setting.thresholds
+    assert plan["operating_points"][plan["operating_point"]] == list(thresholds.values())
     np.save(tmp_path / "images.npy", np.zeros((2, 1, 8, 8), np.float32))
     done = subprocess.run(
         [sys.executable, str(to / "run.py"), str(tmp_path / "images.npy")], capture_output=True, text=True

@@ -26,19 +26,27 @@ def inspected(path: Path, cli: Cli) -> dict[str, Any]:
     return found
 
 
+def gates(path: Path, cli: Cli) -> list[dict[str, Any]]:
+    """The decisions that change what comes after."""
+    return [one for one in inspected(path, cli)["decisions"] if one["effect"] == "changes"]
+
+
 @pytest.mark.parametrize("name", GATES)
 def test_recipe_runs_and_is_reported(name: str, gated_runs: dict[str, Path], cli: Cli) -> None:
     rows = ledger_of(gated_runs[name])
     trained = ["distill", "recalibrate"] if name == "channel_gates" else ["distill"]
     assert [row["transform"] for row in rows[-1 - len(trained) :]] == [*trained, "calibrate"]
     assert rows[-1]["macs_ratio"] < 1
-    assert bool(rows[-1]["exits"]) is (name == "gates_and_exits")
+    assert bool(rows[-1]["leaving"]) is (name == "gates_and_exits")
     text = cli("report", gated_runs[name], "--markdown").stdout
     assert "## Gates" in text
     assert "The 100 test images took " in text
     assert "way through the network." in " ".join(cli("report", gated_runs[name]).stdout.split()).replace("ways", "way")
-    units = json.loads((gated_runs[name] / "report.json").read_text())["gates"]["units"]
-    assert [unit["label"] for unit in units] == [unit["label"] for unit in inspected(gated_runs[name], cli)["units"]]
+    used = json.loads((gated_runs[name] / "report.json").read_text())["usage"]["decisions"]
+    known = inspected(gated_runs[name], cli)["decisions"]
+    assert [one["name"] for one in used] == [one["name"] for one in known] == list(rows[-1]["decisions"])
+    for one, shares in zip(used, rows[-1]["decisions"].values(), strict=True):
+        assert [option["share"] for option in one["options"]] == shares
 
 
 def test_inspect_shows_the_gates_of_an_artifact(gated_runs: dict[str, Path], cli: Cli) -> None:
@@ -47,25 +55,26 @@ def test_inspect_shows_the_gates_of_an_artifact(gated_runs: dict[str, Path], cli
         assert "MACs on each path" in text
         assert path in " ".join(text.split())
         assert max(map(len, text.splitlines())) <= 80
-    skips, channels = (inspected(gated_runs[name], cli)["units"] for name in GATES[:2])
+    skips, channels = (gates(gated_runs[name], cli) for name in GATES[:2])
     assert skips[0]["kind"] == "skip"
-    assert [path["width"] for path in skips[0]["paths"]] == [0, 1]
-    assert skips[0]["paths"][0]["macs"] == 0
-    assert skips[0]["gate_macs"] > 0
+    assert [option["label"] for option in skips[0]["options"]] == ["skipped", "whole"]
+    assert skips[0]["options"][0]["macs"] == 0
+    assert skips[0]["always"] > 0
+    assert (skips[0]["macs_to_leave"], skips[0]["threshold"]) == (None, None)
     assert channels[0]["kind"] == "channels"
-    widths = [path["width"] for path in channels[0]["paths"]]
-    assert widths == sorted(widths)
-    assert widths[-1] == 1
+    macs = [option["macs"] for option in channels[0]["options"]]
+    assert macs == sorted(macs)
+    assert channels[0]["options"][-1]["label"] == "whole"
     assert "with all gates open" in cli("inspect", gated_runs["gates_and_exits"]).stdout
 
 
 def test_predict_tells_the_paths_taken(gated_runs: dict[str, Path], pictures: Path, cli: Cli) -> None:
     for name in GATES:
-        units = inspected(gated_runs[name], cli)["units"]
+        units = gates(gated_runs[name], cli)
         found = json.loads(cli("predict", gated_runs[name], pictures, "--json").stdout)
         for one in found:
             assert len(one["paths"]) <= len(units)
-            assert all(0 <= path < len(unit["paths"]) for path, unit in zip(one["paths"], units, strict=False))
+            assert all(0 <= path < len(unit["options"]) for path, unit in zip(one["paths"], units, strict=False))
             if name != "gates_and_exits":
                 assert len(one["paths"]) == len(units)
 

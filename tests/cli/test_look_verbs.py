@@ -30,7 +30,7 @@ def test_inspect_json_adds_up(cli: Cli) -> None:
     assert sum(block["params"] for block in blocks) == found["params"]
     assert blocks[-1]["cut"] is None
     assert blocks[-1]["shape"] == [10]
-    assert found["exits"] == []
+    assert (found["decisions"], found["macs_to_end"]) == ([], None)
 
 
 def test_inspect_says_what_gates_fit(cli: Cli) -> None:
@@ -39,7 +39,6 @@ def test_inspect_says_what_gates_fit(cli: Cli) -> None:
     assert rows["layer1.0 to layer1.2"][-3:] == ["3", "yes", "16"]
     assert "shortcut runs" in " ".join(rows["layer2.0"])
     found = json.loads(cli("inspect", "dynamize:cifar_resnet20", "--json").stdout)
-    assert found["units"] == []
     assert len(found["gates"]) == 9
     first = found["gates"][0]
     assert (first["module"], first["skip"], first["identity"], first["why_not"]) == ("layer1.0", True, True, None)
@@ -68,8 +67,13 @@ def test_inspect_artifact_shows_exits_and_points(finished_run: Path, cli: Cli) -
         assert part in result.stdout
     assert widest(result.stdout) <= 80
     found = json.loads(cli("inspect", finished_run, "--json").stdout)
-    assert [one["after"] for one in found["exits"]] == ["layer1_1_relu2", "layer2_1_relu2", None]
-    assert found["exits"][0]["head_macs"] > 0
+    exits = found["decisions"]
+    assert [(one["name"], one["effect"]) for one in exits] == [("exit.1", "leaves"), ("exit.2", "leaves")]
+    assert [one["after"] for one in exits] == [one["upto"] for one in exits] == ["layer1_1_relu2", "layer2_1_relu2"]
+    assert all(one["always"] > 0 for one in exits)
+    assert 0 < exits[0]["macs_to_leave"] < exits[1]["macs_to_leave"] < found["macs_to_end"]
+    (stands,) = (point for point in found["operating_points"] if point["name"] == found["operating_point"])
+    assert {one["name"]: one["threshold"] for one in exits} == stands["thresholds"]
     assert found["operating_point"] in {point["name"] for point in found["operating_points"]}
     assert [step["pass"] for step in found["history"]] == ["exits", "distill", "calibrate"]
 

@@ -5,19 +5,10 @@ import struct
 import zlib
 
 import pytest
+from ledgers import leaving
 
-from dynamize.report import (
-    Gallery,
-    GalleryImage,
-    GateUse,
-    Ledger,
-    Network,
-    PathUse,
-    Point,
-    ReportData,
-    Row,
-    UnitUse,
-)
+from dynamize.calibration.points import OperatingPoint
+from dynamize.report import DecisionUse, Gallery, GalleryImage, Ledger, Network, OptionUse, ReportData, Row, Usage
 
 STATIC_MACS = 126_550_000.0
 STATIC_MS = 4.4
@@ -63,13 +54,14 @@ def row(step: int, transform: str, ratio: float, accuracy: float, speeds: tuple[
 @pytest.fixture
 def ledger() -> Ledger:
     held_out = "thresholds from 5,000 held-out images"
-    split = [0.4321, 0.3111, 0.2568]
+    nobody = leaving(0.0, 0.0)
+    split = leaving(0.4321, 0.3111)
     rows = [
         row(0, "static", 1.0, 0.9357, (1.0, 1.0)),
-        row(1, "exits", 1.012, 0.9357, (0.97, 0.99), params=901_322, exits=[0.0, 0.0, 1.0]),
-        row(2, "distill", 1.012, 0.9357, (0.97, 0.99), params=901_322, exits=[0.0, 0.0, 1.0]),
-        row(3, "skip_gates", 0.8102, 0.9349, (0.998, 1.03), params=913_042, exits=[0.0, 0.0, 1.0]),
-        row(4, "calibrate", 0.5731, 0.9327, (1.49, 1.63), params=913_042, exits=split, notes=[held_out]),
+        row(1, "exits", 1.012, 0.9357, (0.97, 0.99), params=901_322, **nobody),
+        row(2, "distill", 1.012, 0.9357, (0.97, 0.99), params=901_322, **nobody),
+        row(3, "skip_gates", 0.8102, 0.9349, (0.998, 1.03), params=913_042, **nobody),
+        row(4, "calibrate", 0.5731, 0.9327, (1.49, 1.63), params=913_042, notes=[held_out], **split),
     ]
     return Ledger(
         rows=rows,
@@ -82,7 +74,7 @@ def ledger() -> Ledger:
 
 
 @pytest.fixture
-def points() -> list[Point]:
+def points() -> list[OperatingPoint]:
     found = []
     for index in range(13):
         ratio = 0.352 + 0.055 * index
@@ -91,9 +83,9 @@ def points() -> list[Point]:
         leave[2] = (index / 12) ** 1.5 * (1 - leave[0])
         leave[1] = 1 - leave[0] - leave[2]
         found.append(
-            Point(
+            OperatingPoint(
                 name="cheapest" if index == 0 else "full" if index == 12 else f"macs-{ratio:.2f}",
-                thresholds=[0.5 + 0.04 * index, None if index < 3 else 0.6 + 0.03 * index],
+                thresholds={"exit.1": 0.5 + 0.04 * index, "exit.2": None if index < 3 else 0.6 + 0.03 * index},
                 accuracy=accuracy,
                 accuracy_ci=(accuracy - 0.0071, accuracy + 0.0069),
                 accuracy_drop=0.9357 - accuracy,
@@ -109,19 +101,24 @@ def points() -> list[Point]:
     return found
 
 
-def unit(label: str, macs: float, *paths: tuple[float, float, float]) -> UnitUse:
-    """Paths as (width, share of the unit's MACs, share of the images)."""
-    uses = [PathUse(width=width, macs=part * macs, share=share) for width, part, share in paths]
-    return UnitUse(label=label, paths=uses)
+def unit(name: str, macs: float, *options: tuple[str, float, float]) -> DecisionUse:
+    """Options as (label, share of the unit's MACs, share of the images)."""
+    uses = [OptionUse(label=label, macs=part * macs, share=share) for label, part, share in options]
+    return DecisionUse(name=name, kind="skip", effect="changes", options=uses, always=1e3)
 
 
 @pytest.fixture
-def gates() -> GateUse:
-    return GateUse(
-        units=[
-            unit("layer1.1 to layer1.3", 14.2e6, (0, 0, 0.125), (1, 1, 0.875)),
-            unit("layer2.0", 7.1e6, (0, 0.25, 0.3), (1, 1, 0.3)),
-            unit("layer3.1", 9.4e6, (0.26, 0.26, 0.05), (0.5, 0.5, 0.1), (0.75, 0.75, 0.05), (1, 1, 0.2)),
+def usage() -> Usage:
+    widths = (("25 % wide", 0.26, 0.05), ("50 % wide", 0.5, 0.1), ("75 % wide", 0.75, 0.05))
+    leaves, stays = (
+        OptionUse(label=label, macs=0, share=share) for label, share in (("leaves", 0.4), ("goes on", 0.6))
+    )
+    return Usage(
+        decisions=[
+            unit("layer1.1 to layer1.3", 14.2e6, ("skipped", 0, 0.125), ("whole", 1, 0.875)),
+            DecisionUse(name="exit.1", kind="exit", effect="leaves", options=[leaves, stays], always=2e4),
+            unit("layer2.0", 7.1e6, ("skipped", 0.25, 0.3), ("whole", 1, 0.3)),
+            unit("layer3.1", 9.4e6, *widths, ("whole", 1, 0.2)),
         ],
         images=10_000,
         routings=37,
@@ -129,7 +126,7 @@ def gates() -> GateUse:
 
 
 @pytest.fixture
-def report(ledger: Ledger, points: list[Point], gates: GateUse) -> ReportData:
+def report(ledger: Ledger, points: list[OperatingPoint], usage: Usage) -> ReportData:
     def image(index: int, confidence: float, macs: float | None = None) -> GalleryImage:
         answer = (index + 1) % 10 if index % 4 == 3 else index % 10
         picture = png(60 + 37 * index % 196, 60 + 91 * index % 196, 60 + 13 * index % 196)
@@ -150,7 +147,7 @@ def report(ledger: Ledger, points: list[Point], gates: GateUse) -> ReportData:
             Network(name="resnet32", macs=0.551 * STATIC_MACS, accuracy=0.9263, latency_ms=2.6),
         ],
         latency_label="ms per image, batch 64, onnxruntime",
-        gates=gates,
+        usage=usage,
         gallery=[
             Gallery(
                 exit=index,

@@ -15,8 +15,10 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
+from dynamize.calibration.points import OperatingPoint
+from dynamize.calibration.table import EVERYONE
 from dynamize.errors import DynamizeError
-from dynamize.report import Gallery, GalleryImage, Ledger, Network, Point, ReportData, html
+from dynamize.report import Gallery, GalleryImage, Ledger, Network, ReportData, html
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 CHROMEDRIVER = shutil.which("chromedriver")
@@ -99,7 +101,7 @@ def marker(driver: webdriver.Chrome, chart: str) -> list[float]:
     return middles(driver, chart, ".here circle")[0]
 
 
-def assert_shows(driver: webdriver.Chrome, point: Point) -> None:
+def assert_shows(driver: webdriver.Chrome, point: OperatingPoint) -> None:
     assert text(driver, "point-name") == point.name
     assert text(driver, "accuracy") == f"{100 * point.accuracy:.2f} %"
     assert float(text(driver, "macs").removesuffix(" M")) == pytest.approx(point.macs / 1e6, rel=0.006)
@@ -267,10 +269,10 @@ def test_every_gate_has_a_bar_of_its_paths(opened: Opened, report: ReportData) -
 
 
 def test_gates_without_exits_show_no_exits(opened: Opened, report: ReportData) -> None:
-    rows = [row.model_copy(update={"exits": []}) for row in report.ledger.rows]
-    points = [point.model_copy(update={"exits": [1.0], "thresholds": []}) for point in report.operating_points]
+    rows = [row.model_copy(update={"decisions": {}, "leaving": []}) for row in report.ledger.rows]
+    points = [point.model_copy(update={"exits": [1.0], "thresholds": {}}) for point in report.operating_points]
     driver = opened(
-        ReportData(ledger=Ledger(rows=rows), operating_points=points, gates=report.gates, gallery=report.gallery[-1:])
+        ReportData(ledger=Ledger(rows=rows), operating_points=points, usage=report.usage, gallery=report.gallery[-1:])
     )
     driver.find_element(By.ID, "slider").send_keys(Keys.ARROW_RIGHT)
     assert driver.find_elements(By.ID, "exits") == []
@@ -309,13 +311,48 @@ def test_page_names_no_address(report: ReportData) -> None:
     assert not re.search(r"\b(?:src|href)=\"(?!data:)", page)
 
 
-def test_infinite_and_missing_thresholds_become_off(report: ReportData) -> None:
-    point = report.operating_points[0].model_copy(update={"thresholds": [float("inf"), None]})
-    page = html.render(report.model_copy(update={"operating_points": [point]}))
-    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+def view_of(report: ReportData) -> dict[str, Any]:
+    """What the script in the page draws from."""
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', html.render(report), re.DOTALL)
     assert found is not None
-    view = json.loads(found[1], parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
-    assert view["points"][0]["thresholds"] == [None, None]
+    view: dict[str, Any] = json.loads(found[1], parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    return view
+
+
+def test_thresholds_stand_in_the_order_of_the_exits(report: ReportData) -> None:
+    thresholds = [{"exit.2": 0.9, "exit.1": EVERYONE}, {"exit.2": None, "exit.1": 0.5}]
+    points = [
+        point.model_copy(update={"thresholds": one})
+        for point, one in zip(report.operating_points, thresholds, strict=False)
+    ]
+    view = view_of(report.model_copy(update={"operating_points": points}))
+    assert [point["thresholds"] for point in view["points"]] == [[EVERYONE, 0.9], [0.5, None]]
+    assert view["exits"] == ["exit 1 (stage 1)", "exit 2 (stage 2)", "own classifier"]
+
+
+def test_exits_are_called_by_their_decisions(report: ReportData) -> None:
+    names = {"exit.1": "member.small", "exit.2": "focus.2"}
+    last = report.ledger.rows[-1]
+    decisions = {names[name]: shares for name, shares in last.decisions.items()}
+    row = last.model_copy(update={"decisions": decisions, "leaving": [*decisions]})
+    view = view_of(ReportData(ledger=Ledger(rows=[report.ledger.rows[0], row])))
+    assert view["exits"] == ["member small", "focus 2", "last exit"]
+    assert view["points"][0]["exits"] == pytest.approx([0.4321, 0.3111, 0.2568])
+    assert view["points"][0]["thresholds"] == []
+
+
+def test_dearer_options_are_darker(report: ReportData) -> None:
+    page = html.render(report)
+    legend = re.findall(r'<li><i class="([a-z ]+)"(?: style="background: hsl\(225 \d+% (\d+)%\)")?></i>', page)
+    legend = [one for one in legend if one[0] in ("path", "gone")]
+    assert legend[0] == ("path", "")  # what is skipped has no blue
+    lightness = [int(light) for look, light in legend[1:5]]
+    assert lightness == sorted(lightness, reverse=True)
+    assert lightness[-1] == 48
+    assert legend[5:] == [("gone", "")]
+    pieces = re.findall(r'<div class="(path|path pale|gone pale)" title="([a-z0-9% ]+): [0-9.]+ %"', page)
+    assert {title for look, title in pieces if look == "path"} == {"whole"}
+    assert {title for look, title in pieces if look == "gone pale"} == {"left before"}
 
 
 def test_picture_must_be_base64() -> None:
