@@ -5,18 +5,17 @@ from typing import Any
 
 import pytest
 import torch
-from gated_networks import GATES, gated_resnet, images, masked, only_segment, scatter, split_exits
-from networks import SmallResNet, close, small_resnet
+from gated_networks import GATES, gated_resnet, images, masked, scatter, split_exits
+from networks import SmallResNet, close, force, set_offset, set_thresholds, small_resnet
 from torch import Tensor, nn
 
 from dynamize.conversion import convert
 from dynamize.errors import DynamizeError
 from dynamize.graph.macs import count_macs
 from dynamize.measure.costs import exit_costs
-from dynamize.nn import dispatch
 from dynamize.nn.gates import ALL_OPEN, ConvGate
-from dynamize.nn.network import DynamicNetwork
-from dynamize.nn.routing import record_routing
+from dynamize.nn.network import DynamicNetwork, record_routing
+from dynamize.nn.piece import Setting
 from dynamize.transforms import SkipGates
 
 EXITS: list[dict[str, Any] | None] = [None, {}, {"chain": True}]
@@ -41,6 +40,7 @@ def test_each_image_runs_what_it_chose(fields: dict, exits: dict | None) -> None
         wanted = masked(network, batch)
         assert wanted.clear.float().mean() > 0.9
         found, left_at, choices = run(network, batch)
+        taken = network.run(batch).taken
         clear = wanted.clear
         assert torch.equal(left_at[clear], wanted.exits_N[clear])
         assert torch.equal(choices[clear], wanted.choices_NU[clear])
@@ -48,7 +48,7 @@ def test_each_image_runs_what_it_chose(fields: dict, exits: dict | None) -> None
         alone = [run(network, batch[n : n + 1]) for n in range(count)]
         assert torch.equal(torch.cat([one[2] for one in alone])[clear], choices[clear])
         assert close(torch.cat([one[0] for one in alone])[clear], found[clear])
-        executed = costs.executed(left_at.numpy(), choices.numpy(), network.thresholds)
+        executed = costs.executed(taken, count)
         assert count_macs(network, batch) == executed.sum()
         seen.append(choices)
     every = torch.cat(seen)
@@ -62,12 +62,11 @@ def test_costs_by_hand() -> None:
     """layer1.1: two convolutions of 16*16 * 8*8 * 9 MACs and a gate of 8*2; layer2.0 skipped leaves 8*8 * 8*16."""
     network = gated_resnet(blocks=[["layer1.1"], ["layer2.0"]])
     block, projected = 2 * 256 * 64 * 9, 64 * 9 * (8 * 16 + 16 * 16) + 64 * 8 * 16
-    assert [unit.path_macs for unit in network.units] == [(0.0, block), (64 * 8 * 16, projected)]
-    assert [unit.gate_macs for unit in network.units] == [16, 16]
-    segment = only_segment(network)
+    assert [unit.path_macs for unit in network.changing] == [(0.0, block), (64 * 8 * 16, projected)]
+    assert [unit.macs for unit in network.changing] == [16, 16]
     whole = count_macs(small_resnet(), images(1)) + 2 * 16
     for first, second, saved in ((1, 1, 0), (0, 1, block), (1, 0, projected - 64 * 8 * 16)):
-        segment.forced = torch.tensor([[first, second]])
+        network.setting = Setting(forced=force(network, torch.tensor([[first, second]])))
         assert count_macs(network, images(1)) == whole - saved
 
 
@@ -75,9 +74,9 @@ def test_costs_by_hand() -> None:
 def test_a_block_sees_only_the_images_that_run_it(fields: dict) -> None:
     network, batch = gated_resnet(**fields), images(16)
     seen: list[list[int]] = []
-    for unit in network.units:
+    for unit in network.changing:
         sizes: list[int] = []
-        conv = next(m for m in unit.body.modules() if isinstance(m, nn.Conv2d))
+        conv = next(m for m in unit.paths()[-1].modules() if isinstance(m, nn.Conv2d))
         conv.register_forward_hook(lambda _, inputs, __, sizes=sizes: sizes.append(len(inputs[0])))
         seen.append(sizes)
     _, _, choices = run(network, batch)
@@ -87,10 +86,11 @@ def test_a_block_sees_only_the_images_that_run_it(fields: dict) -> None:
 
 def test_a_projection_runs_for_those_that_skip_its_block() -> None:
     network, batch = gated_resnet(blocks=[["layer2.0"]]), images(16)
-    (unit,) = network.units
-    assert unit.bypass is not None
+    (unit,) = network.changing
+    bypass = unit.paths()[0]
+    assert bypass is not None
     sizes: list[int] = []
-    unit.bypass.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
+    bypass.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
     _, _, choices = run(network, batch)
     assert sizes == [int((choices == 0).sum())]
     assert 0 < sizes[0] < 16
@@ -99,54 +99,23 @@ def test_a_projection_runs_for_those_that_skip_its_block() -> None:
 @pytest.mark.parametrize("fields", GATES)
 def test_forced_decisions_win_over_the_gates(fields: dict) -> None:
     network, batch = gated_resnet(**fields), images(9)
-    segment = only_segment(network)
-    segment.forced = torch.randint(0, 2, (9, len(network.units)))
-    wanted = masked(network, batch, segment.forced)
-    found, _, choices = run(network, batch)
-    assert torch.equal(choices, segment.forced)
-    assert close(found, wanted.answers_NC)
-    segment.forced = None
-    assert not torch.equal(run(network, batch)[2], choices)
-
-
-@pytest.mark.parametrize("exits", EXITS)
-@pytest.mark.parametrize("fields", GATES)
-def test_large_batches_go_through_the_units_in_parts(
-    fields: dict, exits: dict | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    network, batch = gated_resnet(exits, **fields), images(16)
-    split_exits(network, images(64))
-    wanted, sizes = run(network, batch), []
-    for rows in (1, 3, 16):
-        monkeypatch.setattr(dispatch, "_TOGETHER", rows * 8 * 16 * 16 * 4)  # what the first stage's images take
-        sizes.append([_most_rows(network, batch, unit) for unit in (0, -1)])
-        found = run(network, batch)
-        assert torch.equal(found[1], wanted[1])
-        assert torch.equal(found[2], wanted[2])
-        assert close(found[0], wanted[0])
-    assert [first for first, _ in sizes] == [1, 3, 16]
-    if exits is None:  # smaller maps go more at a time, unless images have left
-        assert [last for _, last in sizes] == [5, 16, 16]
-
-
-def _most_rows(network: DynamicNetwork, batch: Tensor, unit: int) -> int:
-    """Images that a unit's gate sees together."""
-    gate, sizes = network.units[unit].gate, []
-    decide = gate.decide
-    gate.decide = lambda described, state=None: (sizes.append(len(described)), decide(described, state))[1]
-    run(network, batch)
-    del gate.decide
-    return max(sizes)
+    forced = torch.randint(0, 2, (9, len(network.changing)))
+    wanted = masked(network, batch, forced)
+    with torch.no_grad():
+        found = network.run(batch, Setting(forced=force(network, forced)))
+    assert torch.equal(found.choices, forced)
+    assert close(found.logits, wanted.answers_NC)
+    assert not torch.equal(run(network, batch)[2], forced)
 
 
 @pytest.mark.parametrize("fields", GATES)
 def test_the_offset_opens_and_closes_all_gates(fields: dict) -> None:
     network, batch = gated_resnet(**fields), images(5)
-    network.gate_offset = ALL_OPEN
+    set_offset(network, ALL_OPEN)
     found, _, choices = run(network, batch)
     assert (choices == 1).all()
     assert torch.equal(found, small_resnet()(batch))
-    network.gate_offset = -ALL_OPEN
+    set_offset(network, -ALL_OPEN)
     found, _, choices = run(network, batch)
     assert (choices == 0).all()
     assert close(found, masked(network, batch, torch.zeros_like(choices)).answers_NC)
@@ -156,11 +125,16 @@ def test_a_larger_offset_never_closes_a_first_gate() -> None:
     network, batch = gated_resnet(blocks=[["layer1.1"]]), images(64)
     opened = []
     for offset in (-20.0, -5.0, 0.0, 5.0, 20.0):
-        network.gate_offset = offset
+        set_offset(network, offset)
         assert torch.equal(run(network, batch)[2], masked(network, batch).choices_NU)
         opened.append(int(run(network, batch)[2].sum()))
     assert opened == sorted(opened)
     assert opened[0] < opened[-1]
+
+
+def exits_before(network: DynamicNetwork, name: str) -> int:
+    pieces = [piece.name for piece in network.row]
+    return sum(piece.effect == "leaves" for piece in network.row[: pieces.index(name)])
 
 
 @pytest.mark.parametrize("chain", [False, True])
@@ -169,27 +143,14 @@ def test_choices_line_up_with_the_images(chain: bool) -> None:
     split_exits(network, batch)
     found, left_at, choices = run(network, batch)
     assert len(left_at.unique()) == 3
-    stages = torch.tensor(exit_costs(network).stages)
+    stages = torch.tensor([exits_before(network, unit.name) for unit in network.changing])
+    assert sorted(set(stages.tolist())) == [0, 1, 2]
     assert torch.equal(choices == -1, stages[None, :] > left_at[:, None])
     for order in (torch.arange(30, -1, -1), torch.randperm(31)):
         again = run(network, batch[order])
         assert torch.equal(again[1], left_at[order])
         assert torch.equal(again[2], choices[order])
         assert close(again[0], found[order])
-
-
-def test_batches_that_leave_early_and_others_are_recorded_side_by_side() -> None:
-    network = gated_resnet({})
-    with torch.no_grad(), record_routing(network) as routing:
-        network.thresholds = [float("-inf"), None]
-        network(images(3))
-        network.thresholds = [None, None]
-        network(images(2))
-    assert routing.exits.tolist() == [0, 0, 0, 2, 2]
-    assert routing.choices.shape == (5, 5)
-    assert (routing.choices[:3, 1:] == -1).all()
-    assert (routing.choices[:3, 0] >= 0).all()
-    assert (routing.choices[3:] >= 0).all()
 
 
 @pytest.mark.parametrize("fields", GATES)
@@ -233,7 +194,7 @@ def _one_by_one(network: DynamicNetwork, batch: Tensor) -> Tensor:
 def test_an_empty_batch_gives_an_empty_answer(fields: dict) -> None:
     network = gated_resnet({}, **fields)
     for thresholds in ([None, None], [0.0, 0.0]):
-        network.thresholds = thresholds
+        set_thresholds(network, thresholds)
         found, left_at, choices = run(network, images(2)[:0])
         assert found.shape == (0, 7)
         assert left_at.shape == (0,)
@@ -283,10 +244,13 @@ def test_a_copy_shares_nothing_and_its_recurrent_gates_share_one_memory() -> Non
     network = gated_resnet(gate="recurrent")
     again = copy.deepcopy(network)
     assert not {id(p) for p in network.parameters()} & {id(p) for p in again.parameters()}
+    memories = {id(unit.gate.memory) for unit in again.changing}
+    assert len(memories) == 1
+    assert not memories & {id(unit.gate.memory) for unit in network.changing}
     batch = images(6)
     before = run(network, batch)[2]
     with torch.no_grad():
-        for values in again.memory.parameters():
+        for values in again.changing[0].gate.memory.parameters():
             values.add_(5.0)
     assert not torch.equal(run(again, batch)[2], before)
     assert torch.equal(run(network, batch)[2], before)
@@ -295,7 +259,7 @@ def test_a_copy_shares_nothing_and_its_recurrent_gates_share_one_memory() -> Non
 def test_gates_of_two_kinds_after_each_other() -> None:
     """Behind a gate that does not read channel means, those of the images that skipped are not known."""
     network, batch = gated_resnet(keep_first=False), images(16)
-    for unit in network.units[::2]:
+    for unit in network.changing[::2]:
         unit.gate = ConvGate(unit.gate.linear.in_features, 2).eval()
     scatter(network, images(64))
     wanted = masked(network, batch)
@@ -306,6 +270,8 @@ def test_gates_of_two_kinds_after_each_other() -> None:
 
 
 def test_a_compiled_network_is_not_trained() -> None:
-    frozen = only_segment(gated_resnet()).compiled(lambda way: way).train()
+    frozen = gated_resnet()
+    frozen.freeze()
+    frozen.train()
     with pytest.raises(DynamizeError, match="train the network it was made of"):
         frozen(images(2))

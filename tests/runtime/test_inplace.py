@@ -13,9 +13,9 @@ from dynamize.conversion import convert
 from dynamize.nn.piece import Setting
 from dynamize.runtime import inplace, onnxruntime
 from dynamize.runtime.compiled import compile_network
+from dynamize.runtime.engine import Border
 from dynamize.runtime.inplace import InPlace, can_write_over
 from dynamize.runtime.layout import blocks, exchange_blocked
-from dynamize.runtime.engine import Border
 from dynamize.runtime.onnx import export_onnx
 from dynamize.runtime.session import session_options
 from dynamize.transforms import SkipGates

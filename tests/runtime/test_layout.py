@@ -11,8 +11,8 @@ from networks import Residual, randomise_norms
 from torch import Tensor, nn
 
 from dynamize.runtime import layout
-from dynamize.runtime.layout import blocks, exchange_blocked
 from dynamize.runtime.engine import Border
+from dynamize.runtime.layout import blocks, exchange_blocked
 from dynamize.runtime.onnx import export_onnx
 from dynamize.runtime.session import session_options
 
@@ -71,7 +71,8 @@ def block_size(channels: int = CHANNELS) -> int:
     module = nn.Conv2d(channels, channels, 1, groups=channels, bias=False)
     nn.init.ones_(module.weight)
     model = exchange_blocked(
-        export_onnx(module, Border((channels, 2, 2)), outputs=["next_features"], blocks=True), {"next_features": channels}
+        export_onnx(module, Border((channels, 2, 2)), outputs=["next_features"], blocks=True),
+        {"next_features": channels},
     )
     pixels = torch.arange(4.0).view(1, 1, 2, 2).expand(1, channels, 2, 2).contiguous()
     return int(np.flatnonzero(run(model, pixels)[0].flatten().numpy() == 1)[0])

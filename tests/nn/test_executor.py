@@ -1,0 +1,234 @@
+"""The loop that runs a row: how images are grouped, forced and handed on changes nothing but time."""
+
+from typing import Any
+
+import pytest
+import torch
+from gated_networks import GATES, gated_resnet, images, masked, split_exits
+from networks import SmallResNet, close, exit_scores, force, randomise_norms, set_thresholds
+from torch import Tensor, nn
+
+from dynamize.conversion import convert
+from dynamize.errors import DynamizeError
+from dynamize.graph.extract import extract
+from dynamize.graph.nodes import placeholder
+from dynamize.nn.executor import Routed
+from dynamize.nn.exits import Exit
+from dynamize.nn.gates import LinearGate
+from dynamize.nn.heads import ExitHead, linear_classifier
+from dynamize.nn.network import DynamicNetwork
+from dynamize.nn.piece import Setting
+from dynamize.nn.units import SkipUnit
+
+EXITS: list[dict[str, Any] | None] = [None, {}, {"chain": True}]
+CACHES = (1, 2**16, 2**30)
+
+
+def run(network: DynamicNetwork, batch: Tensor, **given: Any) -> Routed:
+    with torch.no_grad():
+        return network.run(batch, **given)
+
+
+def assert_same(found: Routed, wanted: Routed) -> None:
+    assert found.taken.keys() == wanted.taken.keys()
+    assert all(torch.equal(options, wanted.taken[name]) for name, options in found.taken.items())
+    assert torch.equal(found.exits, wanted.exits)
+    assert close(found.logits, wanted.logits)
+
+
+@pytest.mark.parametrize("exits", EXITS)
+@pytest.mark.parametrize("fields", GATES)
+def test_large_batches_go_through_the_units_in_parts(fields: dict, exits: dict | None) -> None:
+    network, batch = gated_resnet(exits, **fields), images(16)
+    split_exits(network, images(64))
+    wanted, sizes = run(network, batch), []
+    for rows in (1, 3, 16):
+        cache = 8 * rows * 8 * 16 * 16 * 4  # of which an eighth holds what the first stage's images take
+        sizes.append([_most_rows(network, batch, unit, cache) for unit in (0, -1)])
+        assert_same(run(network, batch, cache=cache), wanted)
+    assert [first for first, _ in sizes] == [1, 3, 16]
+    if exits is None:  # smaller maps go more at a time, unless images have left
+        assert [last for _, last in sizes] == [5, 16, 16]
+
+
+def _most_rows(network: DynamicNetwork, batch: Tensor, unit: int, cache: int) -> int:
+    """Images that a unit's gate sees together."""
+    gate, sizes = network.changing[unit].gate, []
+    decide = gate.decide
+    gate.decide = lambda described, state=None: (sizes.append(len(described)), decide(described, state))[1]
+    run(network, batch, cache=cache)
+    del gate.decide
+    return max(sizes)
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("everyone", [False, True])
+@pytest.mark.parametrize("fields", GATES)
+def test_no_answer_depends_on_the_cache(fields: dict, everyone: bool, cache: int) -> None:
+    network, batch = gated_resnet({"chain": True}, **fields), images(31)
+    split_exits(network, images(64))
+    wanted, found = run(network, batch, everyone=everyone), run(network, batch, everyone=everyone, cache=cache)
+    assert_same(found, wanted)
+    assert len(found.choices.unique(dim=0)) > 2
+    assert len(found.seen) == (2 if everyone else 0)
+    for one, other in zip(found.seen, wanted.seen, strict=True):
+        assert one[0] == other[0]
+        assert close(one[1], other[1])
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_answers_are_those_of_masks_however_images_are_grouped(cache: int) -> None:
+    network, batch = gated_resnet({}, keep_first=False), images(31)
+    split_exits(network, images(64))
+    wanted, found = masked(network, batch), run(network, batch, cache=cache)
+    clear = wanted.clear
+    assert clear.float().mean() > 0.9
+    assert torch.equal(found.choices[clear], wanted.choices_NU[clear])
+    assert torch.equal(found.exits[clear], wanted.exits_N[clear])
+    assert close(found.logits[clear], wanted.answers_NC[clear])
+
+
+@pytest.mark.parametrize("chain", [False, True])
+@pytest.mark.parametrize("fields", GATES)
+def test_forced_options_are_by_image_while_images_leave(fields: dict, chain: bool) -> None:
+    """Rows change places when images leave; what is forced does not."""
+    network, batch = gated_resnet({"chain": chain}, **fields), images(31)
+    forced = torch.randint(0, 2, (31, len(network.changing)), generator=torch.Generator().manual_seed(5))
+    split_forced(network, batch, forced)
+    setting = Setting(network.setting.thresholds, forced=force(network, forced))
+    for cache in CACHES:
+        found, wanted = run(network, batch, setting=setting, cache=cache), masked(network, batch, forced)
+        assert wanted.exits_N.unique().tolist() == [0, 1, 2]
+        assert torch.equal(found.exits, wanted.exits_N)
+        assert torch.equal(found.choices, wanted.choices_NU)
+        taken = found.choices >= 0
+        assert torch.equal(found.choices[taken], forced[taken])
+        assert close(found.logits, wanted.answers_NC)
+
+
+def split_forced(network: DynamicNetwork, batch: Tensor, forced: Tensor) -> None:
+    """Thresholds at which about half of the images leave at each exit, none of them borderline."""
+    logits = masked(network, batch, forced).logits_KNC
+    found = []
+    for k in range(len(network.leaving)):
+        ranked = exit_scores(network, logits[k], k).sort().values
+        gap = len(ranked) // 2
+        found.append(float(ranked[gap] + ranked[gap + 1]) / 2)
+    set_thresholds(network, found)
+
+
+def test_exits_are_forced_by_image_too() -> None:
+    network, batch = gated_resnet({}, keep_first=False), images(12)
+    first = torch.tensor([0, 1, 1] * 4)
+    second = torch.tensor([1, 0, 1] * 4)
+    forced = torch.randint(0, 2, (12, len(network.changing)))
+    setting = Setting(forced={"exit.1": first, "exit.2": second, **force(network, forced)})
+    logits = masked(network, batch, forced).logits_KNC
+    found = run(network, batch, setting=setting)
+    assert found.exits.tolist() == [0, 1, 2] * 4
+    assert close(found.logits, logits[found.exits, torch.arange(12)])
+
+
+def test_some_units_are_forced_and_the_others_decide() -> None:
+    network, batch = gated_resnet(keep_first=False), images(64)
+    name = network.changing[1].name
+    free = run(network, batch).choices
+    for option in (0, 1):
+        found = run(network, batch, setting=Setting(forced={name: torch.full((64,), option)})).choices
+        assert torch.equal(found[:, 0], free[:, 0])
+        assert (found[:, 1] == option).all()
+        same = free[:, 1] == option
+        assert torch.equal(found[same], free[same])
+        assert {0, 1} <= set(found[:, 2].tolist())
+
+
+@pytest.mark.parametrize("count", [0, 1, 4, 6])
+@pytest.mark.parametrize("name", ["exit.1", "layer1.1"])
+def test_forced_options_for_other_images_are_refused(name: str, count: int) -> None:
+    network = gated_resnet({}, keep_first=False)
+    assert name in {one.name for one in network.decisions()}
+    setting = Setting(forced={name: torch.zeros(count, dtype=torch.int64)})
+    with pytest.raises(DynamizeError, match=f"{count} options are forced in `{name}`, for 5 images"):
+        network.run(images(5), setting)
+
+
+class InPlace(nn.Module):
+    """Its first layer writes over what it is given."""
+
+    shape = (3, 16, 16)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.net = nn.ReLU(inplace=True), SmallResNet()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(self.first(x))
+
+
+class ImageBlocks(nn.Module):
+    """Residual blocks on the image itself, so that a unit or an exit comes first in the row."""
+
+    shape = (3, 16, 16)
+
+    def __init__(self, crop: bool = False) -> None:
+        super().__init__()
+        self.crop = crop
+        self.a, self.b = (nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ReLU(inplace=True)) for _ in range(2))
+        self.end, self.linear = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.crop:
+            x = x[:, :, 1:-1]  # a view of the images
+        x = x + self.a(x)
+        x = x + self.b(x)
+        return self.linear(self.end(x).mean((2, 3)))
+
+
+def on_images(kind: str) -> DynamicNetwork:
+    """Networks whose first pieces work on the images themselves, in eval mode."""
+    torch.manual_seed(0)
+    if "relu" in kind:
+        network = convert(randomise_norms(InPlace()).eval(), [], InPlace.shape)
+        place, block = "first", None
+    else:
+        network = convert(ImageBlocks(crop="crop" in kind).eval(), [], ImageBlocks.shape)
+        first = placeholder(network.plain.graph).name
+        place, block = ("getitem" if "crop" in kind else first), "add"
+    if "exit" in kind:
+        network.insert({place: Exit("exit.1", ExitHead(nn.Identity(), linear_classifier(3, 7)))})
+    if block is not None:
+        body = extract(network.plain, place, block)
+        network.insert({(place, block): SkipUnit("block", LinearGate(3, 2), body)})
+    return network
+
+
+ON_IMAGES = ["relu", "exit after relu", "unit", "unit crop", "exit unit", "exit unit crop"]
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("kind", ON_IMAGES)
+def test_the_images_are_never_written_to(kind: str, grad: bool, cache: int) -> None:
+    network, batch = on_images(kind), images(16)
+    kinds = [piece.effect for piece in network.row]
+    deciding = [*(["leaves"] if "exit" in kind else []), *(["changes"] if "unit" in kind else [])]
+    assert kinds == [*([None] if "relu" in kind or "crop" in kind else []), *deciding, *([None] if deciding else [])]
+    for given in (batch, batch.contiguous(memory_format=torch.channels_last), batch.repeat(2, 1, 1, 1)[8:24]):
+        kept = given.clone()
+        for setting in settings_of(network, given):
+            with torch.set_grad_enabled(grad):
+                found = network.run(given, setting, cache=cache)
+                assert torch.equal(given, kept)
+                everyone = network.run(given, setting, everyone=True, cache=cache)
+                assert torch.equal(given, kept)
+                again = network.run(given.clone(), setting)
+            assert close(found.logits, again.logits)
+            assert torch.equal(found.exits, again.exits)
+            assert len(everyone.logits) == 16
+
+
+def settings_of(network: DynamicNetwork, batch: Tensor) -> list[Setting]:
+    """All off; some images leave at each exit while units part the others."""
+    forced = {unit.name: torch.tensor([0, 1, 1, 0] * (len(batch) // 4)) for unit in network.changing}
+    leaving = {piece.name: torch.tensor([1, 1, 1, 0] * (len(batch) // 4)) for piece in network.leaving}
+    return [Setting(), Setting(forced=forced), Setting(forced={**forced, **leaving})]
