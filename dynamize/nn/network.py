@@ -14,13 +14,12 @@ from dynamize.graph.trace import blank
 from dynamize.nn.executor import CACHE, Program, Routed, execute, names, program
 from dynamize.nn.exits import CONTEXT, Leaving
 from dynamize.nn.flow import Flow
-from dynamize.nn.piece import Choose, Decision, Dense, Part, Piece, Setting, eager_calls
+from dynamize.nn.piece import Choose, Decision, Dense, Part, Piece, Point, Setting, eager_calls
 from dynamize.nn.routing import Routing
 from dynamize.nn.row import build_row
 from dynamize.nn.units import Unit
 
 if TYPE_CHECKING:
-    from dynamize.calibration.points import OperatingPoint, OperatingPoints
     from dynamize.sources import SourceSpec
 
 MAIN = "main"  # the recipe's own network among those that the row is made of
@@ -56,8 +55,8 @@ class DynamicNetwork(nn.Module):
         self.pieces = nn.ModuleDict()
         self.input_shape: tuple[int, ...] = tuple(input_shape)
         self.setting, self.choose = Setting(), Choose()
-        self.operating_points: OperatingPoints | None = None
-        self.operating_point: OperatingPoint | None = None
+        self.operating_points: Any = None
+        self.operating_point: Any = None
         self.history: list[dict[str, Any]] = []
         self.source: SourceSpec | None = None
         self.routing: Routing | None = None
@@ -215,7 +214,7 @@ class DynamicNetwork(nn.Module):
         routed = self.run(images_NCHW, setting, everyone=True)
         return [*(logits for _, logits, _ in routed.seen), routed.logits]
 
-    def set_operating_point(self, point: "OperatingPoint | str | None") -> None:
+    def set_operating_point(self, point: Point | str | None) -> None:
         """Switch to another operating point; no retraining, no copy.
 
         Args:
@@ -227,7 +226,7 @@ class DynamicNetwork(nn.Module):
         if isinstance(point, str):
             if self.operating_points is None:
                 raise DynamizeError("the network has no operating points yet: run the `calibrate` step first")
-            point = self.operating_points[point]
+            point = cast(Point, self.operating_points[point])
         if point is not None and set(point.thresholds) != set(self.decision_names[0]):
             raise DynamizeError(
                 f"the operating point has thresholds for {', '.join(point.thresholds) or 'no exit'}, the network "

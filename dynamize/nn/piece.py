@@ -7,7 +7,7 @@ reports and export speak of decisions, never of kinds of pieces.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -60,6 +60,17 @@ class Setting:
     thresholds: Mapping[str, float | None] = field(default_factory=dict)
     offset: float = 0.0
     forced: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Point(Protocol):
+    """An operating point, as far as a network reads it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def thresholds(self) -> Mapping[str, float | None]: ...
+    @property
+    def offset(self) -> float: ...
 
 
 class Choose:

@@ -4,13 +4,15 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from dynamize.errors import DynamizeError
 from dynamize.files import atomically, write_text
 from dynamize.nn.network import DynamicNetwork
+from dynamize.nn.piece import Piece
 from dynamize.runtime.engine import Border
 from dynamize.runtime.onnx import INPUTS, NEXT, NEXT_CONTEXT, PathAndHead, export_onnx
 
@@ -73,24 +75,36 @@ def _export_stages(network: DynamicNetwork) -> list[_Stage]:
     """A path and the head behind it each; the last one has none, or one that adds what the exits saw."""
     training = network.training
     network.cpu().eval()
-    paths = [piece for piece in network.row if not piece.answers]
-    heads = [piece for piece in network.row if piece.answers]
-    stages = []
-    for number, (path, head) in enumerate(zip_longest(paths, heads), start=1):
-        (part,) = path.parts()
-        takes = Border(network.shapes[number - 1])
-        context = network.contexts[path.name] if head is not None else 0
+    stages, border = [], 0
+    for number, (path, head) in enumerate(_pairs(network.row), start=1):
+        module: nn.Module = nn.Identity() if path is None else path.parts()[0].module
+        takes = Border(network.shapes[border])
+        border += path is not None
+        context = network.contexts[head.name] if head is not None else 0
         early = head is not None and head.effect == "leaves"
         outputs = ["logits"]
         if early:
             outputs = [NEXT, "logits", "score", *([NEXT_CONTEXT] if head.chained else [])]
-        module = part.module if head is None else PathAndHead(part.module, head, early)
-        files = {f"stage-{number}.onnx": export_onnx(module, takes, context, outputs)}
+        both = module if head is None else PathAndHead(module, head, early)
+        files = {f"stage-{number}.onnx": export_onnx(both, takes, context, outputs)}
         if early and not head.chained:
-            files[f"stage-{number}-without-exit.onnx"] = export_onnx(part.module, takes, 0, [NEXT])
+            files[f"stage-{number}-without-exit.onnx"] = export_onnx(module, takes, 0, [NEXT])
         stages.append(_Stage(files, INPUTS[: 2 if context else 1], outputs))
     network.train(training)
     return stages
+
+
+def _pairs(row: Sequence[Piece]) -> list[tuple[Piece | None, Any]]:
+    """A path and the head behind it each; None where two heads follow each other, or at the end."""
+    found: list[tuple[Piece | None, Any]] = []
+    for piece in row:
+        if not piece.answers:
+            found.append((piece, None))
+        elif found and found[-1][1] is None:
+            found[-1] = found[-1][0], piece
+        else:
+            found.append((None, piece))
+    return found
 
 
 def _plan(network: DynamicNetwork, stages: Sequence[_Stage]) -> dict[str, Any]:
