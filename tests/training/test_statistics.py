@@ -209,8 +209,8 @@ def test_heads_have_theirs_and_gates_keep_theirs(gate: str, monkeypatch: pytest.
     network, batch = gated_resnet({"chain": True}, gate=gate), images()
     gates = [running(unit.gate) for unit in network.changing]
     estimate(network, batch, "all", monkeypatch)
-    assert all(torch.equal(one[name], running(unit.gate)[name]) for one, unit in zip(gates, network.changing, strict=True)
-               for name in one)  # fmt: skip
+    for before, unit in zip(gates, network.changing, strict=True):
+        assert all(torch.equal(one, running(unit.gate)[name]) for name, one in before.items())
     inputs = Inputs([*network.leaving, *only_static(network)])
     with torch.no_grad():
         network.all_exits(batch)

@@ -54,7 +54,7 @@ def test_training_heads_towards_the_teacher_alone(tmp_path: Path) -> None:
         context = Context(data=splits, teacher=DigitNet().eval() if not found else found[0][1], work=tmp_path)
         step = Distill(**SHORT, alpha=1.0, train="heads", gradient_equilibrium=True)
         tuned, notes = apply(network, step, context)
-        assert not tuned.gradient_equilibrium
+        assert not tuned.choose.equilibrium
         assert "accuracy of each exit on the calibration images: " in notes[0]
         found.append((tuned.state_dict(), context.teacher))
     assert all(torch.equal(found[0][0][name], found[1][0][name]) for name in found[0][0])

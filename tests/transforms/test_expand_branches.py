@@ -67,7 +67,7 @@ def test_networks_of_timm_whose_norm_has_an_activation() -> None:
 
 def test_named_layers_only() -> None:
     expanded = convert(small_resnet(), [ExpandBranches(layers=["stem.0", "layer2.0.body.1"])], SmallResNet.shape)
-    assert list(blocks(expanded)) == ["segments.0.stem.0", "segments.0.layer2.0.body.1"]
+    assert list(blocks(expanded)) == ["nets.main.stem.0", "nets.main.layer2.0.body.1"]
     assert expanded.history[0]["layers"] == ["stem.0", "layer2.0.body.1"]
 
 
@@ -114,7 +114,7 @@ class TestConvertedNetworks:
     def test_exits_stay_where_they_are(self, form: Form) -> None:
         network = with_exits()
         expanded, _ = apply(copy.deepcopy(network), ExpandBranches(form=form), Context())
-        assert expanded.cuts == network.cuts
+        assert expanded.exit_places == network.exit_places
         with torch.no_grad():
             pairs = zip(expanded.all_exits(images()), network.all_exits(images()), strict=True)
             assert all(torch.equal(*pair) for pair in pairs)
@@ -124,8 +124,8 @@ class TestConvertedNetworks:
         expanded, _ = apply(copy.deepcopy(network), ExpandBranches(), Context())
         with torch.no_grad():
             assert torch.equal(expanded(images(16)), network(images(16)))
-        assert [unit.label for unit in expanded.units] == [unit.label for unit in network.units]
-        for unit, old in zip(expanded.units, network.units, strict=True):
+        assert [unit.label for unit in expanded.changing] == [unit.label for unit in network.changing]
+        for unit, old in zip(expanded.changing, network.changing, strict=True):
             assert unit.path_macs[-1] > 2 * old.path_macs[-1]
             assert unit.path_macs[0] == old.path_macs[0]
             assert float(unit.path_costs[-1]) == 1

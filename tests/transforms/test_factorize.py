@@ -18,6 +18,7 @@ from dynamize.errors import DynamizeError, InfeasibleError
 from dynamize.measure.costs import exit_costs
 from dynamize.nn.network import DynamicNetwork
 from dynamize.runtime.compiled import compile_network
+from dynamize.training.objectives import exit_logits
 from dynamize.transform import Context
 from dynamize.transforms import ChannelGates, Exits, Factorize, SkipGates, factorize
 
@@ -126,18 +127,18 @@ def test_composes_and_comes_back(name: str, tmp_path: Path) -> None:
     for target, ranks in network.history[-1]["layers"].items():
         assert len(network.plain.get_submodule(target)) == len(ranks) + 1 or len(ranks) == 2
     costs = exit_costs(network)
-    assert costs.segments.sum() == sum(node.meta["macs"] for node in network.plain.graph.nodes) + sum(
-        unit.gate_macs for unit in network.units
+    answers = sum(piece.macs for piece in network.row if piece.answers)
+    assert costs.cumulative()[-1] - answers == sum(node.meta["macs"] for node in network.plain.graph.nodes) + sum(
+        unit.macs for unit in network.changing
     )
     artifact.save(network, tmp_path)
     loaded = artifact.load(tmp_path, network=SmallResNet())
     images = torch.randn(5, *SmallResNet.shape)
     for ours, theirs in zip(loaded.all_exits(images), network.all_exits(images), strict=True):
         assert torch.equal(ours, theirs)
-    assert exit_costs(loaded).segments.tolist() == costs.segments.tolist()
-    assert [unit.path_macs for unit in loaded.units] == [unit.path_macs for unit in network.units]
-    logits = network.train()(images)
-    (logits if isinstance(logits, torch.Tensor) else logits[-1]).sum().backward()
+    assert exit_costs(loaded) == costs
+    assert [unit.path_macs for unit in loaded.changing] == [unit.path_macs for unit in network.changing]
+    exit_logits(network.train()(images))[-1].sum().backward()
     held = {id(parameter) for parameter in network.parameters()}
     assert all(id(parameter) in held for parameter in network.plain.parameters())
 
@@ -146,7 +147,7 @@ def test_gates_after_factors() -> None:
     network = untimed(small_resnet(), SmallResNet.shape, energy=0.5)
     gated = convert(network, [SkipGates(group=1)], SmallResNet.shape).eval()
     images = torch.randn(3, *SmallResNet.shape)
-    assert gated.units
+    assert gated.changing
     assert torch.equal(gated(images), network(images))
 
 

@@ -6,14 +6,23 @@ from pathlib import Path
 import pytest
 import torch
 from gated_networks import gated_resnet, split_exits
-from networks import SmallResNet, ThreeLayer, close, small_resnet, torchvision_network, with_exits
+from networks import (
+    SmallResNet,
+    ThreeLayer,
+    close,
+    set_thresholds,
+    small_resnet,
+    thresholds,
+    torchvision_network,
+    with_exits,
+)
 from torch import Tensor, nn
 
 from dynamize import artifact
 from dynamize.conversion import apply, convert, replay
 from dynamize.errors import DynamizeError
 from dynamize.graph.fold import Affine
-from dynamize.nn.routing import record_routing
+from dynamize.nn.network import record_routing
 from dynamize.transform import Context
 from dynamize.transforms import ChannelGates, Exits, FoldBatchnorm, fold_batchnorm
 
@@ -44,7 +53,7 @@ def test_exits_and_their_heads(head: str) -> None:
     folded, notes = apply(copy.deepcopy(network), FoldBatchnorm(), Context())
     assert norms(folded) == 0
     assert notes == [f"{norms(network)} batch norms are part of the layers before them"]
-    assert folded.cuts == network.cuts
+    assert folded.exit_places == network.exit_places
     with torch.no_grad():
         assert all(close(*pair) for pair in zip(folded.all_exits(images()), wanted, strict=True))
 
@@ -53,7 +62,7 @@ def test_gates_and_routes() -> None:
     network = gated_resnet({}, keep_first=False)
     split_exits(network, images())
     folded, _ = apply(copy.deepcopy(network), FoldBatchnorm(), Context())
-    folded.thresholds = network.thresholds
+    set_thresholds(folded, thresholds(network))
     answers = []
     for one in (folded, network):
         with torch.no_grad(), record_routing(one) as routing:
@@ -69,8 +78,8 @@ def test_channel_gates_keep_their_norms() -> None:
     wanted = network(images()).detach()
     folded, notes = apply(network, FoldBatchnorm(), Context())
     assert notes[1] == "blocks with channel gates keep theirs: each width needs its own"
-    assert any(norms(unit.body) for unit in folded.units)
-    assert norms(folded.segments[0].pieces[0]) == 0
+    assert any(norms(unit.body) for unit in folded.changing)
+    assert norms(folded.row[0]) == 0
     with torch.no_grad():
         assert close(folded(images()), wanted)
 
@@ -101,7 +110,7 @@ def test_frozen_layers_stay_frozen_and_modes_stay() -> None:
     network.stem.requires_grad_(False)
     folded = convert(network, [FoldBatchnorm()], SmallResNet.shape)
     frozen = {name for name, parameter in folded.named_parameters() if not parameter.requires_grad}
-    assert frozen == {"segments.0.stem.0.weight", "segments.0.stem.0.bias"}
+    assert frozen == {"nets.main.stem.0.weight", "nets.main.stem.0.bias"}
     assert not any(module.training for module in folded.modules())
 
 
@@ -129,7 +138,7 @@ def test_a_change_elsewhere_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(network: nn.Module, new: dict) -> None:
         right(network, new)
         with torch.no_grad():
-            network.segments[0].linear.weight.mul_(1 + 1e-4)
+            network.plain.linear.weight.mul_(1 + 1e-4)
 
     monkeypatch.setattr(fold_batchnorm, "replace_layers", wrong)
     with pytest.raises(DynamizeError, match=r"fold_batchnorm: exit 1 of 1 answers \d\.\de-05 of its largest logit"):

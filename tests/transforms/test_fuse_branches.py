@@ -19,7 +19,6 @@ from dynamize.errors import DynamizeError
 from dynamize.graph.macs import count_macs
 from dynamize.models import create
 from dynamize.nn.branches import BranchBlock, Form
-from dynamize.nn.gated import Unit
 from dynamize.nn.network import DynamicNetwork
 from dynamize.sources import SourceSpec
 from dynamize.transform import Context, check_order
@@ -109,17 +108,17 @@ class TestExpandedBlocks:
     def test_in_heads_that_are_copies_of_layers(self) -> None:
         steps = [ExpandBranches(form="acnet"), Exits(at=["layer1"], head="tail", size=[0], share=1.0)]
         network = trained(convert(small_resnet(), steps, SmallResNet.shape))
-        assert count(network.heads, BranchBlock) > 0
+        assert count(nn.ModuleList(network.leaving), BranchBlock) > 0
         fused, _ = apply(network, FuseBranches(), Context())
         assert count(fused, BranchBlock) == 0
 
     def test_in_networks_with_gates_whose_costs_are_counted_anew(self) -> None:
         network = gated_resnet(keep_first=False)
-        macs = [unit.path_macs for unit in network.units]
+        macs = [unit.path_macs for unit in network.changing]
         expanded = trained(apply(copy.deepcopy(network), ExpandBranches(form="acnet"), Context())[0])
         wanted = expanded(images()).detach()
         fused, _ = apply(expanded, FuseBranches(), Context())
-        assert [unit.path_macs for unit in fused.units] == macs
+        assert [unit.path_macs for unit in fused.changing] == macs
         with torch.no_grad():
             assert close(fused(images()), wanted)
 
@@ -148,18 +147,18 @@ class TestForeignBlocks:
         network = convert(rep_net(), [Exits(at=["a", "b"], share=1.0, size=[8, 8])], RepNet.shape)
         wanted = [one.detach() for one in network.all_exits(images())]
         fused, _ = apply(network, FuseBranches(), Context())
-        assert count(fused.segments, nn.Conv2d) == 5
-        assert len(fused.segments) == 3
+        assert count(fused.nets, nn.Conv2d) == 5
+        assert [piece.effect for piece in fused.row] == [None, "leaves", None, "leaves", None]
         with torch.no_grad():
             assert all(close(*pair) for pair in zip(fused.all_exits(images()), wanted, strict=True))
 
     def test_inside_of_gated_blocks_they_stay(self) -> None:
         gated = convert(rep_net(), [SkipGates(group=1, keep_first=False)], RepNet.shape)
-        inside = [unit.label for unit in gated.units]
+        inside = [unit.label for unit in gated.changing]
         assert inside
         fused, notes = apply(gated, FuseBranches(), Context())
         assert "inside of a block with a gate: fuse before the step that puts gates" in " ".join(notes)
-        assert all(count(unit.paths()[-1], nn.BatchNorm2d) for unit in fused.units if isinstance(unit, Unit))
+        assert all(count(unit.paths()[-1], nn.BatchNorm2d) for unit in fused.changing)
 
     @pytest.mark.parametrize(
         ("name", "blocks"), [("repvgg_a0", 22), pytest.param("mobileone_s0", 43, marks=pytest.mark.slow)]

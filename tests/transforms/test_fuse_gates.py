@@ -1,15 +1,18 @@
 """`fuse_gates`: which gates go and why, what the network answers without them, what comes back, what is refused."""
 
 import copy
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from digits import digit_splits
 from gated_digits import UNITS, gated_digits
 from gated_networks import gated_resnet, masked, scatter, split_exits
-from networks import SmallResNet, close, small_resnet
+from networks import SmallResNet, close, force, set_offset, set_thresholds, small_resnet, split_at, thresholds
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -20,11 +23,12 @@ from dynamize.data.splits import from_loaders
 from dynamize.errors import DynamizeError
 from dynamize.graph.macs import count_macs
 from dynamize.measure.costs import exit_costs
-from dynamize.nn.gated import GatedSegment
-from dynamize.nn.network import DynamicNetwork
-from dynamize.nn.routing import record_routing
+from dynamize.nn.network import DynamicNetwork, record_routing
+from dynamize.nn.piece import Setting
 from dynamize.runtime.compiled import compile_network
-from dynamize.runtime.profile import gate_latency
+from dynamize.runtime.export import export
+from dynamize.runtime.profile import OptionTimes, option_latency
+from dynamize.training.objectives import exit_logits
 from dynamize.transform import Context, check_order
 from dynamize.transforms import Calibrate, ChannelGates, Distill, Exits, FuseGates, Recalibrate, SkipGates, fuse_gates
 
@@ -50,13 +54,19 @@ def own_answers(network: DynamicNetwork, batch: Tensor) -> Context:
 
 
 def set_prices(monkeypatch: pytest.MonkeyPatch, paths_us: Sequence[Sequence[float]], gate_us: float) -> None:
-    found = [[one / 1e3 for one in each] for each in paths_us], gate_us / 1e3
-    monkeypatch.setattr(fuse_gates, "gate_latency", lambda *_: found)
+    def priced(network: DynamicNetwork, *_: object, ungated: bool) -> OptionTimes:
+        assert ungated
+        options = {
+            unit.name: [one / 1e3 for one in each] for unit, each in zip(network.changing, paths_us, strict=True)
+        }
+        return OptionTimes(options, 2.0 + len(options) * gate_us / 1e3, 2.0)
+
+    monkeypatch.setattr(fuse_gates, "option_latency", priced)
 
 
 def always(network: DynamicNetwork, paths: dict[str, int]) -> DynamicNetwork:
     """Gates of these units pick these paths whatever they see."""
-    for unit in network.units:
+    for unit in network.changing:
         if unit.label in paths:
             with torch.no_grad():
                 unit.gate.linear.weight.zero_()
@@ -80,11 +90,11 @@ class TestWhichGates:
         ran = routed(network, batch)[1].double().mean(0).tolist()
         assert ran[:2] == [1, 0]
         assert all(0.02 < one < 0.98 for one in ran[2:])
-        gate = 100 * (1 - ran[2]) - 0.5
+        gate = 100 * (1 - ran[2]) - 0.4
         set_prices(monkeypatch, [[0, 100], [20, 120], [0, 100], [5, 10], [0, 5]], gate)
         tuned, notes = apply(network, FuseGates(), own_answers(network, batch))
-        assert [unit.label for unit in tuned.units] == ["layer2.1"]
-        ends = {unit.label: unit.region[1] for unit in gated_resnet().units}
+        assert [unit.label for unit in tuned.changing] == ["layer2.1"]
+        ends = {unit.label: unit.place[1] for unit in gated_resnet().changing}
         wanted = {"layer1.1": 1, "layer2.0": 0, "layer3.0": 1, "layer3.1": 1}
         assert tuned.history[-1]["paths"] == {ends[label]: path for label, path in wanted.items()}
         takes = f"of the images take this path, the gate takes {gate:.0f} us and saves"
@@ -115,7 +125,7 @@ class TestWhichGates:
         """About four of five images skip the block; some of the others are answered otherwise without it."""
         network, batch = gated_resnet(blocks=[["layer2.1"]]), images(60)
         with torch.no_grad():
-            network.units[0].gate.linear.bias[0] += 6
+            network.changing[0].gate.linear.bias[0] += 6
         given = own_answers(network, batch)
         skipped = float((routed(network, batch)[1] == 0).double().mean())
         assert 0.7 < skipped < 0.95
@@ -126,9 +136,9 @@ class TestWhichGates:
         assert fall > 1
         tuned, notes = apply(network, FuseGates(tolerance=tolerance, time=time, share=0.7), given)
         assert [
-            tuned.history[-1]["paths"].get(unit.region[1]) for unit in gated_resnet(blocks=[["layer2.1"]]).units
+            tuned.history[-1]["paths"].get(unit.place[1]) for unit in gated_resnet(blocks=[["layer2.1"]]).changing
         ] == [path]
-        assert len(tuned.units) == (path is None)
+        assert len(tuned.changing) == (path is None)
         if path is None:
             assert notes[1] == f"layer2.1 stays: skipped for all would cost {fall:.2f} points"
         else:
@@ -141,31 +151,33 @@ class TestWhichGates:
         network, batch = always(channels(), {"layer2.1": 0}), images(50)
         set_prices(monkeypatch, [[1, 1000]] * 6, 1)
         tuned, notes = apply(network, FuseGates(), own_answers(network, batch))
-        assert [unit.label for unit in tuned.units] == [label for label in SIX if label != "layer2.1"]
+        assert [unit.label for unit in tuned.changing] == [label for label in SIX if label != "layer2.1"]
         assert notes[1].startswith(
-            "layer2.1 is always 50% wide: 100% of the images take this path, the gate takes 1 us"
+            "layer2.1 is always 50 % wide: 100% of the images take this path, the gate takes 1 us"
         )
 
     def test_recurrent_gates_stay(self, monkeypatch: pytest.MonkeyPatch) -> None:
         network, batch = gated_resnet(gate="recurrent"), images(20)
         set_prices(monkeypatch, [[0, 1]] * 5, 1000)
         tuned, notes = apply(network, FuseGates(), own_answers(network, batch))
-        assert len(tuned.units) == 5
+        assert len(tuned.changing) == 5
         assert notes[1:] == ["5 recurrent gates stay, since each hands its state to the next"]
-        assert tuned.memory is not None
+        assert len({id(unit.gate.memory) for unit in tuned.changing}) == 1
+        assert tuned.changing[0].gate.memory is not None
 
     def test_times_are_those_of_the_backend(self, monkeypatch: pytest.MonkeyPatch) -> None:
         network, batch = gated_resnet(blocks=[["layer1.1"], ["layer3.1"]]), images(20)
         asked: list[tuple[str, str]] = []
 
-        def briefly(network: DynamicNetwork, backend: str, device: torch.device) -> tuple[list[list[float]], float]:
+        def briefly(network: DynamicNetwork, backend: str, device: torch.device, ungated: bool) -> OptionTimes:
             asked.append((backend, str(device)))
-            return gate_latency(network, backend, device, seconds=0.0)
+            assert ungated
+            return option_latency(network, backend, device, seconds=0.0, ungated=ungated)
 
-        monkeypatch.setattr(fuse_gates, "gate_latency", briefly)
+        monkeypatch.setattr(fuse_gates, "option_latency", briefly)
         uses = fuse_gates._uses(network, own_answers(network, batch))
         assert asked == [("eager", "cpu")]
-        assert [use.unit.label for use in uses] == ["layer1.1", "layer3.1"]
+        assert [use.name for use in uses] == ["layer1.1", "layer3.1"]
         assert all(use.saved_us > 1 for use in uses)
         assert uses[0].gate_us == uses[1].gate_us
 
@@ -185,21 +197,22 @@ class TestAnswers:
     def test_as_if_the_gates_had_decided_so(self, exits: dict | None, backend: str, paths: dict) -> None:
         network, batch = always(gated_resnet(exits), paths), images(16)
         split_exits(network, images(64))
-        wanted, thresholds = masked(network, batch), network.thresholds
+        wanted = masked(network, batch)
         assert wanted.clear.float().mean() > 0.8
         one = fused(always(gated_resnet(exits), paths), paths)
-        one.thresholds = thresholds
+        set_thresholds(one, thresholds(network))
         found = compile_network(one, backend).run(batch)
         assert close(found.logits[wanted.clear], wanted.answers_NC[wanted.clear])
         assert torch.equal(found.exits[wanted.clear], wanted.exits_N[wanted.clear])
         left = [u for u, label in enumerate(FIVE) if label not in paths]
         assert torch.equal(found.choices[wanted.clear], wanted.choices_NU[wanted.clear][:, left])
-        assert len(one.heads) == len(network.heads)
+        assert [piece.name for piece in one.leaving] == [piece.name for piece in network.leaving]
+        assert len(one.leaving) == (0 if exits is None else 2)
 
     @pytest.mark.parametrize("path", [0, 1, 2])
     def test_widths(self, path: int) -> None:
         network, batch = channels(4), images(16)
-        paths = {unit.label: min(path, len(unit.path_macs) - 1) for unit in network.units[::2]}
+        paths = {unit.label: min(path, len(unit.path_macs) - 1) for unit in network.changing[::2]}
         wanted = masked(always(network, paths), batch)
         with torch.no_grad():
             found, choices = routed(fused(network, paths), batch)
@@ -208,7 +221,7 @@ class TestAnswers:
 
     def test_widths_with_statistics_of_their_own(self) -> None:
         network, batch = channels(), images(16)
-        for unit in network.units:
+        for unit in network.changing:
             unit.own_statistics()
             with torch.no_grad():
                 unit.statistics_0 += 0.3
@@ -219,22 +232,20 @@ class TestAnswers:
     def test_all_original_is_the_original_network(self) -> None:
         network, batch = gated_resnet(), images(5)
         static = fused(network, dict.fromkeys(FIVE, 1))
-        assert static.units == []
-        assert not isinstance(static.segments[0], GatedSegment)
-        assert set(static.state_dict()) == {f"segments.0.{name}" for name in small_resnet().state_dict()} | {
-            "temperatures"
-        }
+        assert static.changing == []
+        assert [piece.decision for piece in static.row] == [None]
+        assert set(static.state_dict()) == {f"nets.main.{name}" for name in small_resnet().state_dict()}
         with torch.no_grad():
             assert torch.equal(static(batch), small_resnet()(batch))
 
     @pytest.mark.parametrize("training", [False, True])
     def test_modes_gradients_and_the_offset_stay(self, training: bool) -> None:
         network = gated_resnet().train(training)
-        network.gate_offset = 0.7
+        set_offset(network, 0.7)
         network = fused(network, {"layer2.0": 0, "layer3.0": 1})
         assert all(module.training == training for module in network.modules())
-        assert [segment.offset for segment in network.segments] == [0.7]
-        network.train()(images(8)).square().sum().backward()
+        assert network.setting.offset == 0.7
+        exit_logits(network.train()(images(8)))[0].square().sum().backward()
         assert all(parameter.grad is not None for parameter in network.parameters())
 
     def test_costs_by_hand(self) -> None:
@@ -244,8 +255,8 @@ class TestAnswers:
         static = count_macs(small_resnet(), images(1))
         first = fused(network, {"layer1.1": 0})
         assert exit_costs(first).cumulative().tolist() == [static - block + 16]
-        first.force_paths(torch.tensor([[0]]))
-        assert count_macs(first, images(1)) == static - block - (projected - 64 * 8 * 16) + 16
+        forced = Setting(forced=force(first, torch.tensor([[0]])))
+        assert count_macs(lambda: first.run(images(1), forced)) == static - block - (projected - 64 * 8 * 16) + 16
         assert count_macs(fused(first, {"layer2.0": 0}), images(1)) == static - block - (projected - 64 * 8 * 16)
 
     def test_an_exit_at_the_end_of_a_block_that_is_gone(self) -> None:
@@ -253,22 +264,43 @@ class TestAnswers:
         paths = {"layer1.1": 0}
         network, batch = always(gated_resnet(exits), paths), images(16)
         split_exits(network, images(64))
-        wanted, thresholds = masked(network, batch), network.thresholds
+        wanted = masked(network, batch)
+        split = thresholds(network)
         network = fused(network, paths)
-        network.thresholds = thresholds
+        set_thresholds(network, split)
         for run in (network, compile_network(network, "onnxruntime")):
             with torch.no_grad():
                 assert close(run(batch)[wanted.clear], wanted.answers_NC[wanted.clear])
+
+    def test_export_where_nothing_is_left_between_two_exits(self, tmp_path: Path) -> None:
+        paths = {"layer1.1": 0} | dict.fromkeys(FIVE[1:], 1)
+        network, batch = fused(always(gated_resnet({"at": ["layer1.0", "layer1.1"]}), paths), paths), images(16)
+        split_at(network, batch, [0.3, 0.5])
+        assert [piece.effect for piece in network.row] == [None, "leaves", "leaves", None]
+        export(network, tmp_path / "deploy")
+        np.save(tmp_path / "images.npy", batch.numpy())
+        code = (
+            "import sys, numpy as np, run\n"
+            "logits, exits = run.predict(np.load(sys.argv[1]))\n"
+            "np.savez(sys.argv[2], logits=logits, exits=exits)"
+        )
+        arguments = [str(tmp_path / "images.npy"), str(tmp_path / "answers.npz")]
+        subprocess.run([sys.executable, "-c", code, *arguments], cwd=tmp_path / "deploy", check=True)
+        found = np.load(tmp_path / "answers.npz")
+        with torch.no_grad(), record_routing(network) as routing:
+            assert close(torch.from_numpy(found["logits"]), network(batch))
+        assert found["exits"].tolist() == routing.exits.tolist()
+        assert len(routing.exits.unique()) == 3
 
 
 class TestComesBack:
     @pytest.mark.parametrize("paths", PATHS)
     def test_an_artifact(self, paths: dict, tmp_path: Path) -> None:
         network, batch = fused(gated_resnet({"chain": True}), paths), images(9)
-        split_exits(network, images(32)) if network.units else None
+        split_exits(network, images(32)) if network.changing else None
         artifact.save(network, tmp_path)
         again = artifact.load(tmp_path, network=SmallResNet())
-        again.thresholds = network.thresholds
+        set_thresholds(again, thresholds(network))
         for found, wanted in zip(routed(again, batch), routed(network, batch), strict=True):
             assert torch.equal(found, wanted)
         assert again.state_dict().keys() == network.state_dict().keys()
@@ -282,7 +314,7 @@ class TestComesBack:
         again = artifact.load(tmp_path, network=SmallResNet())
         for found, wanted in zip(routed(again, batch), routed(network, batch), strict=True):
             assert torch.equal(found, wanted)
-        assert exit_costs(again).segments.tolist() == exit_costs(network).segments.tolist()
+        assert exit_costs(again) == exit_costs(network)
 
     def test_steps_that_follow(self) -> None:
         """Statistics, exits and another fusion, on the network without its blocks."""
@@ -295,7 +327,7 @@ class TestComesBack:
         later = fused(later, {"layer3.1": 0})
         history = replay(SmallResNet(), later.history, SmallResNet.shape)
         assert history.state_dict().keys() == later.state_dict().keys()
-        assert [unit.label for unit in history.units] == ["layer1.1", "layer3.0"]
+        assert [unit.label for unit in history.changing] == ["layer1.1", "layer3.0"]
 
 
 def test_refusals() -> None:
@@ -335,7 +367,7 @@ def test_a_budget_of_gates_that_are_gone_is_told_not_refused() -> None:
 
 def test_calibration_has_nothing_to_solve_where_no_gate_is_left() -> None:
     fused, _ = apply(gated_resnet(), FuseGates(paths=dict.fromkeys(FIVE, 1)), Context())
-    assert not fused.units
+    assert not fused.changing
     calibrated, notes = apply(fused, Calibrate(), Context())
     assert notes == ["nothing to solve: `fuse_gates` left a static network"]
     assert calibrated.operating_points is None

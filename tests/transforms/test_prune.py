@@ -24,6 +24,7 @@ from dynamize.measure.costs import exit_costs
 from dynamize.models import create
 from dynamize.nn.network import DynamicNetwork
 from dynamize.sources import SourceSpec
+from dynamize.training.objectives import exit_logits
 from dynamize.transform import Context, check_order
 from dynamize.transforms import ChannelGates, Exits, Prune, SkipGates, prune
 
@@ -128,20 +129,19 @@ STEPS = {
 def test_composes_and_comes_back(name: str, tmp_path: Path) -> None:
     network = pruned(small_resnet(), SmallResNet.shape, *STEPS[name], ratio=0.5)
     costs = exit_costs(network)
-    assert costs.segments.sum() == sum(node.meta["macs"] for node in network.plain.graph.nodes) + sum(
-        unit.gate_macs for unit in network.units
+    answers = sum(piece.macs for piece in network.row if piece.answers)
+    assert costs.cumulative()[-1] - answers == sum(node.meta["macs"] for node in network.plain.graph.nodes) + sum(
+        unit.macs for unit in network.changing
     )
     artifact.save(network, tmp_path)
     loaded = artifact.load(tmp_path, network=SmallResNet())
     images = torch.randn(5, *SmallResNet.shape)
     for ours, theirs in zip(loaded.all_exits(images), network.all_exits(images), strict=True):
         assert torch.equal(ours, theirs)
-    again = exit_costs(loaded)
-    assert again.segments.tolist() == costs.segments.tolist()
-    assert again.heads.tolist() == costs.heads.tolist()
-    assert [unit.path_macs for unit in loaded.units] == [unit.path_macs for unit in network.units]
-    assert [unit.gate_macs for unit in loaded.units] == [unit.gate_macs for unit in network.units]
-    network.train()(images)[0].sum().backward()
+    assert exit_costs(loaded) == costs
+    assert [unit.path_macs for unit in loaded.changing] == [unit.path_macs for unit in network.changing]
+    assert [unit.macs for unit in loaded.changing] == [unit.macs for unit in network.changing]
+    exit_logits(network.train()(images))[0].sum().backward()
 
 
 def test_gates_after_pruning() -> None:
@@ -151,7 +151,7 @@ def test_gates_after_pruning() -> None:
     fresh = replay(SmallResNet(), network.history, SmallResNet.shape)
     assert {k: v.shape for k, v in fresh.state_dict().items()} == {k: v.shape for k, v in network.state_dict().items()}
     narrow = convert(small_resnet(), [Prune(ratio=0.3, round_to=4), ChannelGates(multiple=2)], (3, 16, 16))
-    assert narrow.units
+    assert narrow.changing
 
 
 def test_fresh_process_without_torch_pruning(tmp_path: Path) -> None:
@@ -164,18 +164,17 @@ def test_fresh_process_without_torch_pruning(tmp_path: Path) -> None:
         "import sys, torch\n"
         "sys.modules['torch_pruning'] = None\n"
         "import dynamize as dz\n"
-        "from dynamize.measure.costs import exit_costs\n"
         "torch.set_num_threads(1)\n"
         "network = dz.load('.')\n"
         "with torch.no_grad():\n"
         "    logits = network.all_exits(torch.load('images.pt'))\n"
-        "torch.save((logits, exit_costs(network).segments.tolist()), 'found.pt')\n"
+        "torch.save((logits, [piece.macs for piece in network.row]), 'found.pt')\n"
     )
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
     logits, macs = torch.load(tmp_path / "found.pt")
     with torch.no_grad():
         assert all(torch.equal(*pair) for pair in zip(logits, network.all_exits(images), strict=True))
-    assert macs == exit_costs(network).segments.tolist()
+    assert macs == [piece.macs for piece in network.row]
 
 
 def test_depthwise_and_squeeze() -> None:

@@ -76,7 +76,7 @@ def test_phases_train_the_gates_or_the_network(context: Context, tmp_path: Path)
 
 def test_scores_are_values_by_the_share_of_each_unit(context: Context, tmp_path: Path) -> None:
     network = refined(replace(context, work=tmp_path), rounds=1, network_epochs=0)
-    shares = [float(costs[-1]) for costs in relative_costs(network)]
+    shares = [float(costs[-1]) for costs in relative_costs(network).values()]
     learnt, final = phase(tmp_path, 1), network.state_dict()
     names = [name for name in final if name.endswith("gate.linear.bias")]
     for name, share in zip(names, shares, strict=True):

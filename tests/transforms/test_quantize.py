@@ -12,23 +12,23 @@ import pytest
 import torch
 from digits import SHAPE, DigitNet, digit_network, digit_splits
 from gated_digits import gated_digits, set_scores
+from networks import exit_scores, set_thresholds, thresholds
 from torch import Tensor, nn
 
 from dynamize import artifact
 from dynamize.calibration import EVERYONE, collect
 from dynamize.compression.neural_compressor import chosen_steps
-from dynamize.compression.parts import prepare
 from dynamize.compression.quantization import sample
+from dynamize.compression.rounding import prepare
 from dynamize.conversion import apply, convert
 from dynamize.data import Splits
 from dynamize.errors import DynamizeError
 from dynamize.measure.accuracy import exit_accuracies
 from dynamize.measure.costs import exit_costs
-from dynamize.nn.network import DynamicNetwork
+from dynamize.nn.network import DynamicNetwork, record_routing
 from dynamize.nn.quantized import QuantizedConv2d, QuantizedLinear, Quantizer, quantized_layer
-from dynamize.nn.routing import record_routing
 from dynamize.runtime.compiled import compile_network
-from dynamize.runtime.onnx import export_stage, stages_with_inputs
+from dynamize.runtime.export import export
 from dynamize.runtime.session import session_options
 from dynamize.transform import Context, check_order, parse_step, registered
 from dynamize.transforms import Calibrate, ChannelGates, Distill, Quantize, quantize
@@ -62,6 +62,11 @@ def quantizers(module: nn.Module) -> list[tuple[float, int]]:
     return [(float(one.scale), int(one.zero_point)) for one in found]
 
 
+def static(network: DynamicNetwork) -> list[nn.Module]:
+    """What lies between the exits."""
+    return [piece.module for piece in network.row if piece.effect is None]
+
+
 def test_accuracy_costs_and_size(trained: DynamicNetwork, data: Splits) -> None:
     network, notes = apply(copy.deepcopy(trained), Quantize(), context(data))
     kinds = [type(one) for one in network.modules()]
@@ -77,15 +82,16 @@ def test_accuracy_costs_and_size(trained: DynamicNetwork, data: Splits) -> None:
     assert notes[2].startswith("least exact layers, signal to noise in dB: ")
     weights = [tensor for name, tensor in network.state_dict().items() if name.endswith(".weight") and tensor.ndim == 4]
     assert {tensor.dtype for tensor in weights} == {torch.int8}
-    assert quantizers(network.segments[0])[-1] == quantizers(network.segments[1])[0]  # one scale at a border
-    assert quantizers(network.segments[0])[-1] == quantizers(network.heads[0])[0]
+    first, second, _ = static(network)
+    assert quantizers(first)[-1] == quantizers(second)[0]  # one scale at a border
+    assert quantizers(first)[-1] == quantizers(network.leaving[0])[0]
 
 
 def test_backends_agree(trained: DynamicNetwork, data: Splits) -> None:
     network, _ = apply(copy.deepcopy(trained), Quantize(), context(data))
     batch = images(data)
-    for thresholds in ([None, None], [0.6, 0.6]):
-        network.thresholds = list(thresholds)
+    for values in ([None, None], [0.6, 0.6]):
+        set_thresholds(network, values)
         with torch.no_grad():
             wanted = network(batch)
         for backend in ("eager", "onnxruntime"):
@@ -95,18 +101,18 @@ def test_backends_agree(trained: DynamicNetwork, data: Splits) -> None:
             assert float(off.median()) < 0.02 * float(wanted.abs().max())
 
 
-def test_one_stage_is_within_a_step(trained: DynamicNetwork, data: Splits) -> None:
+def test_one_stage_is_within_a_step(trained: DynamicNetwork, data: Splits, tmp_path: Path) -> None:
     """ONNX Runtime adds whole numbers, PyTorch floats: a tie may fall the other way, not more in one layer."""
     import onnxruntime as ort
 
     network, _ = apply(copy.deepcopy(trained), Quantize(max_drop=None), context(data))
-    stage, inputs = next(stages_with_inputs(network))
-    session = ort.InferenceSession(export_stage(stage, inputs)[0], session_options())
+    export(network, tmp_path / "deploy")
+    session = ort.InferenceSession(tmp_path / "deploy" / "stage-1.onnx", session_options())
     batch = images(data)
     found = torch.from_numpy(session.run(["next_features"], {"features": batch.numpy()})[0])
     with torch.no_grad():
-        wanted = network.segments[0](batch)
-    scale = quantizers(network.segments[0])[-1][0]
+        wanted = static(network)[0](batch)
+    scale = quantizers(static(network)[0])[-1][0]
     assert ((found - wanted).abs() / scale).round().max() <= 1
     assert (found == wanted).double().mean() > 0.99
 
@@ -116,27 +122,28 @@ def test_onnx_runtime_computes_in_bytes(trained: DynamicNetwork, data: Splits, t
     import onnxruntime as ort
 
     network, _ = apply(copy.deepcopy(trained), Quantize(max_drop=None), context(data))
-    for stage, inputs in stages_with_inputs(network):
+    export(network, tmp_path / "deploy")
+    for number in (1, 2, 3):
         options = session_options()
         options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
-        ort.InferenceSession(export_stage(stage, inputs)[0], options)
+        ort.InferenceSession(tmp_path / "deploy" / f"stage-{number}.onnx", options)
         kinds = [node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node]
         assert "QLinearConv" in kinds
         assert not {"Conv", "FusedConv"} & set(kinds)
 
 
 def test_each_part_has_ranges_of_the_images_that_reach_it(trained: DynamicNetwork, data: Splits) -> None:
-    """What reaches the second segment depends on the first threshold; what reaches the first does not."""
+    """What reaches the second static piece depends on the first threshold; what reaches the first does not."""
     found = []
     with torch.no_grad():
         scores = torch.cat(
-            [trained.scores(trained.all_exits(batch)[0], 0) for batch, _ in data.calibration.batches(256)]
+            [exit_scores(trained, trained.all_exits(batch)[0], 0) for batch, _ in data.calibration.batches(256)]
         )
     for threshold in (None, float(scores.quantile(0.1))):
         network = copy.deepcopy(trained)
-        network.thresholds = [threshold, None]
+        set_thresholds(network, [threshold, None])
         found.append(apply(network, Quantize(ranges="minmax", max_drop=None), Context(data=data))[0])
-    everyone, hard = (one.segments for one in found)
+    everyone, hard = (static(one) for one in found)
     assert quantizers(everyone[0])[:-1] == quantizers(hard[0])[:-1]
     later = [quantizers(one[1]) + quantizers(one[2]) for one in (everyone, hard)]
     assert later[0] != later[1]
@@ -146,25 +153,28 @@ def test_each_part_has_ranges_of_the_images_that_reach_it(trained: DynamicNetwor
 
 def test_parts_that_nobody_reaches_are_shown_all(trained: DynamicNetwork, data: Splits) -> None:
     network = copy.deepcopy(trained)
-    network.thresholds = [EVERYONE, None]
+    set_thresholds(network, [EVERYONE, None])
     found, notes = apply(network, Quantize(max_drop=None), Context(data=data))
     assert notes[1] == "3 parts that fewer than 16 of these images reach have their ranges from all of them"
     assert all(scale != 1.0 for scale, _ in quantizers(found))
 
 
 def test_layers_stay_in_float_as_asked(trained: DynamicNetwork, data: Splits) -> None:
-    network, notes = apply(copy.deepcopy(trained), Quantize(keep_float=["b", "heads.0"]), context(data))
-    floats = [name for name, one in network.named_modules() if isinstance(one, nn.Conv2d)]
-    assert floats == ["segments.1.b.0", "heads.0.body.0", "heads.0.body.3"]
+    network, notes = apply(copy.deepcopy(trained), Quantize(keep_float=["b", "pieces.exit__1.head"]), context(data))
+    graphs = [(part.prefix, part.graph) for part in network.parts() if part.graph is not None]
+    floats = [prefix + name for prefix, graph in graphs for name, one in graph.named_modules()
+              if isinstance(one, nn.Conv2d)]  # fmt: skip
+    assert floats == ["pieces.exit__1.head.body.0", "pieces.exit__1.head.body.3", "b.0"]
+    assert sum(isinstance(one, nn.Conv2d) for one in network.modules()) == 3
     assert "4 of 7 layers" in notes[0]
-    assert network.history[-1]["float_layers"] == ["b", "heads.0"]
-    assert torch.allclose(network.segments[1].get_submodule("b.0").weight, _folded_weight(trained), rtol=1e-6)
+    assert network.history[-1]["float_layers"] == ["b", "pieces.exit__1.head"]
+    assert torch.allclose(static(network)[1].get_submodule("b.0").weight, _folded_weight(trained), rtol=1e-6)
     with pytest.raises(DynamizeError, match=r"keep_float has 'c.9', which is no layer .* Did you mean"):
         apply(copy.deepcopy(trained), Quantize(keep_float=["c.9"]), context(data))
 
 
 def _folded_weight(network: DynamicNetwork) -> Tensor:
-    conv, norm = (network.segments[1].get_submodule(name) for name in ("b.0", "b.1"))
+    conv, norm = (network.plain.get_submodule(name) for name in ("b.0", "b.1"))
     scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
     return (conv.weight.double() * scale[:, None, None, None]).float()
 
@@ -204,7 +214,7 @@ def test_calibrated_again_by_itself(trained: DynamicNetwork, data: Splits, monke
     assert "calibrated again, as `calibrate` was before" in notes
     assert notes[-1].startswith("expected at this operating point: 0.")
     assert network.operating_point is not None
-    assert network.thresholds != calibrated.thresholds
+    assert thresholds(network) != thresholds(calibrated)
     assert [step["pass"] for step in network.history] == ["exits", "distill", "calibrate", "quantize"]
     without, notes = apply(calibrated, Quantize(), Context(data=data))
     assert "add a `calibrate` step behind" in notes[-1]
@@ -226,7 +236,7 @@ def test_gates_choose_among_paths_of_bytes(data: Splits) -> None:
         if run is quantized:
             assert routing.choices.unique(dim=0).tolist() == [[1, 0, 1]]
     assert all(float((one - found[0]).abs().max()) < 0.1 * float(found[0].abs().max()) for one in found)
-    borders = {quantizers(way)[-1] for unit in quantized.units for way in unit.paths() if way is not None}
+    borders = {quantizers(way)[-1] for unit in quantized.changing for way in unit.paths() if way is not None}
     assert len(borders) == 1  # who skips a block lies on the same steps as who takes it
 
 

@@ -17,8 +17,7 @@ from dynamize.data.splits import from_loaders
 from dynamize.errors import DynamizeError
 from dynamize.measure.accuracy import exit_accuracies
 from dynamize.models import create
-from dynamize.nn.network import DynamicNetwork
-from dynamize.nn.routing import record_routing
+from dynamize.nn.network import DynamicNetwork, record_routing
 from dynamize.transform import Context, check_order
 from dynamize.transforms import Calibrate, ChannelGates, Distill, Recalibrate, SkipGates, recalibrate
 
@@ -69,10 +68,10 @@ def test_the_best_statistics_are_kept(accuracies: tuple, kept: str, monkeypatch:
     state = copied(network)
     tuned, notes = apply(network, Recalibrate(images=150), Context(data=splits()))
     assert tuned.history[-1] == {"pass": "recalibrate", "images": 150, "augment": True, "statistics": kept}
-    assert [unit.has_own for unit in tuned.units] == [kept == "widths"] * len(tuned.units)
+    assert [unit.has_own for unit in tuned.changing] == [kept == "widths"] * len(tuned.changing)
     assert equal(tuned, state) == (kept == "shared")
     assert (tuned.state_dict().keys() == state.keys()) == (kept != "widths")
-    assert len(set(tuned.state_dict()) - set(state)) == (2 * 2 * len(tuned.units) if kept == "widths" else 0)
+    assert len(set(tuned.state_dict()) - set(state)) == (2 * 2 * len(tuned.changing) if kept == "widths" else 0)
     with torch.no_grad():
         assert torch.equal(tuned(batch), gated()(batch)) == (kept == "shared")
     figures = [f"{accuracy:.2%} at 0.500 of the MACs" for accuracy in accuracies]
@@ -99,7 +98,7 @@ def test_a_second_step_may_fall_back_to_the_first(monkeypatch: pytest.MonkeyPatc
     state = copied(once)
     twice, _ = apply(once, Recalibrate(images=50), Context(data=splits()))
     assert equal(twice, state)
-    assert all(unit.has_own for unit in twice.units)
+    assert all(unit.has_own for unit in twice.changing)
 
 
 def test_shared_leaves_everything_as_it_is() -> None:
@@ -116,7 +115,7 @@ def test_it_repairs_a_network_that_was_not_trained_for_its_widths() -> None:
     gates = ChannelGates(groups=2, multiple=2)
     network = convert(create("digits_resnet", pretrained=True).eval(), [gates], SHAPE)
     with torch.no_grad():
-        for unit in network.units:
+        for unit in network.changing:
             unit.gate.linear.bias.copy_(torch.tensor([5.0, 0.0]))
     (before,) = exit_accuracies(network, data.calibration, CPU)
     tuned, notes = apply(network, Recalibrate(images=500, statistics="widths"), Context(data=data))
@@ -140,15 +139,15 @@ def test_history_and_weights_rebuild_the_network(statistics: str, tmp_path: Path
     assert torch.equal(first.choices, second.choices)
     rebuilt = replay(SmallResNet(), network.history, SmallResNet.shape)
     assert rebuilt.state_dict().keys() == network.state_dict().keys()
-    assert [unit.has_own for unit in rebuilt.units] == [statistics == "widths"] * len(network.units)
+    assert [unit.has_own for unit in rebuilt.changing] == [statistics == "widths"] * len(network.changing)
 
 
 def test_skip_gates_have_no_widths(monkeypatch: pytest.MonkeyPatch) -> None:
     judged(monkeypatch, 0.5, 0.6)
     network = scatter(convert(small_resnet(), [SkipGates(group=1)], SmallResNet.shape), images(64))
-    before = network.state_dict()["segments.0.pieces.0.stem.1.running_mean"].clone()
+    before = network.state_dict()["nets.main.stem.1.running_mean"].clone()
     tuned, notes = apply(network, Recalibrate(), Context(data=splits()))
-    assert not torch.equal(tuned.state_dict()["segments.0.pieces.0.stem.1.running_mean"], before)
+    assert not torch.equal(tuned.state_dict()["nets.main.stem.1.running_mean"], before)
     assert notes == [
         "calibration accuracy with batch-norm statistics from 200 train images: 50.00% at 0.500 of the MACs as they "
         "were, 60.00% at 0.500 of the MACs recalibrated; kept recalibrated"
@@ -158,11 +157,12 @@ def test_skip_gates_have_no_widths(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_paths_that_few_images_take_are_counted() -> None:
     network = gated()
     with torch.no_grad():
-        for unit in network.units:
+        for unit in network.changing:
             unit.gate.linear.bias.copy_(torch.tensor([0.0, 1e6]))
     _, notes = apply(network, Recalibrate(statistics="widths"), Context(data=splits()))
     assert (
-        notes[1] == f"{len(network.units)} paths that few of these images take have their statistics from all of them"
+        notes[1]
+        == f"{len(network.changing)} paths that few of these images take have their statistics from all of them"
     )
 
 

@@ -7,7 +7,17 @@ from typing import Any
 import pytest
 import torch
 from gated_networks import gated_resnet, scatter, split_exits
-from networks import SmallResNet, ThreeLayer, close, randomise_norms, small_resnet, torchvision_network
+from networks import (
+    SmallResNet,
+    ThreeLayer,
+    close,
+    randomise_norms,
+    set_offset,
+    set_thresholds,
+    small_resnet,
+    thresholds,
+    torchvision_network,
+)
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -17,11 +27,11 @@ from dynamize.conversion import apply, convert, replay, wrap
 from dynamize.errors import DynamizeError
 from dynamize.measure.costs import exit_costs
 from dynamize.models import create
-from dynamize.nn.gated import GatedSegment
-from dynamize.nn.network import DynamicNetwork
-from dynamize.nn.routing import record_routing
+from dynamize.nn.network import DynamicNetwork, record_routing
+from dynamize.nn.piece import Setting
 from dynamize.runtime.export import export
 from dynamize.runtime.profile import GatePrice
+from dynamize.training.objectives import exit_logits
 from dynamize.transform import Context
 from dynamize.transforms import ChannelGates, Exits, SkipGates, skip_gates
 
@@ -33,7 +43,7 @@ def gated(**fields: Any) -> DynamicNetwork:
 
 
 def labels(network: DynamicNetwork) -> list[str]:
-    return [unit.label for unit in network.units]
+    return [unit.label for unit in network.changing]
 
 
 def images(count: int) -> Tensor:
@@ -47,18 +57,17 @@ def routed(network: DynamicNetwork, batch: Tensor) -> tuple[Tensor, Tensor, Tens
 
 def assert_nothing_changes(network: nn.Module, dynamic: DynamicNetwork, batch: Tensor) -> None:
     """Bit-equal in eval mode, and in train mode while decisions are not sampled."""
-    assert dynamic.units
+    assert dynamic.changing
     with torch.no_grad():
         assert torch.equal(dynamic(batch), network(batch))
         assert torch.equal(dynamic(batch[:1]), network(batch[:1]))
-        for segment in dynamic.segments:
-            if isinstance(segment, GatedSegment):
-                segment.noise = 0.0
+        dynamic.choose.noise = 0.0
         found = []
         for one in (dynamic.train(), copy.deepcopy(network).train()):
             torch.manual_seed(0)  # dropout
-            found.append(one(batch))
-    assert torch.equal(*found)
+            found.append(exit_logits(one(batch)))
+    assert len(found[0]) == len(found[1]) == 1
+    assert torch.equal(found[0][0], found[1][0])
 
 
 @pytest.mark.parametrize("gate", ["linear", "recurrent", "conv"])
@@ -138,14 +147,14 @@ class TestWhichBlocks:
         def price(given: DynamicNetwork, insert: Any, *_: Any) -> GatePrice:
             one = copy.deepcopy(given)
             insert(one)
-            trial.extend(one.units)
-            return GatePrice(gate_ms, float(len(one.units)))
+            trial.extend(one.changing)
+            return GatePrice(gate_ms, float(len(one.changing)))
 
         monkeypatch.setattr(skip_gates, "gate_price", price)
         applied = SkipGates(keep_first=False).apply(network, Context())
         assert len(trial) == 8
         assert applied.resolved.group == wanted
-        assert len(applied.network.units) == 8 // wanted
+        assert len(applied.network.changing) == 8 // wanted
         assert f"a gate takes {1000 * gate_ms:.0f} us and a block 1000 us" in applied.notes[1]
         assert f"up to {wanted} blocks" in applied.notes[1]
         assert len(applied.notes) == (3 if gate_ms > 2 else 2)
@@ -180,14 +189,16 @@ class TestWithExits:
         first = convert(small_resnet(), [exits, gates], SmallResNet.shape)
         second = convert(small_resnet(), [gates, exits], SmallResNet.shape)
         assert labels(first) == labels(second)
-        assert [segment.__class__ for segment in first.segments] == [segment.__class__ for segment in second.segments]
+        assert [(type(piece), piece.name, piece.place) for piece in first.row] == [
+            (type(piece), piece.name, piece.place) for piece in second.row
+        ]
         assert first.state_dict().keys() == second.state_dict().keys()
         assert all(torch.equal(a, second.state_dict()[name]) for name, a in first.state_dict().items())
         batch = images(16)
         scatter(first, images(64))
         second.load_state_dict(first.state_dict())
         split_exits(first, batch)
-        second.thresholds = first.thresholds
+        set_thresholds(second, thresholds(first))
         found, again = routed(first, batch), routed(second, batch)
         assert len(found[1].unique()) == 3
         assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
@@ -212,8 +223,8 @@ class TestWithExits:
             convert(small_resnet(), [gates, Exits(at=["layer1.0"], share=1.0)], SmallResNet.shape)
         network = convert(small_resnet(), [gates, Exits(count=1, head="linear")], SmallResNet.shape)
         inside = wrap(small_resnet(), SmallResNet.shape).plain
-        assert network.cuts[0] in {node.name for node in inside.graph.nodes}
-        assert network.cuts[0] != network.history[0]["blocks"][0][0]
+        assert network.exit_places[0] in {node.name for node in inside.graph.nodes}
+        assert network.exit_places[0] != network.history[0]["blocks"][0][0]
 
 
 class TestComesBack:
@@ -225,7 +236,7 @@ class TestComesBack:
         second.load_state_dict(first.state_dict())
         assert second.history == first.history
         split_exits(first, images(32))
-        second.thresholds = first.thresholds
+        set_thresholds(second, thresholds(first))
         for found, again in zip(routed(first, images(9)), routed(second, images(9)), strict=True):
             assert torch.equal(found, again)
 
@@ -237,29 +248,35 @@ class TestComesBack:
         assert again.history == [once]
 
     @pytest.mark.parametrize("gate", ["linear", "recurrent"])
-    @pytest.mark.parametrize("offset", [None, -1.5])
-    def test_an_artifact_answers_and_routes_as_what_was_saved(
-        self, gate: str, offset: float | None, tmp_path: Path
-    ) -> None:
+    @pytest.mark.parametrize("offset", [0.0, -1.5])
+    def test_an_artifact_answers_and_routes_as_what_was_saved(self, gate: str, offset: float, tmp_path: Path) -> None:
         network, batch = gated_resnet({"chain": gate == "recurrent"}, gate=gate), images(20)
         split_exits(network, images(64))
         _stand_at(network, offset)
         wanted = routed(network, batch)
         artifact.save(network, tmp_path)
         loaded = artifact.load(tmp_path, network=SmallResNet())
-        assert loaded.gate_offset == (offset or 0.0)
+        assert loaded.setting.offset == offset
+        assert thresholds(loaded) == thresholds(network)
         assert loaded.operating_point == network.operating_point
         found = routed(loaded, batch)
         assert len(wanted[2].unique(dim=0)) > 2
         assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
-        network.gate_offset = 2.0
+        set_offset(network, 2.0)
         assert not torch.equal(routed(network, batch)[2], wanted[2])
 
     def test_what_gates_share_is_there_once(self) -> None:
         network = gated(gate="recurrent")
-        names = [name for name in network.state_dict() if "cell" in name or "memory" in name]
-        assert names == [f"memory.{name}" for name in network.memory.state_dict()]
-        assert sum(p.numel() for p in network.memory.parameters()) == 2 * 10 * 40 + 2 * 40
+        gates = [unit.gate for unit in network.changing]
+        names = [name for name, _ in network.named_parameters() if "cell" in name or "memory" in name]
+        memory = gates[0].memory
+        assert len(gates) == 5
+        assert all(gate.memory is memory for gate in gates)
+        assert names == [f"pieces.layer1__1.gate.memory.{name}" for name in memory.state_dict()]
+        assert sum(p.numel() for p in memory.parameters()) == 2 * 10 * 40 + 2 * 40
+        alone = sum(p.numel() for gate in gates for name, p in gate.named_parameters() if "memory" not in name)
+        whole = sum(p.numel() for p in network.parameters())
+        assert whole == sum(p.numel() for p in network.plain.parameters()) + alone + 2 * 10 * 40 + 2 * 40
 
     @pytest.mark.parametrize("reverse", [False, True])
     def test_recurrent_gates_of_both_kinds_share_one_memory(self, reverse: bool, tmp_path: Path) -> None:
@@ -269,8 +286,8 @@ class TestComesBack:
         ]
         network, batch = convert(small_resnet(), steps[::-1] if reverse else steps, SmallResNet.shape), images(20)
         scatter(network, images(64))
-        assert sorted({len(unit.path_macs) for unit in network.units}) == [2, 4]
-        assert {id(unit.gate._memory[0]) for unit in network.units} == {id(network.memory)}
+        assert sorted({len(unit.path_macs) for unit in network.changing}) == [2, 4]
+        assert len({id(unit.gate.memory) for unit in network.changing}) == 1
         wanted = routed(network, batch)
         artifact.save(network, tmp_path)
         found = routed(artifact.load(tmp_path, network=SmallResNet()), batch)
@@ -287,15 +304,15 @@ class TestComesBack:
 
     def test_the_copy_of_a_trained_network(self) -> None:
         network = gated(gate="recurrent").train()
-        network(images(4)).sum().backward()
+        exit_logits(network(images(4)))[0].sum().backward()
         again = copy.deepcopy(network).eval()
         assert torch.equal(again(images(3)), network.eval()(images(3)))
 
 
-def _stand_at(network: DynamicNetwork, offset: float | None) -> None:
+def _stand_at(network: DynamicNetwork, offset: float) -> None:
     point = OperatingPoint(
-        name="here", thresholds=network.thresholds, accuracy=0.5, accuracy_ci=(0, 1), accuracy_drop=0.0,
-        accuracy_drop_ci=(0, 0), macs=1.0, macs_ci=(1, 1), macs_ratio=0.5, exits=[0.5, 0.25, 0.25], gate_offset=offset,
+        name="here", thresholds={f"exit.{k}": one for k, one in enumerate(thresholds(network), start=1)}, accuracy=0.5, accuracy_ci=(0, 1), accuracy_drop=0.0,
+        accuracy_drop_ci=(0, 0), macs=1.0, macs_ci=(1, 1), macs_ratio=0.5, exits=[0.5, 0.25, 0.25], offset=offset,
     )  # fmt: skip
     network.operating_points = OperatingPoints((point,))
     network.set_operating_point("here")
@@ -304,16 +321,22 @@ def _stand_at(network: DynamicNetwork, offset: float | None) -> None:
 def test_operating_points_move_the_gates() -> None:
     network = gated_resnet({})
     _stand_at(network, -2.0)
-    assert network.gate_offset == -2.0
-    assert {segment.offset for segment in network.segments if isinstance(segment, GatedSegment)} == {-2.0}
+    assert network.setting.offset == -2.0
+    with torch.no_grad():
+        moved = network(images(20))
+        assert torch.equal(moved, network.run(images(20), Setting(network.setting.thresholds, -2.0)).logits)
+        assert not torch.equal(moved, network.run(images(20), Setting(network.setting.thresholds, 0.0)).logits)
     network.set_operating_point(None)
-    assert network.gate_offset == 0.0
+    assert network.setting.offset == 0.0
 
 
 def test_the_note_says_how_much_can_be_skipped() -> None:
     applied = SkipGates(group=1).apply(wrap(small_resnet(), SmallResNet.shape), Context())
     costs = exit_costs(applied.network)
-    share = sum(saved[0] for saved in costs.saved) / exit_costs(wrap(small_resnet(), SmallResNet.shape)).cumulative()[0]
+    share = (
+        sum(one.macs[-1] - one.macs[0] for one in costs.changing)
+        / exit_costs(wrap(small_resnet(), SmallResNet.shape)).cumulative()[0]
+    )
     assert applied.notes == [f"5 gates over 5 blocks, {share:.0%} of the MACs"]
     assert 0.5 < share < 1
 
