@@ -167,7 +167,7 @@ class Runner:
     def _apply(
         self, index: int, transform: Transform | None, network: DynamicNetwork
     ) -> tuple[DynamicNetwork, list[str], float]:
-        if transform is None or (not self.state.is_main_process and transform.pass_name == "calibrate"):
+        if transform is None or not (self.state.is_main_process or transform.collective):
             return network, [], 0.0
         context = Context(
             data=self.data,

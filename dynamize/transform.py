@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from enum import Flag, auto
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
@@ -76,6 +77,26 @@ class Applied:
     notes: list[str] = field(default_factory=list)
 
 
+class Kind(Flag):
+    """What a step does, as far as others have to know: the rules of order are about these, never about names.
+
+    A step may do several things, or none of them.
+    """
+
+    ADDS_EXITS = auto()
+    ADDS_GATES = auto()
+    SPLITS_CHANNELS = auto()  # so that layers are computed in part
+    FUSES_BRANCHES = auto()
+    RESHAPES_LAYERS = auto()  # narrower ones, or products, stand in the place of layers
+    TRAINS = auto()
+    REFINES_GATES = auto()
+    ESTIMATES = auto()  # statistics of batch norms
+    SETTLES_GATES = auto()  # makes them static
+    SOLVES = auto()  # thresholds of exits and offsets of gates
+    SOLVES_AGAIN = auto()  # by itself, where they had been solved
+    TURNS_INTO_BYTES = auto()
+
+
 class Transform(BaseModel, ABC):
     """Base of all transforms; a subclass in ``dynamize.transforms`` with its own ``pass`` literal is registered.
 
@@ -87,9 +108,11 @@ class Transform(BaseModel, ABC):
 
     structural: ClassVar[bool] = True  # changes the graph, so that loading an artifact replays it
     exact: ClassVar[bool] = True  # right after it, the eval output is bit-equal to before
+    collective: ClassVar[bool] = True  # every process of a run takes part; else only the main one
     once: ClassVar[bool] = False  # may occur once in a recipe
-    after: ClassVar[tuple[str, ...]] = ()  # passes of which at least one must come earlier
-    before: ClassVar[tuple[str, ...]] = ()  # passes that must not come earlier
+    kind: ClassVar[Kind] = Kind(0)
+    needs: ClassVar[Kind] = Kind(0)  # a step of one of these kinds must come earlier
+    not_after: ClassVar[Kind] = Kind(0)  # no step of these kinds may come earlier
 
     pass_name: str
 
@@ -126,43 +149,67 @@ def find_transform(name: str) -> type[Transform]:
     return known[name]
 
 
+def of_kind(kind: Kind) -> list[str]:
+    """Names of the transforms that do one of these things, those that leave the answers bit-equal first."""
+    found = [(not cls.exact, name) for name, cls in registered().items() if cls.kind & kind]
+    return [name for _, name in sorted(found)]
+
+
 def gates_are_fused(network: DynamicNetwork) -> bool:
-    """Whether `fuse_gates` has made all gates of the network static."""
-    return not network.units and any(step["pass"] == "fuse_gates" for step in network.history)
+    """Whether a step has made all gates of the network static."""
+    return not network.units and last_step(network, Kind.SETTLES_GATES) is not None
+
+
+def last_step(network: DynamicNetwork, kind: Kind) -> Transform | None:
+    """The last step of one of these kinds that the network has behind it."""
+    steps = [step for step in network.history if find_transform(step["pass"]).kind & kind]
+    return parse_step(steps[-1]) if steps else None
 
 
 def has_gates_to_refine(step: Transform, network: DynamicNetwork) -> bool:
-    """Whether there are gates to train; False where `fuse_gates` has left none.
+    """Whether there are gates to train; False where an earlier step has made all of them static.
 
     Raises:
         DynamizeError: there never were any.
     """
     if not network.units and not gates_are_fused(network):
+        adding, training = of_kind(Kind.ADDS_GATES), of_kind(Kind.TRAINS & ~Kind.REFINES_GATES)
         raise DynamizeError(
-            f"{step.pass_name}: the network has no gates: put `skip_gates` or `channel_gates` before, and `distill`, "
+            f"{step.pass_name}: the network has no gates: put {_either(adding)} before, and {_either(training)}, "
             "which trains them first"
         )
     return bool(network.units)
 
 
-def check_order(steps: list[Transform], done: Sequence[str] = ()) -> None:
+def check_order(steps: Sequence[Transform], done: Sequence[str] = ()) -> None:
     """Refuse an order of steps that cannot work, naming both steps and the repair.
 
     ``done`` are the passes that the network has behind it already.
     """
+    order = [*map(find_transform, done), *map(type, steps)]
     names = [*done, *(step.pass_name for step in steps)]
-    for i, step in enumerate(steps, start=len(done)):
-        earlier = names[:i]
-        if step.after and not set(step.after) & set(earlier):
-            needed = " or ".join(f"`{name}`" for name in step.after)
-            raise DynamizeError(f"step {i + 1} `{step.pass_name}` needs {needed} before it: add that step above")
-        for name in step.before:
-            if name in earlier:
+    for i in range(len(done), len(order)):
+        step, name, earlier = order[i], names[i], order[:i]
+        if step.needs and not any(one.kind & step.needs for one in earlier):
+            needed = _either(of_kind(step.needs))
+            raise DynamizeError(f"step {i + 1} `{name}` needs {needed} before it: add that step above")
+        for k, one in enumerate(earlier):
+            if names[k] != name and _undoes(step, one):
                 raise DynamizeError(
-                    f"step {i + 1} `{step.pass_name}` comes after step {earlier.index(name) + 1} `{name}`, which "
-                    f"it would undo: move `{step.pass_name}` above `{name}`"
+                    f"step {i + 1} `{name}` comes after step {k + 1} `{names[k]}`, which it would undo: move `{name}` "
+                    f"above `{names[k]}`"
                 )
-        if step.once and step.pass_name in earlier:
-            raise DynamizeError(
-                f"step {i + 1} is a second `{step.pass_name}`: merge it into step {earlier.index(step.pass_name) + 1}"
-            )
+        if step.once and name in names[:i]:
+            raise DynamizeError(f"step {i + 1} is a second `{name}`: merge it into step {names.index(name) + 1}")
+
+
+def _undoes(step: type[Transform], earlier: type[Transform]) -> bool:
+    """Whether what ``earlier`` did would not hold any more after ``step``."""
+    solved = earlier.kind & Kind.SOLVES and not step.kind & (Kind.SOLVES | Kind.SOLVES_AGAIN)
+    in_bytes = earlier.kind & Kind.TURNS_INTO_BYTES and not step.kind & Kind.SOLVES
+    adds_too_late = step.kind & earlier.needs
+    return bool(solved or in_bytes or adds_too_late or step.not_after & earlier.kind)
+
+
+def _either(names: Sequence[str]) -> str:
+    return " or ".join(f"`{name}`" for name in names)

@@ -17,7 +17,7 @@ from dynamize.nn.channels import ChannelUnit, Widths, path_costs
 from dynamize.nn.gates import gate_macs, make_gate, make_memory
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.segments import Region, build_segments
-from dynamize.transform import Applied, Context, Transform
+from dynamize.transform import Applied, Context, Kind, Transform
 
 _LEAST = 0.005  # of the network's MACs: a unit with fewer is not worth a gate
 
@@ -44,9 +44,8 @@ class ChannelGates(Transform):
 
     exact: ClassVar[bool] = False  # sums run over channels in another order
     once: ClassVar[bool] = True
-    before: ClassVar[tuple[str, ...]] = (
-        *("distill", "hybrid_gates", "q_gates", "recalibrate", "fuse_gates", "quantize", "calibrate"),
-    )
+    kind: ClassVar[Kind] = Kind.ADDS_GATES | Kind.SPLITS_CHANNELS
+    not_after: ClassVar[Kind] = Kind.TRAINS
 
     def apply(self, network: DynamicNetwork, context: Context) -> Applied:
         plain = network.plain

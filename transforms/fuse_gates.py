@@ -17,7 +17,7 @@ from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.segments import Region, fix_paths
 from dynamize.nn.widths import path_widths
 from dynamize.runtime.profile import gate_latency
-from dynamize.transform import Applied, Context, Share, Transform, gates_are_fused
+from dynamize.transform import Applied, Context, Kind, Share, Transform, gates_are_fused
 
 
 class FuseGates(Transform):
@@ -42,8 +42,8 @@ class FuseGates(Transform):
     time: bool = Field(True, description="whether gates that cost more time than they save are fused too")
 
     exact: ClassVar[bool] = False
-    after: ClassVar[tuple[str, ...]] = ("skip_gates", "channel_gates")
-    before: ClassVar[tuple[str, ...]] = ("quantize", "calibrate")
+    kind: ClassVar[Kind] = Kind.SETTLES_GATES
+    needs: ClassVar[Kind] = Kind.ADDS_GATES
 
     def apply(self, network: DynamicNetwork, context: Context) -> Applied:
         if not network.units and (gates_are_fused(network) or self.paths == {}):

@@ -8,7 +8,7 @@ from dynamize.nn.network import DynamicNetwork
 from dynamize.training.loop import WEIGHT_DECAY, Plan, Precision, decide_precision, train
 from dynamize.training.objectives import MultiExitLoss
 from dynamize.training.policy import HybridLoss, deciding, relative_costs
-from dynamize.transform import NOTHING_TO_REFINE, Applied, Context, Share, Transform, has_gates_to_refine
+from dynamize.transform import NOTHING_TO_REFINE, Applied, Context, Kind, Share, Transform, has_gates_to_refine
 
 
 class HybridGates(Transform):
@@ -33,8 +33,9 @@ class HybridGates(Transform):
 
     structural: ClassVar[bool] = False
     exact: ClassVar[bool] = False
-    after: ClassVar[tuple[str, ...]] = ("skip_gates", "channel_gates")
-    before: ClassVar[tuple[str, ...]] = ("recalibrate", "quantize", "calibrate")
+    kind: ClassVar[Kind] = Kind.TRAINS | Kind.REFINES_GATES
+    needs: ClassVar[Kind] = Kind.ADDS_GATES
+    not_after: ClassVar[Kind] = Kind.ESTIMATES
 
     def apply(self, network: DynamicNetwork, context: Context) -> Applied:
         if not has_gates_to_refine(self, network):

@@ -22,7 +22,7 @@ from dynamize.training.q_learning import (
     find_loss_scale,
     scale_scores,
 )
-from dynamize.transform import NOTHING_TO_REFINE, Applied, Context, Share, Transform, has_gates_to_refine
+from dynamize.transform import NOTHING_TO_REFINE, Applied, Context, Kind, Share, Transform, has_gates_to_refine
 
 _SEEDS_BETWEEN = 7919  # of two phases, so that they do not see the same batches in the same order
 _FOLLOW = 0.05  # of the target copy, in each step
@@ -62,8 +62,9 @@ class QGates(Transform):
 
     structural: ClassVar[bool] = False
     exact: ClassVar[bool] = False
-    after: ClassVar[tuple[str, ...]] = ("skip_gates", "channel_gates")
-    before: ClassVar[tuple[str, ...]] = ("recalibrate", "quantize", "calibrate")
+    kind: ClassVar[Kind] = Kind.TRAINS | Kind.REFINES_GATES
+    needs: ClassVar[Kind] = Kind.ADDS_GATES
+    not_after: ClassVar[Kind] = Kind.ESTIMATES
 
     def apply(self, network: DynamicNetwork, context: Context) -> Applied:
         if not has_gates_to_refine(self, network):

@@ -17,7 +17,7 @@ from dynamize.nn.gates import gate_macs, make_gate, make_memory
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.segments import build_segments
 from dynamize.runtime.profile import gate_price
-from dynamize.transform import Applied, Context, Transform
+from dynamize.transform import Applied, Context, Kind, Transform
 
 _PATHS = 2  # skip, run
 _SKIPPED = 0.5  # share of images for which a gate has to pay
@@ -50,9 +50,8 @@ class SkipGates(Transform):
     keep_first: bool = Field(True, description="the first block always runs, for `blocks: auto`")
 
     once: ClassVar[bool] = True
-    before: ClassVar[tuple[str, ...]] = (
-        *("distill", "hybrid_gates", "q_gates", "recalibrate", "fuse_gates", "quantize", "calibrate"),
-    )
+    kind: ClassVar[Kind] = Kind.ADDS_GATES
+    not_after: ClassVar[Kind] = Kind.TRAINS
 
     def apply(self, network: DynamicNetwork, context: Context) -> Applied:
         annotate(network.plain, network.input_shape)
