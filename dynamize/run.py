@@ -207,8 +207,10 @@ class Runner:
 
     def _fingerprint(self, index: int) -> str:
         """Of everything that the outcome of step ``index`` depends on, later steps not among it."""
-        parts = self.recipe.model_dump(mode="json", by_alias=True, exclude={"expect", "description"})
+        parts = self.recipe.model_dump(mode="json", by_alias=True, exclude={"expect", "description", "code"})
         parts["steps"] = parts["steps"][:index]
+        if self.recipe.code:
+            parts["code"] = [hashlib.sha256(file.read_bytes()).hexdigest() for file in self.recipe.code]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def _open_step(self, index: int) -> None:
@@ -273,6 +275,7 @@ class Runner:
             data=self.data.spec,
             classes=list(self.data.classes),
             about=about,
+            code=recipe.code,
         )
         ledger.write(out / LEDGER)
         write_json_lines(out / METRICS, metrics)

@@ -1,18 +1,21 @@
 """What a transform is: a step of a recipe, with typed fields, that takes a network and returns a network."""
 
+import functools
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Flag, auto
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, Union, get_origin
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from torch import nn
 
-from dynamize.errors import DynamizeError, closest
+from dynamize.errors import DynamizeError, unknown
 from dynamize.nn.network import DynamicNetwork
+from dynamize.usercode import load_entry_points
 
 if TYPE_CHECKING:
     from dynamize.data import Splits
@@ -98,7 +101,10 @@ class Kind(Flag):
 
 
 class Transform(BaseModel, ABC):
-    """Base of all transforms; a subclass in ``dynamize.transforms`` with its own ``pass`` literal is registered.
+    """Base of all transforms. Writing a subclass with a ``pass`` of its own registers it, in whichever package::
+
+        class Mine(Transform):
+            pass_name: Literal["mine"] = Field("mine", alias="pass")
 
     The same frozen object is the YAML step, the Python call and the JSON schema. ``apply`` with the *resolved*
     object rebuilds the same structure on a fresh network without any data.
@@ -126,10 +132,60 @@ class Transform(BaseModel, ABC):
 
 
 def registered() -> dict[str, type[Transform]]:
-    """Every transform by its ``pass`` name."""
+    """Every transform by its ``pass`` name: dynamize's, those of installed packages (entry points in the group
+    ``dynamize.transforms``), and whatever else has been imported. A class written anew, as in a notebook, counts
+    instead of the earlier one.
+
+    Raises:
+        DynamizeError: two transforms have one name, or a name is not written as it must be.
+    """
     import dynamize.transforms  # noqa: F401  importing the folder defines the subclasses
 
-    return {cls.model_fields["pass_name"].default: cls for cls in Transform.__subclasses__()}
+    _load_installed()
+    found: dict[str, type[Transform]] = {}
+    for cls in _subclasses(Transform):
+        name = None if inspect.isabstract(cls) else _own_pass(cls)
+        if name is None:
+            continue
+        first = found.setdefault(name, cls)
+        if (cls.__module__, cls.__qualname__) == (first.__module__, first.__qualname__):
+            found[name] = cls
+        elif not issubclass(cls, first):
+            both = " and ".join(f"{one.__module__}.{one.__qualname__}" for one in (first, cls))
+            raise DynamizeError(f"two transforms are called `{name}`: {both}: give one of them another `pass`")
+    return dict(sorted(found.items()))
+
+
+@functools.cache
+def _load_installed() -> None:
+    load_entry_points("dynamize.transforms")
+
+
+def _subclasses(cls: type[Any]) -> Iterator[type[Transform]]:
+    """All of them at any depth, bases before what is derived from them."""
+    for one in cls.__subclasses__():
+        yield one
+        yield from _subclasses(one)
+
+
+def _own_pass(cls: type[Transform]) -> str | None:
+    """The name of a transform; None for a class that has none, as it is a base of others."""
+    field = cls.model_fields["pass_name"]
+    if field.is_required():
+        return None
+    name = str(field.default)
+    if get_origin(field.annotation) is not Literal or field.alias != "pass":
+        raise DynamizeError(
+            f"{cls.__module__}.{cls.__qualname__} does not say its name as a step of a recipe does: write "
+            f'`pass_name: Literal["{name}"] = Field("{name}", alias="pass")`'
+        )
+    return name
+
+
+def any_step() -> TypeAdapter[Transform]:
+    """What reads a step of any transform that is registered now."""
+    union: Any = Union[tuple(registered().values())]  # noqa: UP007
+    return TypeAdapter(Annotated[union, Field(discriminator="pass_name")])
 
 
 def parse_step(step: dict[str, Any]) -> Transform:
@@ -145,7 +201,7 @@ def find_transform(name: str) -> type[Transform]:
     """The transform with this ``pass`` name; a DynamizeError lists those there are."""
     known = registered()
     if name not in known:
-        raise DynamizeError(f"'{name}' is no transform. {closest(name, list(known))}Known: {', '.join(sorted(known))}.")
+        raise DynamizeError(unknown(name, "transform", list(known)))
     return known[name]
 
 
@@ -186,7 +242,7 @@ def check_order(steps: Sequence[Transform], done: Sequence[str] = ()) -> None:
 
     ``done`` are the passes that the network has behind it already.
     """
-    order = [*map(find_transform, done), *map(type, steps)]
+    order: list[type[Transform]] = [*map(find_transform, done), *(type(step) for step in steps)]
     names = [*done, *(step.pass_name for step in steps)]
     for i in range(len(done), len(order)):
         step, name, earlier = order[i], names[i], order[:i]
