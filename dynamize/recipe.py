@@ -24,17 +24,20 @@ from dynamize.errors import DynamizeError
 from dynamize.faults import explain
 from dynamize.recipes import find_recipe, read_recipe
 from dynamize.sources import SourceSpec
-from dynamize.transform import Transform, any_step, check_order
+from dynamize.transform import Transform, any_step, check_order, upgraded
 from dynamize.usercode import import_file
 
 
 def _read_step(step: Any) -> Transform:
-    """A step of any transform that there is when the recipe is read."""
+    """A step of any transform that there is when the recipe is read; one that names no version is of the newest."""
     if isinstance(step, Transform):
         return step
     if not isinstance(step, dict):
         raise ValueError(f"{step!r} is no step: write `pass: NAME`, with the fields of that transform below it")
-    return any_step().validate_python(step)
+    try:
+        return any_step().validate_python(upgraded(step) if "version" in step else step)
+    except DynamizeError as error:
+        raise ValueError(str(error)) from error
 
 
 class _SchemaOfAnyStep:

@@ -116,6 +116,7 @@ class Transform(BaseModel, ABC):
     exact: ClassVar[bool] = True  # right after it, the eval output is bit-equal to before
     collective: ClassVar[bool] = True  # every process of a run takes part; else only the main one
     once: ClassVar[bool] = False  # may occur once in a recipe
+    version: ClassVar[int] = 1  # to be raised where steps that were written before would be read differently
     kind: ClassVar[Kind] = Kind(0)
     needs: ClassVar[Kind] = Kind(0)  # a step of one of these kinds must come earlier
     not_after: ClassVar[Kind] = Kind(0)  # no step of these kinds may come earlier
@@ -126,9 +127,15 @@ class Transform(BaseModel, ABC):
     def apply(self, network: DynamicNetwork, context: Context) -> Applied:
         """Transform ``network``, which may be changed or consumed."""
 
+    @classmethod
+    def upgrade(cls, step: dict[str, Any], version: int) -> dict[str, Any]:
+        """What an artifact says that was written at an earlier ``version``, as it is said now."""
+        return step
+
     def describe(self) -> dict[str, Any]:
-        """This step as plain data, the way a recipe writes it."""
-        return self.model_dump(mode="json", by_alias=True)
+        """This step as plain data, the way an artifact writes it: that of a recipe, and the version."""
+        fields = self.model_dump(mode="json", by_alias=True)
+        return {"pass": fields.pop("pass"), "version": self.version, **fields}
 
 
 def registered() -> dict[str, type[Transform]]:
@@ -189,12 +196,30 @@ def any_step() -> TypeAdapter[Transform]:
 
 
 def parse_step(step: dict[str, Any]) -> Transform:
-    """A transform from plain data such as ``{"pass": "exits", "count": 2}``.
+    """A transform from plain data such as ``{"pass": "exits", "version": 1, "count": 2}``.
 
     Raises:
-        DynamizeError: no or an unknown ``pass``. Wrong fields raise pydantic's ValidationError.
+        DynamizeError: no or an unknown ``pass`` or ``version``. Wrong fields raise pydantic's ValidationError.
     """
-    return find_transform(str(step.get("pass"))).model_validate(step)
+    return find_transform(str(step.get("pass"))).model_validate(upgraded(step))
+
+
+def upgraded(step: dict[str, Any]) -> dict[str, Any]:
+    """A step as a recipe would write it now; one that names no version is of the first.
+
+    Raises:
+        DynamizeError: no or an unknown ``pass`` or ``version``.
+    """
+    cls, fields = find_transform(str(step.get("pass"))), dict(step)
+    name, version = step["pass"], fields.pop("version", 1)
+    if type(version) is not int or version < 1:
+        raise DynamizeError(f"`{name}`: version {version!r} is none: versions are 1 to {cls.version}, or leave it out")
+    if version > cls.version:
+        raise DynamizeError(
+            f"`{name}`: the step is of version {version}, and this installation knows `{name}` up to version "
+            f"{cls.version}: install the newer one that wrote it, or run the recipe again with this one"
+        )
+    return cls.upgrade(fields, version) if version < cls.version else fields
 
 
 def find_transform(name: str) -> type[Transform]:

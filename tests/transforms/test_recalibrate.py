@@ -68,7 +68,13 @@ def test_the_best_statistics_are_kept(accuracies: tuple, kept: str, monkeypatch:
     network, batch = gated(), images(8)
     state = copied(network)
     tuned, notes = apply(network, Recalibrate(images=150), Context(data=splits()))
-    assert tuned.history[-1] == {"pass": "recalibrate", "images": 150, "augment": True, "statistics": kept}
+    assert tuned.history[-1] == {
+        "pass": "recalibrate",
+        "version": 1,
+        "images": 150,
+        "augment": True,
+        "statistics": kept,
+    }
     assert [unit.has_own for unit in tuned.units] == [kept == "widths"] * len(tuned.units)
     assert equal(tuned, state) == (kept == "shared")
     assert (tuned.state_dict().keys() == state.keys()) == (kept != "widths")
