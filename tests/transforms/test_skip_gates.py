@@ -22,7 +22,7 @@ from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.routing import record_routing
 from dynamize.runtime.export import export
 from dynamize.runtime.profile import GatePrice
-from dynamize.transform import Context
+from dynamize.transform import Context, parse_step
 from dynamize.transforms import ChannelGates, Exits, SkipGates, skip_gates
 
 BLOCKS = ["layer1.0", "layer1.1", "layer2.0", "layer2.1", "layer3.0", "layer3.1"]
@@ -233,7 +233,7 @@ class TestComesBack:
         once = gated(group=2, keep=["layer3.1"], keep_first=False).history[-1]
         assert once["blocks"] != "auto"
         assert once["group"] == 2
-        again = convert(small_resnet(), [SkipGates.model_validate(once)], SmallResNet.shape)
+        again = convert(small_resnet(), [parse_step(once)], SmallResNet.shape)
         assert again.history == [once]
 
     @pytest.mark.parametrize("gate", ["linear", "recurrent"])
