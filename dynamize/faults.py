@@ -7,7 +7,6 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails
 
 from dynamize.errors import closest, unknown
 from dynamize.transform import Transform, registered
@@ -35,7 +34,7 @@ def explain(error: ValidationError, model: type[BaseModel], given: Mapping[str, 
     )
 
 
-def _place(given: Any, one: ErrorDetails) -> Place:
+def _place(given: Any, one: Mapping[str, Any]) -> Place:
     """The place as the user wrote it: without what pydantic calls the members of a union, with the names of steps."""
     place: list[int | str] = []
     for part in one["loc"]:
@@ -52,7 +51,7 @@ def _has_below(place: Place, places: Sequence[Place]) -> bool:
     return any(len(one) > len(place) and one[: len(place)] == place for one in places)
 
 
-def _why(one: ErrorDetails, model: type[BaseModel]) -> str:
+def _why(one: Mapping[str, Any], model: type[BaseModel]) -> str:
     text, context = one["msg"].removeprefix("Value error, "), one.get("ctx", {})
     if one["type"] == "extra_forbidden":
         names = [name for cls in _sections(model, one["loc"][:-1]) for name in _fields(cls)]

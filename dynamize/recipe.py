@@ -17,7 +17,6 @@ from pydantic import (
     SerializeAsAny,
     ValidationError,
 )
-from pydantic_core import CoreSchema
 
 from dynamize.data.spec import DataSpec
 from dynamize.errors import DynamizeError
@@ -43,7 +42,7 @@ def _read_step(step: Any) -> Transform:
 class _SchemaOfAnyStep:
     """The JSON schema of a step: one of all transforms that there are when it is asked for."""
 
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+    def __get_pydantic_json_schema__(self, schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         return handler(any_step().core_schema)
 
 
