@@ -16,7 +16,7 @@ Data = Annotated[
     str | None, typer.Option(metavar="SOURCE", help="Where the images lie, if not where the run found them.")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
-TrustCode = Annotated[bool, typer.Option("--trust-code", help="Run the code that a source names (file.py:factory).")]
+TrustCode = Annotated[bool, typer.Option("--trust-code", help="Run the code that a source, recipe or artifact brings.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only results and errors, no progress.")]
 
 

@@ -49,7 +49,7 @@ def run(
         given = [f"{path}={json.dumps(_plain(value))}" for path, value in flags.items() if value is not None]
         folder = out or Path("runs") / Path(recipe).stem
         outcome = run_recipe(
-            load_recipe(recipe, [*given, *(settings or [])]),
+            load_recipe(recipe, [*given, *(settings or [])], trust_code=trust_code),
             folder,
             device=device,
             resume=resume,

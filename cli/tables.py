@@ -131,8 +131,8 @@ def _gates(gates: "Sequence[DecisionFacts]") -> Table:
 
 
 def _step(step: dict[str, Any]) -> str:
-    fields = ", ".join(f"{name}: {value}" for name, value in step.items() if name != "pass" and value is not None)
-    return f"  {step['pass']}  {fields}"
+    fields = {name: value for name, value in step.items() if name not in ("pass", "version") and value is not None}
+    return f"  {step['pass']}  {', '.join(f'{name}: {value}' for name, value in fields.items())}"
 
 
 def _exits(exits: "Sequence[DecisionFacts]", found: "Inspection") -> Table:

@@ -4,7 +4,8 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,10 +19,12 @@ from dynamize.conversion import replay
 from dynamize.data.spec import DataSpec
 from dynamize.errors import DynamizeError
 from dynamize.files import write_text
-from dynamize.folders import MANIFEST, WEIGHTS
+from dynamize.folders import CODE, MANIFEST, WEIGHTS, code_files
 from dynamize.nn.network import DynamicNetwork
 from dynamize.sources import SourceSpec, build
+from dynamize.transform import registered
 from dynamize.upgrade import upgraded, upgraded_manifest
+from dynamize.usercode import import_file
 
 
 class Manifest(BaseModel):
@@ -55,6 +58,7 @@ def save(
     data: DataSpec | None = None,
     classes: list[str] | None = None,
     about: dict[str, Any] | None = None,
+    code: Sequence[Path] = (),
 ) -> None:
     """Write ``manifest.json`` and ``weights.safetensors`` into the folder ``path``.
 
@@ -64,6 +68,7 @@ def save(
         data: resolved description of the images, for ``predict`` and ``calibrate``.
         classes: their names.
         about: anything else worth keeping, as JSON.
+        code: files that define transforms of the user's own; they are copied, and run when loading if they are trusted.
     """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
@@ -81,6 +86,9 @@ def save(
         versions=versions(),
     )
     save_state_dict(network.state_dict(), folder / WEIGHTS)
+    for file in code:
+        (folder / CODE).mkdir(exist_ok=True)
+        shutil.copy(file, folder / CODE)
     write_manifest(folder, manifest)
 
 
@@ -90,10 +98,12 @@ def load(path: str | os.PathLike[str], *, network: nn.Module | None = None, trus
     Args:
         path: the folder.
         network: the original network's structure, needed if it came from Python; its weights do not matter.
-        trust_code: whether a source such as ``file.py:factory`` may be imported.
+        trust_code: whether a source such as ``file.py:factory``, and transforms that the artifact brings, may be
+            imported.
 
     Raises:
-        DynamizeError: a file is missing or damaged, or the source needs ``network`` or ``trust_code``.
+        DynamizeError: a file is missing or damaged, the source needs ``network`` or ``trust_code``, or a step needs a
+            transform that is not here.
     """
     manifest = read_manifest(path)
     if network is None:
@@ -103,6 +113,7 @@ def load(path: str | os.PathLike[str], *, network: nn.Module | None = None, trus
                 "load it with dz.load(path, network=YourNetwork())"
             )
         network = build(manifest.source, trust_code=trust_code)
+    _find_transforms(manifest, Path(path), trust_code)
     try:
         rebuilt = replay(network, manifest.history, manifest.input)
     except ValidationError as error:
@@ -118,6 +129,30 @@ def load(path: str | os.PathLike[str], *, network: nn.Module | None = None, trus
     rebuilt.operating_points = manifest.operating_points
     rebuilt.set_operating_point(manifest.operating_point)
     return rebuilt.eval()
+
+
+def _find_transforms(manifest: Manifest, folder: Path, trust_code: bool) -> None:
+    """See to it that the transform of each step is here, from what the artifact brings if that is trusted."""
+    missing, brought = _missing(manifest), code_files(folder)
+    if missing and trust_code:
+        for file in brought:
+            import_file(file)
+        missing = _missing(manifest)
+    if not missing:
+        return
+    repair = (
+        "Import the module that defines it before loading, or install the package or the newer version of dynamize "
+        "that brings it."
+    )
+    if brought and not trust_code:
+        files = ", ".join(str(file) for file in brought)
+        repair = f"The artifact brings it: read {files}, then add --trust-code (in Python: trust_code=True)."
+    raise DynamizeError(f"{folder} needs the code of the transform {', '.join(missing)}, which is not here. {repair}")
+
+
+def _missing(manifest: Manifest) -> list[str]:
+    known = registered()
+    return [f"`{step['pass']}`" for step in manifest.history if "pass" in step and step["pass"] not in known]
 
 
 def read_manifest(path: str | os.PathLike[str]) -> Manifest:

@@ -67,11 +67,16 @@ def apply(network: DynamicNetwork, transform: Transform, context: Context) -> tu
 
 
 def replay(network: nn.Module, history: Sequence[dict[str, Any]], input_shape: Sequence[int]) -> DynamicNetwork:
-    """Rebuild the structure that a history describes on a fresh source network, without data or training."""
+    """Rebuild the structure that a history describes on a fresh source network, without data or training.
+
+    Its own history is of the current versions.
+    """
     rebuilt = wrap(network, input_shape).eval()
-    for step in history:
-        transform = parse_step(step if "version" in step else upgraded_names(step, rebuilt))
-        if transform.structural:
-            rebuilt = transform.apply(rebuilt, Context()).network
-    rebuilt.history = list(history)
+    steps: list[Transform] = []
+    for plain in history:
+        step = parse_step(plain if "version" in plain else upgraded_names(plain, rebuilt))
+        if step.structural:
+            rebuilt = step.apply(rebuilt, Context()).network
+        steps.append(step)
+    rebuilt.history = [step.describe() for step in steps]
     return rebuilt.train(network.training)

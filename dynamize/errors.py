@@ -19,3 +19,8 @@ def closest(name: str, known: list[str]) -> str:
 
     near = get_close_matches(name, known, n=3, cutoff=0.5)
     return f"Did you mean {', '.join(near)}? " if near else ""
+
+
+def unknown(name: str, what: str, known: list[str]) -> str:
+    """'NAME is no WHAT. Did you mean a? Known: a, b.' for an error message."""
+    return f"'{name}' is no {what}. {closest(name, known)}Known: {', '.join(sorted(known))}."

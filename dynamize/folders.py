@@ -7,6 +7,7 @@ from pathlib import Path
 from dynamize.errors import DynamizeError
 
 MANIFEST, WEIGHTS = "manifest.json", "weights.safetensors"
+CODE = "code"  # with the files that define the user's own transforms
 LEDGER, METRICS, STEPS, STATE = "ledger.json", "metrics.jsonl", "steps", "state.json"
 REPORT_PAGE, REPORT_TEXT, REPORT_DATA = "report.html", "report.md", "report.json"
 _FILES = (MANIFEST, WEIGHTS, LEDGER, METRICS, REPORT_PAGE, REPORT_TEXT, REPORT_DATA)
@@ -47,11 +48,19 @@ def step_folders(out: Path) -> list[Path]:
     return sorted(found, key=lambda folder: int(folder.name))
 
 
+def code_files(out: Path) -> list[Path]:
+    """What the artifact brings of the user's code."""
+    return sorted((out / CODE).glob("*.py"))
+
+
 def clear(out: Path) -> None:
     """Delete what a run wrote; files of other names stay. ``steps/0`` goes last: it marks the folder as a run."""
     for name in _FILES:
         (out / name).unlink(missing_ok=True)
+    for file in code_files(out):
+        file.unlink()
     for folder in reversed(step_folders(out)):
         shutil.rmtree(folder)
-    if (out / STEPS).is_dir() and not os.listdir(out / STEPS):
-        (out / STEPS).rmdir()
+    for name in (CODE, STEPS):
+        if (out / name).is_dir() and not os.listdir(out / name):
+            (out / name).rmdir()

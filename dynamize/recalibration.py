@@ -13,8 +13,8 @@ from dynamize.conversion import apply
 from dynamize.data import load_data
 from dynamize.devices import choose_device
 from dynamize.errors import DynamizeError
+from dynamize.faults import explain
 from dynamize.nn.network import DynamicNetwork
-from dynamize.recipe import explain
 from dynamize.runtime.engine import default_backend
 from dynamize.sources import SourceSpec, build, load_source
 from dynamize.transform import Context
@@ -37,7 +37,7 @@ def budget(
     try:
         return Calibrate.model_validate(given)
     except ValidationError as error:
-        raise DynamizeError(f"the budget cannot be used:\n{explain(error)}") from error
+        raise DynamizeError(f"the budget cannot be used:\n{explain(error, Calibrate, given)}") from error
 
 
 def recalibrate(

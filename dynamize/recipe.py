@@ -2,21 +2,51 @@
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    PlainValidator,
+    PositiveFloat,
+    PositiveInt,
+    SerializeAsAny,
+    ValidationError,
+)
 
 from dynamize.data.spec import DataSpec
-from dynamize.errors import DynamizeError, closest
-from dynamize.recipes import read_recipe
+from dynamize.errors import DynamizeError
+from dynamize.faults import explain
+from dynamize.recipes import find_recipe, read_recipe
 from dynamize.sources import SourceSpec
-from dynamize.transform import Transform, check_order, registered
+from dynamize.transform import Transform, any_step, check_order, upgraded
+from dynamize.usercode import import_file
 
-if TYPE_CHECKING:
-    Step = Transform
-else:
-    Step = Annotated[Union[tuple(registered().values())], Field(discriminator="pass_name")]  # noqa: UP007
+
+def _read_step(step: Any) -> Transform:
+    """A step of any transform that there is when the recipe is read; one that names no version is of the newest."""
+    if isinstance(step, Transform):
+        return step
+    if not isinstance(step, dict):
+        raise ValueError(f"{step!r} is no step: write `pass: NAME`, with the fields of that transform below it")
+    try:
+        return any_step().validate_python(upgraded(step) if "version" in step else step)
+    except DynamizeError as error:
+        raise ValueError(str(error)) from error
+
+
+class _SchemaOfAnyStep:
+    """The JSON schema of a step: one of all transforms that there are when it is asked for."""
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return handler(any_step().core_schema)
+
+
+Step = Annotated[SerializeAsAny[Transform], PlainValidator(_read_step), _SchemaOfAnyStep()]
 
 
 class ModelSection(SourceSpec):
@@ -51,7 +81,10 @@ class Expect(BaseModel):
 
 
 class Recipe(BaseModel):
-    """A whole run. ``backends`` is what latency is measured on, the main one first; empty means the fastest here."""
+    """A whole run. ``backends`` is what latency is measured on, the main one first; empty means the fastest here.
+
+    ``code`` are Python files with transforms of the user's own. :func:`load_recipe` imports them, if they are trusted.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -63,6 +96,9 @@ class Recipe(BaseModel):
     backends: list[Literal["eager", "onnxruntime", "openvino", "openvino-bf16"]] = []
     batches: list[PositiveInt] = [1, 64]
     timing_seconds: PositiveFloat = Field(5.0, description="how long each comparison of times takes")
+    code: list[Path] = Field(
+        [], description="Python files that define transforms, relative to the recipe; run only with --trust-code"
+    )
     steps: list[Step]
     expect: Expect = Expect()
 
@@ -72,19 +108,24 @@ class Recipe(BaseModel):
         return self.steps
 
 
-def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, trust_code: bool = False) -> Recipe:
     """Read a YAML recipe, apply ``a.b=value`` overrides, and check everything.
 
     Args:
         path: a file, or the name of a built-in recipe such as ``quickstart``.
         overrides: dotted path and YAML value: ``steps.1.epochs=1``; steps count from 0.
+        trust_code: whether the files that its ``code`` names may be run.
 
     Raises:
-        DynamizeError: no such file, not YAML, or fields that the schema refuses; all of them are named.
+        DynamizeError: no such file, not YAML, code that is not trusted, or fields that the schema refuses; all of them
+            are named.
     """
     plain = read_recipe(path)
     for override in overrides:
         _override(plain, override)
+    code = plain.get("code")
+    if isinstance(code, list) and all(isinstance(file, str) for file in code):
+        plain["code"] = _import_code(code, find_recipe(path), trust_code)
     return parse_recipe(plain, str(path))
 
 
@@ -93,26 +134,9 @@ def parse_recipe(plain: dict[str, Any], name: str) -> Recipe:
     try:
         recipe = Recipe.model_validate(plain)
     except ValidationError as error:
-        raise DynamizeError(f"{name} is no valid recipe:\n{explain(error)}") from error
+        raise DynamizeError(f"{name} is no valid recipe:\n{explain(error, Recipe, plain)}") from error
     recipe.transforms()
     return recipe
-
-
-def explain(error: ValidationError) -> str:
-    """Every refused field on a line of its own: where, why, and what was given."""
-    known = sorted(_field_names())
-    lines = []
-    for one in error.errors():
-        where = ".".join(str(part) for part in one["loc"]) or "recipe"
-        text = f"  {where}: {one['msg'].removeprefix('Value error, ')}"
-        if one["type"] == "extra_forbidden":
-            text = f"  {where}: no such field. {closest(str(one['loc'][-1]), known)}".rstrip()
-        elif one["type"] == "missing":
-            text = f"  {where}: missing"
-        elif isinstance(one["input"], str | int | float | bool) and one["type"] != "value_error":
-            text += f" (given: {one['input']!r})"
-        lines.append(text)
-    return "\n".join(lines)
 
 
 def schema() -> dict[str, Any]:
@@ -120,9 +144,24 @@ def schema() -> dict[str, Any]:
     return Recipe.model_json_schema(by_alias=True)
 
 
-def _field_names() -> set[str]:
-    models: list[type[BaseModel]] = [Recipe, ModelSection, DataSpec, Expect, Bound, *registered().values()]
-    return {field.alias or name for model in models for name, field in model.model_fields.items()}
+def _import_code(names: list[str], recipe: Path, trust_code: bool) -> list[str]:
+    """Run the files with the user's transforms, and return where they are."""
+    files = [(recipe.parent / Path(name).expanduser()).resolve() for name in names]
+    if len({file.name for file in files}) < len(files):
+        raise DynamizeError(
+            f"{recipe}: code: {', '.join(names)}: two of these have one name: name each file differently"
+        )
+    for name, file in zip(names, files, strict=True):
+        if not file.is_file():
+            raise DynamizeError(f"{recipe}: code: there is no file {name} beside the recipe (looked for {file})")
+    if files and not trust_code:
+        raise DynamizeError(
+            f"{recipe} has transforms of its own in {', '.join(names)}, and running it would run that code. Read it, "
+            "then add --trust-code (in Python: load_recipe(..., trust_code=True))."
+        )
+    for file in files:
+        import_file(file)
+    return [str(file) for file in files]
 
 
 def _override(plain: dict[str, Any], override: str) -> None:

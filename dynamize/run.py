@@ -168,7 +168,7 @@ class Runner:
     def _apply(
         self, index: int, transform: Transform | None, network: DynamicNetwork
     ) -> tuple[DynamicNetwork, list[str], float]:
-        if transform is None or (not self.state.is_main_process and transform.pass_name == "calibrate"):
+        if transform is None or not (self.state.is_main_process or transform.collective):
             return network, [], 0.0
         context = Context(
             data=self.data,
@@ -208,8 +208,10 @@ class Runner:
 
     def _fingerprint(self, index: int) -> str:
         """Of everything that the outcome of step ``index`` depends on, later steps not among it."""
-        parts = self.recipe.model_dump(mode="json", by_alias=True, exclude={"expect", "description"})
+        parts = self.recipe.model_dump(mode="json", by_alias=True, exclude={"expect", "description", "code"})
         parts["steps"] = parts["steps"][:index]
+        if self.recipe.code:
+            parts["code"] = [hashlib.sha256(file.read_bytes()).hexdigest() for file in self.recipe.code]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def _open_step(self, index: int) -> None:
@@ -274,6 +276,7 @@ class Runner:
             data=self.data.spec,
             classes=list(self.data.classes),
             about=about,
+            code=recipe.code,
         )
         ledger.write(out / LEDGER)
         write_json_lines(out / METRICS, metrics)

@@ -1,17 +1,21 @@
 """What a transform is: a step of a recipe, with typed fields, that takes a network and returns a network."""
 
+import functools
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from enum import Flag, auto
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, Union, get_origin
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from torch import nn
 
-from dynamize.errors import DynamizeError, closest
+from dynamize.errors import DynamizeError, unknown
 from dynamize.nn.network import DynamicNetwork
+from dynamize.usercode import load_entry_points
 
 if TYPE_CHECKING:
     from dynamize.data import Splits
@@ -76,8 +80,31 @@ class Applied:
     notes: list[str] = field(default_factory=list)
 
 
+class Kind(Flag):
+    """What a step does, as far as others have to know: the rules of order are about these, never about names.
+
+    A step may do several things, or none of them.
+    """
+
+    ADDS_EXITS = auto()
+    ADDS_GATES = auto()
+    SPLITS_CHANNELS = auto()  # so that layers are computed in part
+    FUSES_BRANCHES = auto()
+    RESHAPES_LAYERS = auto()  # narrower ones, or products, stand in the place of layers
+    TRAINS = auto()
+    REFINES_GATES = auto()
+    ESTIMATES = auto()  # statistics of batch norms
+    SETTLES_GATES = auto()  # makes them static
+    SOLVES = auto()  # thresholds of exits and offsets of gates
+    SOLVES_AGAIN = auto()  # by itself, where they had been solved
+    TURNS_INTO_BYTES = auto()
+
+
 class Transform(BaseModel, ABC):
-    """Base of all transforms; a subclass in ``dynamize.transforms`` with its own ``pass`` literal is registered.
+    """Base of all transforms. Writing a subclass with a ``pass`` of its own registers it, in whichever package::
+
+        class Mine(Transform):
+            pass_name: Literal["mine"] = Field("mine", alias="pass")
 
     The same frozen object is the YAML step, the Python call and the JSON schema. ``apply`` with the *resolved*
     object rebuilds the same structure on a fresh network without any data.
@@ -87,9 +114,12 @@ class Transform(BaseModel, ABC):
 
     structural: ClassVar[bool] = True  # changes the graph, so that loading an artifact replays it
     exact: ClassVar[bool] = True  # right after it, the eval output is bit-equal to before
+    collective: ClassVar[bool] = True  # every process of a run takes part; else only the main one
     once: ClassVar[bool] = False  # may occur once in a recipe
-    after: ClassVar[tuple[str, ...]] = ()  # passes of which at least one must come earlier
-    before: ClassVar[tuple[str, ...]] = ()  # passes that must not come earlier
+    version: ClassVar[int] = 1  # to be raised where steps that were written before would be read differently
+    kind: ClassVar[Kind] = Kind(0)
+    needs: ClassVar[Kind] = Kind(0)  # a step of one of these kinds must come earlier
+    not_after: ClassVar[Kind] = Kind(0)  # no step of these kinds may come earlier
 
     pass_name: str
 
@@ -97,72 +127,170 @@ class Transform(BaseModel, ABC):
     def apply(self, network: DynamicNetwork, context: Context) -> Applied:
         """Transform ``network``, which may be changed or consumed."""
 
+    @classmethod
+    def upgrade(cls, step: dict[str, Any], version: int) -> dict[str, Any]:
+        """What an artifact says that was written at an earlier ``version``, as it is said now."""
+        return step
+
     def describe(self) -> dict[str, Any]:
-        """This step as plain data, the way a recipe writes it."""
-        return self.model_dump(mode="json", by_alias=True)
+        """This step as plain data, the way an artifact writes it: that of a recipe, and the version."""
+        fields = self.model_dump(mode="json", by_alias=True)
+        return {"pass": fields.pop("pass"), "version": self.version, **fields}
 
 
 def registered() -> dict[str, type[Transform]]:
-    """Every transform by its ``pass`` name."""
+    """Every transform by its ``pass`` name: dynamize's, those of installed packages (entry points in the group
+    ``dynamize.transforms``), and whatever else has been imported. A class written anew, as in a notebook, counts
+    instead of the earlier one.
+
+    Raises:
+        DynamizeError: two transforms have one name, or a name is not written as it must be.
+    """
     import dynamize.transforms  # noqa: F401  importing the folder defines the subclasses
 
-    return {cls.model_fields["pass_name"].default: cls for cls in Transform.__subclasses__()}
+    _load_installed()
+    found: dict[str, type[Transform]] = {}
+    for cls in _subclasses(Transform):
+        name = None if inspect.isabstract(cls) else _own_pass(cls)
+        if name is None:
+            continue
+        first = found.setdefault(name, cls)
+        if (cls.__module__, cls.__qualname__) == (first.__module__, first.__qualname__):
+            found[name] = cls
+        elif not issubclass(cls, first):
+            both = " and ".join(f"{one.__module__}.{one.__qualname__}" for one in (first, cls))
+            raise DynamizeError(f"two transforms are called `{name}`: {both}: give one of them another `pass`")
+    return dict(sorted(found.items()))
+
+
+@functools.cache
+def _load_installed() -> None:
+    load_entry_points("dynamize.transforms")
+
+
+def _subclasses(cls: type[Any]) -> Iterator[type[Transform]]:
+    """All of them at any depth, bases before what is derived from them."""
+    for one in cls.__subclasses__():
+        yield one
+        yield from _subclasses(one)
+
+
+def _own_pass(cls: type[Transform]) -> str | None:
+    """The name of a transform; None for a class that has none, as it is a base of others."""
+    field = cls.model_fields["pass_name"]
+    if field.is_required():
+        return None
+    name = str(field.default)
+    if get_origin(field.annotation) is not Literal or field.alias != "pass":
+        raise DynamizeError(
+            f"{cls.__module__}.{cls.__qualname__} does not say its name as a step of a recipe does: write "
+            f'`pass_name: Literal["{name}"] = Field("{name}", alias="pass")`'
+        )
+    return name
+
+
+def any_step() -> TypeAdapter[Transform]:
+    """What reads a step of any transform that is registered now."""
+    union: Any = Union[tuple(registered().values())]  # noqa: UP007
+    return TypeAdapter(Annotated[union, Field(discriminator="pass_name")])
 
 
 def parse_step(step: dict[str, Any]) -> Transform:
-    """A transform from plain data such as ``{"pass": "exits", "count": 2}``.
+    """A transform from plain data such as ``{"pass": "exits", "version": 1, "count": 2}``.
 
     Raises:
-        DynamizeError: no or an unknown ``pass``. Wrong fields raise pydantic's ValidationError.
+        DynamizeError: no or an unknown ``pass`` or ``version``. Wrong fields raise pydantic's ValidationError.
     """
-    return find_transform(str(step.get("pass"))).model_validate(step)
+    return find_transform(str(step.get("pass"))).model_validate(upgraded(step))
+
+
+def upgraded(step: dict[str, Any]) -> dict[str, Any]:
+    """A step as a recipe would write it now; one that names no version is of the first.
+
+    Raises:
+        DynamizeError: no or an unknown ``pass`` or ``version``.
+    """
+    cls, fields = find_transform(str(step.get("pass"))), dict(step)
+    name, version = step["pass"], fields.pop("version", 1)
+    if type(version) is not int or version < 1:
+        raise DynamizeError(f"`{name}`: version {version!r} is none: versions are 1 to {cls.version}, or leave it out")
+    if version > cls.version:
+        raise DynamizeError(
+            f"`{name}`: the step is of version {version}, and this installation knows `{name}` up to version "
+            f"{cls.version}: install the newer one that wrote it, or run the recipe again with this one"
+        )
+    return cls.upgrade(fields, version) if version < cls.version else fields
 
 
 def find_transform(name: str) -> type[Transform]:
     """The transform with this ``pass`` name; a DynamizeError lists those there are."""
     known = registered()
     if name not in known:
-        raise DynamizeError(f"'{name}' is no transform. {closest(name, list(known))}Known: {', '.join(sorted(known))}.")
+        raise DynamizeError(unknown(name, "transform", list(known)))
     return known[name]
 
 
+def of_kind(kind: Kind) -> list[str]:
+    """Names of the transforms that do one of these things, those that leave the answers bit-equal first."""
+    found = [(not cls.exact, name) for name, cls in registered().items() if cls.kind & kind]
+    return [name for _, name in sorted(found)]
+
+
 def gates_are_fused(network: DynamicNetwork) -> bool:
-    """Whether `fuse_gates` has made all gates of the network static."""
-    return not network.changing and any(step["pass"] == "fuse_gates" for step in network.history)
+    """Whether a step has made all gates of the network static."""
+    return not network.changing and last_step(network, Kind.SETTLES_GATES) is not None
+
+
+def last_step(network: DynamicNetwork, kind: Kind) -> Transform | None:
+    """The last step of one of these kinds that the network has behind it."""
+    steps = [step for step in network.history if find_transform(step["pass"]).kind & kind]
+    return parse_step(steps[-1]) if steps else None
 
 
 def has_gates_to_refine(step: Transform, network: DynamicNetwork) -> bool:
-    """Whether there are gates to train; False where `fuse_gates` has left none.
+    """Whether there are gates to train; False where an earlier step has made all of them static.
 
     Raises:
         DynamizeError: there never were any.
     """
     if not network.changing and not gates_are_fused(network):
+        adding, training = of_kind(Kind.ADDS_GATES), of_kind(Kind.TRAINS & ~Kind.REFINES_GATES)
         raise DynamizeError(
-            f"{step.pass_name}: the network has no gates: put `skip_gates` or `channel_gates` before, and `distill`, "
+            f"{step.pass_name}: the network has no gates: put {_either(adding)} before, and {_either(training)}, "
             "which trains them first"
         )
     return bool(network.changing)
 
 
-def check_order(steps: list[Transform], done: Sequence[str] = ()) -> None:
+def check_order(steps: Sequence[Transform], done: Sequence[str] = ()) -> None:
     """Refuse an order of steps that cannot work, naming both steps and the repair.
 
     ``done`` are the passes that the network has behind it already.
     """
+    order: list[type[Transform]] = [*map(find_transform, done), *(type(step) for step in steps)]
     names = [*done, *(step.pass_name for step in steps)]
-    for i, step in enumerate(steps, start=len(done)):
-        earlier = names[:i]
-        if step.after and not set(step.after) & set(earlier):
-            needed = " or ".join(f"`{name}`" for name in step.after)
-            raise DynamizeError(f"step {i + 1} `{step.pass_name}` needs {needed} before it: add that step above")
-        for name in step.before:
-            if name in earlier:
+    for i in range(len(done), len(order)):
+        step, name, earlier = order[i], names[i], order[:i]
+        if step.needs and not any(one.kind & step.needs for one in earlier):
+            needed = _either(of_kind(step.needs))
+            raise DynamizeError(f"step {i + 1} `{name}` needs {needed} before it: add that step above")
+        for k, one in enumerate(earlier):
+            if names[k] != name and _undoes(step, one):
                 raise DynamizeError(
-                    f"step {i + 1} `{step.pass_name}` comes after step {earlier.index(name) + 1} `{name}`, which "
-                    f"it would undo: move `{step.pass_name}` above `{name}`"
+                    f"step {i + 1} `{name}` comes after step {k + 1} `{names[k]}`, which it would undo: move `{name}` "
+                    f"above `{names[k]}`"
                 )
-        if step.once and step.pass_name in earlier:
-            raise DynamizeError(
-                f"step {i + 1} is a second `{step.pass_name}`: merge it into step {earlier.index(step.pass_name) + 1}"
-            )
+        if step.once and name in names[:i]:
+            raise DynamizeError(f"step {i + 1} is a second `{name}`: merge it into step {names.index(name) + 1}")
+
+
+def _undoes(step: type[Transform], earlier: type[Transform]) -> bool:
+    """Whether what ``earlier`` did would not hold any more after ``step``."""
+    solved = earlier.kind & Kind.SOLVES and not step.kind & (Kind.SOLVES | Kind.SOLVES_AGAIN)
+    in_bytes = earlier.kind & Kind.TURNS_INTO_BYTES and not step.kind & Kind.SOLVES
+    adds_too_late = step.kind & earlier.needs
+    return bool(solved or in_bytes or adds_too_late or step.not_after & earlier.kind)
+
+
+def _either(names: Sequence[str]) -> str:
+    return " or ".join(f"`{name}`" for name in names)

@@ -1,4 +1,4 @@
-"""Importing and calling a factory in the user's own code, for sources that the caller has declared trusted.
+"""Importing the user's own code that the caller has declared trusted: factories of networks, and transforms.
 
 Whatever that code raises becomes one readable line that names the place.
 """
@@ -12,6 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
@@ -45,6 +46,27 @@ def call_factory(target: str, name: str, kwargs: Mapping[str, object]) -> nn.Mod
     if not isinstance(model, nn.Module):
         raise DynamizeError(f"{target}:{name} returned a {type(model).__name__}: it must return a torch.nn.Module.")
     return model
+
+
+def import_file(file: Path) -> None:
+    """Runs a file, which may import what lies beside it. Only for trusted files.
+
+    Raises:
+        DynamizeError: no such file, or an exception inside it.
+    """
+    with _importable(file.resolve().parent):
+        _import_file(file)
+
+
+def load_entry_points(group: str) -> None:
+    """Imports what installed packages offer under the entry point ``group``.
+
+    Raises:
+        DynamizeError: one of them cannot be imported.
+    """
+    for entry in entry_points(group=group):
+        package = entry.dist.name if entry.dist else "a package"
+        _run(entry.load, f"the entry point {entry.name} = {entry.value} of {package}")
 
 
 def _check_arguments(factory: Callable[..., object], source: str, kwargs: Mapping[str, object]) -> None:

@@ -174,7 +174,9 @@ def test_weights_of_another_network(tmp_path: Path) -> None:
         artifact.load(tmp_path)
 
 
-@pytest.mark.parametrize("step", [{"pass": "exitz"}, {"pass": "exits", "colour": 1}, {}])
+@pytest.mark.parametrize(
+    "step", [{"pass": "exitz"}, {"pass": "exits", "colour": 1}, {"pass": "exits", "version": 9}, {}]
+)
 def test_history_that_this_version_does_not_know(step: dict[str, object], tmp_path: Path) -> None:
     save_at_its_thresholds(network(), tmp_path)
     manifest = json.loads((tmp_path / "manifest.json").read_text())

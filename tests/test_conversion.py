@@ -22,6 +22,39 @@ class TestSteps:
         assert "pass_name" not in data
         assert parse_step(data) == step
 
+    def test_a_step_of_an_artifact_has_a_version_and_needs_none(self) -> None:
+        assert list(Exits().describe())[:2] == ["pass", "version"]
+        assert parse_step({"pass": "exits", "count": 3}) == parse_step({"pass": "exits", "version": 1, "count": 3})
+        assert "version" not in Exits().model_dump(by_alias=True)
+
+    def test_an_older_step_is_upgraded_when_it_is_read(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def upgrade(cls: type, step: dict, version: int) -> dict:
+            seen.append((dict(step), version))
+            return {"pass": step["pass"], "count": step["number"]}
+
+        seen: list[tuple[dict, int]] = []
+        monkeypatch.setattr(Exits, "upgrade", classmethod(upgrade))
+        monkeypatch.setattr(Exits, "version", 3)
+        assert parse_step({"pass": "exits", "number": 4}) == Exits(count=4)
+        assert parse_step({"pass": "exits", "version": 2, "number": 5}) == Exits(count=5)
+        assert seen == [({"pass": "exits", "number": 4}, 1), ({"pass": "exits", "number": 5}, 2)]
+        assert parse_step(Exits(count=6).describe()) == Exits(count=6)
+        assert len(seen) == 2
+
+    @pytest.mark.parametrize(
+        ("version", "message"),
+        [
+            (2, "`exits`: the step is of version 2, and this installation knows `exits` up to version 1: install"),
+            ("1", "version '1' is none"),
+            (0, "version 0 is none"),
+            (True, "version True is none"),
+            (None, "version None is none"),
+        ],
+    )
+    def test_versions_that_cannot_be_read(self, version: object, message: str) -> None:
+        with pytest.raises(DynamizeError, match=message):
+            parse_step({"pass": "exits", "version": version})
+
     def test_steps_cannot_be_changed(self) -> None:
         with pytest.raises(ValidationError, match="frozen"):
             Exits().count = 5
@@ -125,6 +158,12 @@ def test_replay_leaves_out_what_changes_no_structure() -> None:
     second = replay(ThreeLayer(), history, ThreeLayer.shape)
     assert second.history == history
     assert second.state_dict().keys() == first.state_dict().keys()
+
+
+def test_replay_brings_the_history_up_to_date() -> None:
+    first, _ = apply(wrap(ThreeLayer(), ThreeLayer.shape), Exits(at=["relu"], head="linear"), Context())
+    before = {name: value for name, value in first.history[0].items() if name != "version"}
+    assert replay(ThreeLayer(), [before], ThreeLayer.shape).history == first.history
 
 
 def test_replay_of_an_unknown_step() -> None:

@@ -29,7 +29,7 @@ from dynamize.nn.exchange import answers
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.routing import record_routing
 from dynamize.sources import SourceSpec, build
-from dynamize.transform import Context, Transform, check_order, parse_step, registered
+from dynamize.transform import Context, Transform, check_order, of_kind, parse_step, registered
 from dynamize.transforms import fuse_gates
 
 SHAPE = (1, 8, 8)
@@ -87,7 +87,7 @@ def allowed(names: Names) -> bool:
 
 def chain(first: str, second: str) -> Names | None:
     """The two, after what they need; None if the rules forbid this order."""
-    needed = [one for name in (first, second) for one in (NEEDS.get(name), registered()[name].after) if one]
+    needed = [one for name in (first, second) for one in (NEEDS.get(name), of_kind(registered()[name].needs)) if one]
     for before in ((), *product(*needed)):
         names = (*dict.fromkeys(before), first, second)
         others = set(combinations(names, 2)) - {(first, second)}

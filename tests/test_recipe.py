@@ -30,6 +30,21 @@ def test_steps_are_the_python_transforms() -> None:
     assert parse_recipe(recipe.model_dump(mode="json", by_alias=True), "again") == recipe
 
 
+def test_a_step_may_be_one_of_an_artifact() -> None:
+    recipe = load_recipe("quickstart", ["steps.0.version=1"])
+    assert recipe == load_recipe("quickstart")
+
+
+def test_a_step_of_a_recipe_is_of_the_newest_version_unless_it_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Exits, "version", 2)
+    monkeypatch.setattr(Exits, "upgrade", lambda step, version: step | {"count": 7})
+    read = [
+        load_recipe("quickstart", [f"steps.0={step}"]).steps[0]
+        for step in ("{pass: exits, version: 1}", "{pass: exits}")
+    ]
+    assert read == [Exits(count=7), Exits()]
+
+
 def test_overrides_go_through_the_schema() -> None:
     recipe = load_recipe(
         "quickstart",
@@ -55,7 +70,8 @@ def test_overrides_go_through_the_schema() -> None:
         ("seed=-1", "seed: Input should be greater than or equal to 0 (given: -1)"),
         ("sed=1", "sed: no such field. Did you mean seed"),
         ("steps.1.epoch=1", "Did you mean epochs"),
-        ("steps.0.pass=exit", "exit"),
+        ("steps.0.pass=exit", "Did you mean exits"),
+        ("steps.0.version=2", "steps.0: `exits`: the step is of version 2"),
         ("model.source=resnet50", "torchvision:resnet50"),
         ("data.normalize=[[2], [1]]", "pixels in 0..1"),
         ("version=2", "version"),

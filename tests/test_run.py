@@ -203,3 +203,26 @@ def test_distill_trains_the_whole_network_and_heads_only_the_heads(reference: Pa
     before, after = (read_state_dict(reference / "steps" / str(step) / "weights.safetensors") for step in (1, 2))
     convolutions = [name for name in before if name.startswith("segments.") and before[name].ndim == 4]
     assert all(not torch.equal(before[name], after[name]) for name in convolutions)
+
+
+def test_half_finished_runs_of_earlier_versions_go_on() -> None:
+    """The fingerprint of a recipe without code of its own is what it was before recipes could have any."""
+    runner = Runner.__new__(Runner)
+    runner.recipe = load_recipe("quickstart")
+    assert runner._fingerprint(3) == "515ed729edf2ba0b95026f1bb28dc1b0676e1bb9ace48cf48e3ab4ac3325ba25"
+
+
+def test_steps_of_changed_code_are_not_gone_on_with(tmp_path: Path) -> None:
+    runner, found = Runner.__new__(Runner), set()
+    for text in ("a = 1", "a = 2"):
+        (tmp_path / "own.py").write_text(text)
+        runner.recipe = load_recipe("quickstart").model_copy(update={"code": [tmp_path / "own.py"]})
+        found.add(runner._fingerprint(3))
+    assert len(found) == 2
+
+
+def test_clearing_takes_the_code_away(tmp_path: Path) -> None:
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "own.py").touch()
+    clear(tmp_path)
+    assert not (tmp_path / "code").exists()

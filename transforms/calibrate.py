@@ -16,7 +16,7 @@ from dynamize.calibration.gates import OffsetTables, best_point, curve
 from dynamize.errors import DynamizeError
 from dynamize.measure.controls import adaptivity
 from dynamize.nn.network import DynamicNetwork
-from dynamize.transform import Applied, Context, Transform, gates_are_fused
+from dynamize.transform import Applied, Context, Kind, Transform, gates_are_fused
 
 _DEFAULT_DROP = 0.2
 
@@ -43,7 +43,9 @@ class Calibrate(Transform):
 
     structural: ClassVar[bool] = False
     exact: ClassVar[bool] = False
-    after: ClassVar[tuple[str, ...]] = ("exits", "skip_gates", "channel_gates")
+    collective: ClassVar[bool] = False
+    kind: ClassVar[Kind] = Kind.SOLVES
+    needs: ClassVar[Kind] = Kind.ADDS_EXITS | Kind.ADDS_GATES
 
     @model_validator(mode="after")
     def _one_budget(self) -> Self:

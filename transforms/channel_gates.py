@@ -19,7 +19,7 @@ from dynamize.nn.channels import ChannelUnit, Widths
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.row import Region
 from dynamize.nn.units import GateMaker, gate_maker, unique_names
-from dynamize.transform import Applied, Context, Transform
+from dynamize.transform import Applied, Context, Kind, Transform
 
 _LEAST = 0.005  # of the network's MACs: a unit with fewer is not worth a gate
 
@@ -46,9 +46,8 @@ class ChannelGates(Transform):
 
     exact: ClassVar[bool] = False  # sums run over channels in another order
     once: ClassVar[bool] = True
-    before: ClassVar[tuple[str, ...]] = (
-        *("distill", "hybrid_gates", "q_gates", "recalibrate", "fuse_gates", "quantize", "calibrate"),
-    )
+    kind: ClassVar[Kind] = Kind.ADDS_GATES | Kind.SPLITS_CHANNELS
+    not_after: ClassVar[Kind] = Kind.TRAINS
 
     def apply(self, network: DynamicNetwork, context: Context) -> Applied:
         plain = network.plain

@@ -18,7 +18,7 @@ from dynamize.training.gating import BudgetLoss, GatedLoss, Noise
 from dynamize.training.hints import HintLoss
 from dynamize.training.loop import WEIGHT_DECAY, Plan, Precision, decide_precision, train
 from dynamize.training.objectives import MultiExitLoss
-from dynamize.transform import Applied, Context, Share, Transform, gates_are_fused
+from dynamize.transform import Applied, Context, Kind, Share, Transform, gates_are_fused
 
 _DEFAULT_BUDGET = 0.6
 
@@ -73,7 +73,8 @@ class Distill(Transform):
 
     structural: ClassVar[bool] = False
     exact: ClassVar[bool] = False
-    before: ClassVar[tuple[str, ...]] = ("recalibrate", "quantize", "calibrate")
+    kind: ClassVar[Kind] = Kind.TRAINS
+    not_after: ClassVar[Kind] = Kind.ESTIMATES
 
     def apply(self, network: DynamicNetwork, context: Context) -> Applied:
         data = context.needs_data(self)

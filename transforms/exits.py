@@ -21,7 +21,7 @@ from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.piece import Piece
 from dynamize.nn.row import outside
 from dynamize.training.probe import probe
-from dynamize.transform import Applied, Context, Transform
+from dynamize.transform import Applied, Context, Kind, Transform
 
 _WIDTH_STEP = 16  # convolution widths that are no multiple of 16 lose on CPUs
 _WIDEST = 1024
@@ -56,7 +56,8 @@ class Exits(Transform):
     confidence: ConfidenceName = Field("top_probability", description="what the thresholds are compared with")
 
     once: ClassVar[bool] = True
-    before: ClassVar[tuple[str, ...]] = ("distill", "hybrid_gates", "q_gates", "quantize", "calibrate")
+    kind: ClassVar[Kind] = Kind.ADDS_EXITS
+    not_after: ClassVar[Kind] = Kind.TRAINS
 
     def apply(self, network: DynamicNetwork, context: Context) -> Applied:
         if network.leaving:

@@ -12,7 +12,7 @@ from dynamize.graph.macs import annotated_macs
 from dynamize.nn.branches import BranchBlock, Form, fits
 from dynamize.nn.network import DynamicNetwork
 from dynamize.rewrite.exchange import layers_and_norms, replace_layers, sliced_layers
-from dynamize.transform import Applied, Context, Transform
+from dynamize.transform import Applied, Context, Kind, Transform
 
 Names = Annotated[list[str], Field(min_length=1)]
 
@@ -35,9 +35,7 @@ class ExpandBranches(Transform):
         "auto", description="paths of convolutions, or auto: all square ones of odd size above 1"
     )
 
-    before: ClassVar[tuple[str, ...]] = (
-        *("channel_gates", "fuse_branches", "factorize", "prune", "quantize", "hybrid_gates", "q_gates", "calibrate"),
-    )
+    not_after: ClassVar[Kind] = Kind.SPLITS_CHANNELS | Kind.FUSES_BRANCHES | Kind.RESHAPES_LAYERS | Kind.REFINES_GATES
 
     def apply(self, network: DynamicNetwork, context: Context) -> Applied:
         found = _convolutions(network)

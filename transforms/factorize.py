@@ -16,7 +16,7 @@ from dynamize.graph.trace import annotate
 from dynamize.nn.network import DynamicNetwork
 from dynamize.rewrite.exchange import replace_layers, sliced_layers
 from dynamize.runtime.engine import engine_class
-from dynamize.transform import Applied, Context, Transform
+from dynamize.transform import Applied, Context, Kind, Transform
 
 _DEFAULT_ENERGY = 0.9
 _WORTH = 0.97  # of the layer's time: factors that take longer gain nothing that can be told from noise
@@ -50,7 +50,8 @@ class Factorize(Transform):
     timed: bool = Field(True, description="leave layers whole whose factors are not faster on the run's backend")
 
     exact: ClassVar[bool] = False
-    before: ClassVar[tuple[str, ...]] = ("channel_gates", "quantize", "calibrate")
+    kind: ClassVar[Kind] = Kind.RESHAPES_LAYERS
+    not_after: ClassVar[Kind] = Kind.SPLITS_CHANNELS
 
     @model_validator(mode="after")
     def _one_target(self) -> Self:

@@ -32,7 +32,6 @@ class FoldBatchnorm(Transform):
     pass_name: Literal["fold_batchnorm"] = Field("fold_batchnorm", alias="pass")
 
     exact: ClassVar[bool] = False  # rounding
-    before: ClassVar[tuple[str, ...]] = ("quantize", "calibrate")
 
     def apply(self, network: DynamicNetwork, context: Context) -> Applied:
         pairs = layers_and_norms(network)

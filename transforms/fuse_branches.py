@@ -15,7 +15,7 @@ from dynamize.nn.branches import BranchBlock
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.row import spans
 from dynamize.rewrite.exchange import check_answers, count_again, exit_answers, module_names, replace_layers
-from dynamize.transform import Applied, Context, Transform
+from dynamize.transform import Applied, Context, Kind, Transform
 
 _PIXELS = 8  # times the stride, added to the reach of a kernel: side of the map on which a block is compared
 
@@ -34,7 +34,8 @@ class FuseBranches(Transform):
     )
 
     exact: ClassVar[bool] = False  # rounding
-    before: ClassVar[tuple[str, ...]] = ("factorize", "prune", "quantize", "calibrate")
+    kind: ClassVar[Kind] = Kind.FUSES_BRANCHES
+    not_after: ClassVar[Kind] = Kind.RESHAPES_LAYERS
 
     def apply(self, network: DynamicNetwork, context: Context) -> Applied:
         annotate(network.plain, network.input_shape)

@@ -15,7 +15,7 @@ from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.piece import Decision
 from dynamize.rewrite.fixing import fix_options
 from dynamize.runtime.profile import option_latency
-from dynamize.transform import Applied, Context, Share, Transform, gates_are_fused
+from dynamize.transform import Applied, Context, Kind, Share, Transform, gates_are_fused
 
 
 class FuseGates(Transform):
@@ -40,8 +40,8 @@ class FuseGates(Transform):
     time: bool = Field(True, description="whether gates that cost more time than they save are fused too")
 
     exact: ClassVar[bool] = False
-    after: ClassVar[tuple[str, ...]] = ("skip_gates", "channel_gates")
-    before: ClassVar[tuple[str, ...]] = ("quantize", "calibrate")
+    kind: ClassVar[Kind] = Kind.SETTLES_GATES
+    needs: ClassVar[Kind] = Kind.ADDS_GATES
 
     def apply(self, network: DynamicNetwork, context: Context) -> Applied:
         if not network.changing and (gates_are_fused(network) or self.paths == {}):

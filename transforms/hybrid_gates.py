@@ -1,17 +1,18 @@
 """`hybrid_gates`: refine trained gates, and the network with them, by the reward of sampled decisions."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from dynamize.nn.network import DynamicNetwork
-from dynamize.training.loop import WEIGHT_DECAY, Plan, Precision, decide_precision, train
+from dynamize.training.loop import WEIGHT_DECAY, Plan, decide_precision, train
 from dynamize.training.objectives import MultiExitLoss
 from dynamize.training.policy import HybridLoss, deciding, relative_costs
-from dynamize.transform import NOTHING_TO_REFINE, Applied, Context, Share, Transform, has_gates_to_refine
+from dynamize.training.refining import RefinesGates
+from dynamize.transform import NOTHING_TO_REFINE, Applied, Context, has_gates_to_refine
 
 
-class HybridGates(Transform):
+class HybridGates(RefinesGates):
     """Hybrid reinforcement learning (SkipNet, Wang et al. 2018, sec. 3.3; baseline of BlockDrop, Wu et al. 2018).
 
     The network learns from labels and teacher as in `distill`, the gates from the reward of decisions sampled from
@@ -21,20 +22,11 @@ class HybridGates(Transform):
 
     pass_name: Literal["hybrid_gates"] = Field("hybrid_gates", alias="pass")
     epochs: PositiveInt = Field(3, description="passes over the train split")
-    batch_size: PositiveInt = Field(128, description="over all processes")
     lr: PositiveFloat = Field(0.005, description="peak of the one-cycle schedule")
     cost: Annotated[float, Field(ge=0)] = Field(
         0.5, description="what the original network's MACs are worth in cross entropy; more skips more"
     )
     rl_weight: PositiveFloat = Field(1.0, description="weight of the policy gradient")
-    alpha: Share = Field(0.5, description="share of the answers' loss that is distillation from the teacher")
-    temperature: PositiveFloat = Field(2.0, description="of the distillation")
-    precision: Precision = "auto"
-
-    structural: ClassVar[bool] = False
-    exact: ClassVar[bool] = False
-    after: ClassVar[tuple[str, ...]] = ("skip_gates", "channel_gates")
-    before: ClassVar[tuple[str, ...]] = ("recalibrate", "quantize", "calibrate")
 
     def apply(self, network: DynamicNetwork, context: Context) -> Applied:
         if not has_gates_to_refine(self, network):

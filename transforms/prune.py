@@ -35,7 +35,7 @@ from dynamize.nn.network import DynamicNetwork
 from dynamize.rewrite.exchange import count_again, sliced_layers
 from dynamize.runtime.engine import engine_class
 from dynamize.training.statistics import estimate_statistics
-from dynamize.transform import Applied, Context, Transform
+from dynamize.transform import Applied, Context, Kind, Transform
 from dynamize.transforms.distill import Distill
 
 _DEFAULT_RATIO = 0.5
@@ -86,7 +86,8 @@ class Prune(Transform):
     )
 
     exact: ClassVar[bool] = False
-    before: ClassVar[tuple[str, ...]] = ("channel_gates", "quantize", "calibrate")
+    kind: ClassVar[Kind] = Kind.RESHAPES_LAYERS
+    not_after: ClassVar[Kind] = Kind.SPLITS_CHANNELS
 
     @model_validator(mode="after")
     def _one_target(self) -> Self:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from accelerate import PartialState
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dynamize.files import write_json_lines
 from dynamize.nn.network import DynamicNetwork
-from dynamize.training.loop import WEIGHT_DECAY, Plan, Precision, decide_precision, train
+from dynamize.training.loop import WEIGHT_DECAY, Plan, decide_precision, train
 from dynamize.training.objectives import MultiExitLoss
 from dynamize.training.policy import FollowBest, deciding, relative_costs
 from dynamize.training.q_learning import (
@@ -22,13 +22,14 @@ from dynamize.training.q_learning import (
     find_loss_scale,
     scale_scores,
 )
-from dynamize.transform import NOTHING_TO_REFINE, Applied, Context, Share, Transform, has_gates_to_refine
+from dynamize.training.refining import RefinesGates
+from dynamize.transform import NOTHING_TO_REFINE, Applied, Context, Share, has_gates_to_refine
 
 _SEEDS_BETWEEN = 7919  # of two phases, so that they do not see the same batches in the same order
 _FOLLOW = 0.05  # of the target copy, in each step
 
 
-class QGates(Transform):
+class QGates(RefinesGates):
     """Q-learning of the gates (Runtime Neural Pruning, Lin et al. 2017, sec. 3.2 and 3.3).
 
     In each round the gates are trained with the network frozen, then the network with the gates frozen. A path costs
@@ -43,7 +44,6 @@ class QGates(Transform):
     network_epochs: Annotated[int, Field(ge=0)] = Field(
         3, description="passes over the train split with the gates frozen, each round"
     )
-    batch_size: PositiveInt = Field(128, description="over all processes")
     gate_lr: PositiveFloat = Field(0.2, description="peak of the one-cycle schedule of the gates")
     lr: PositiveFloat = Field(0.02, description="peak of the one-cycle schedule of the network")
     penalty: Annotated[float, Field(ge=0)] = Field(
@@ -56,14 +56,6 @@ class QGates(Transform):
     loss_scale: Literal["auto"] | PositiveFloat = Field(
         "auto", description="of the cross entropy; auto: makes it 1 on average when paths are random"
     )
-    alpha: Share = Field(0.5, description="share of the network's loss that is distillation from the teacher")
-    temperature: PositiveFloat = Field(2.0, description="of the distillation")
-    precision: Precision = "auto"
-
-    structural: ClassVar[bool] = False
-    exact: ClassVar[bool] = False
-    after: ClassVar[tuple[str, ...]] = ("skip_gates", "channel_gates")
-    before: ClassVar[tuple[str, ...]] = ("recalibrate", "quantize", "calibrate")
 
     def apply(self, network: DynamicNetwork, context: Context) -> Applied:
         if not has_gates_to_refine(self, network):

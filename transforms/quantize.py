@@ -19,7 +19,7 @@ from dynamize.files import write_text
 from dynamize.measure.accuracy import exit_accuracies
 from dynamize.nn.network import DynamicNetwork
 from dynamize.rewrite.exchange import sliced_layers
-from dynamize.transform import Applied, Context, Transform, parse_step
+from dynamize.transform import Applied, Context, Kind, Transform, last_step
 
 LAYERS = "layers.json"
 _LISTED = 5
@@ -61,6 +61,7 @@ class Quantize(Transform):
 
     exact: ClassVar[bool] = False
     once: ClassVar[bool] = True
+    kind: ClassVar[Kind] = Kind.TURNS_INTO_BYTES | Kind.SOLVES_AGAIN
 
     def apply(self, network: DynamicNetwork, context: Context) -> Applied:
         if sliced_layers(network):
@@ -180,15 +181,15 @@ def _fidelity_note(fidelity: dict[str, float]) -> str:
 
 def _calibrated_again(quantized: DynamicNetwork, network: DynamicNetwork, data: Splits, context: Context) -> list[str]:
     """Solve the operating points anew if there were any: thresholds are compared with other confidences now."""
-    last = [step for step in network.history if step["pass"] == "calibrate"]
     if network.operating_points is None:
         return []
-    if not last or context.teacher is None:
+    step = last_step(network, Kind.SOLVES)
+    if step is None or context.teacher is None:
         quantized.operating_points = None
         quantized.set_operating_point(None)
         return ["the operating points held for the network in float and are gone: add a `calibrate` step behind"]
-    notes = parse_step(last[-1]).apply(quantized, context).notes
-    return ["calibrated again, as `calibrate` was before", *(note for note in notes if note not in data.warnings)]
+    notes = [note for note in step.apply(quantized, context).notes if note not in data.warnings]
+    return [f"calibrated again, as `{step.pass_name}` was before", *notes]
 
 
 def _bytes(network: DynamicNetwork) -> int:

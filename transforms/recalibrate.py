@@ -14,7 +14,7 @@ from dynamize.measure.costs import exit_costs
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.units import Unit
 from dynamize.training.statistics import Estimated, Norms, estimate_statistics
-from dynamize.transform import Applied, Context, Transform
+from dynamize.transform import Applied, Context, Kind, Transform
 
 Statistics = Literal["shared", "recalibrated", "widths"]
 _NORMS: dict[Statistics, Norms] = {"recalibrated": "all", "widths": "widths"}
@@ -41,8 +41,8 @@ class Recalibrate(Transform):
     )
 
     exact: ClassVar[bool] = False
-    after: ClassVar[tuple[str, ...]] = ("channel_gates", "skip_gates")
-    before: ClassVar[tuple[str, ...]] = ("quantize", "calibrate")
+    kind: ClassVar[Kind] = Kind.ESTIMATES
+    needs: ClassVar[Kind] = Kind.ADDS_GATES
 
     def apply(self, network: DynamicNetwork, context: Context) -> Applied:
         units = [unit for unit in network.changing if unit.slices]

@@ -16,7 +16,7 @@ from dynamize.graph.trace import annotate
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.units import GateMaker, SkipUnit, gate_maker, unique_names
 from dynamize.runtime.profile import gate_price
-from dynamize.transform import Applied, Context, Transform
+from dynamize.transform import Applied, Context, Kind, Transform
 
 _PATHS = 2  # skip, run
 _SKIPPED = 0.5  # share of images for which a gate has to pay
@@ -49,9 +49,8 @@ class SkipGates(Transform):
     keep_first: bool = Field(True, description="the first block always runs, for `blocks: auto`")
 
     once: ClassVar[bool] = True
-    before: ClassVar[tuple[str, ...]] = (
-        *("distill", "hybrid_gates", "q_gates", "recalibrate", "fuse_gates", "quantize", "calibrate"),
-    )
+    kind: ClassVar[Kind] = Kind.ADDS_GATES
+    not_after: ClassVar[Kind] = Kind.TRAINS
 
     def apply(self, network: DynamicNetwork, context: Context) -> Applied:
         annotate(network.plain, network.input_shape)

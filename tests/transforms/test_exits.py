@@ -12,7 +12,7 @@ from dynamize.graph.cuts import cut_points
 from dynamize.graph.trace import trace
 from dynamize.measure.costs import exit_costs
 from dynamize.nn.network import DynamicNetwork
-from dynamize.transform import Context
+from dynamize.transform import Context, parse_step
 from dynamize.transforms import Exits
 
 
@@ -160,7 +160,7 @@ def test_history_and_state_rebuild_the_network_without_data(fields: dict, traini
 def test_resolving_is_stable(fields: dict) -> None:
     once = resolved(**fields)
     assert "auto" not in (once["at"], once["size"])
-    again = convert(small_resnet(), [Exits.model_validate(once)], SmallResNet.shape)
+    again = convert(small_resnet(), [parse_step(once)], SmallResNet.shape)
     assert again.history == [once]
 
 

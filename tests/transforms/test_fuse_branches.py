@@ -95,7 +95,7 @@ class TestExpandedBlocks:
         assert count_macs(fused, blank) == count_macs(network, blank)
         assert sum(node.meta["macs"] for node in fused.plain.graph.nodes) == count_macs(network, blank)
         assert notes[0].startswith("13 blocks of branches are one convolution each: ")
-        assert fused.history[-1] == {"pass": "fuse_branches", "sums": []}
+        assert fused.history[-1] == {"pass": "fuse_branches", "version": 1, "sums": []}
 
     def test_in_networks_with_exits(self) -> None:
         network = trained(apply(with_exits(), ExpandBranches(), Context())[0])

@@ -19,6 +19,7 @@ from dynamize.nn.piece import Choose
 from dynamize.training import loop, state
 from dynamize.training.loop import Plan, train
 from dynamize.training.objectives import MultiExitLoss
+from dynamize.training.refining import RefinesGates
 from dynamize.transform import Context, Transform, check_order
 from dynamize.transforms import Calibrate, Distill, FuseGates, HybridGates, QGates, SkipGates
 
@@ -44,6 +45,12 @@ def refined(step: Transform, context: Context) -> DynamicNetwork:
     network = gated_digits()
     set_scores(network, [[0.0, 1.0]] * 3)
     return apply(network, step, context)[0]
+
+
+@both
+def test_what_they_have_in_common_is_written_once(step: Transform) -> None:
+    assert isinstance(step, RefinesGates)
+    assert not vars(type(step))["__annotations__"].keys() & vars(RefinesGates)["__annotations__"].keys()
 
 
 @both

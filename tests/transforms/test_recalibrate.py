@@ -67,7 +67,13 @@ def test_the_best_statistics_are_kept(accuracies: tuple, kept: str, monkeypatch:
     network, batch = gated(), images(8)
     state = copied(network)
     tuned, notes = apply(network, Recalibrate(images=150), Context(data=splits()))
-    assert tuned.history[-1] == {"pass": "recalibrate", "images": 150, "augment": True, "statistics": kept}
+    assert tuned.history[-1] == {
+        "pass": "recalibrate",
+        "version": 1,
+        "images": 150,
+        "augment": True,
+        "statistics": kept,
+    }
     assert [unit.has_own for unit in tuned.changing] == [kept == "widths"] * len(tuned.changing)
     assert equal(tuned, state) == (kept == "shared")
     assert (tuned.state_dict().keys() == state.keys()) == (kept != "widths")
@@ -184,7 +190,7 @@ def test_refusals() -> None:
         )
     with pytest.raises(DynamizeError, match="`recalibrate` needs images"):
         apply(gated(), Recalibrate(), Context())
-    with pytest.raises(DynamizeError, match="needs `channel_gates` or `skip_gates` before it"):
+    with pytest.raises(DynamizeError, match="needs `skip_gates` or `channel_gates` before it"):
         check_order([Recalibrate()])
     with pytest.raises(DynamizeError, match="move `recalibrate` above `calibrate`"):
         check_order([ChannelGates(), Calibrate(), Recalibrate()])

@@ -32,7 +32,7 @@ from dynamize.nn.piece import Setting
 from dynamize.runtime.export import export
 from dynamize.runtime.profile import GatePrice
 from dynamize.training.objectives import exit_logits
-from dynamize.transform import Context
+from dynamize.transform import Context, parse_step
 from dynamize.transforms import ChannelGates, Exits, SkipGates, skip_gates
 
 BLOCKS = ["layer1.0", "layer1.1", "layer2.0", "layer2.1", "layer3.0", "layer3.1"]
@@ -244,7 +244,7 @@ class TestComesBack:
         once = gated(group=2, keep=["layer3.1"], keep_first=False).history[-1]
         assert once["blocks"] != "auto"
         assert once["group"] == 2
-        again = convert(small_resnet(), [SkipGates.model_validate(once)], SmallResNet.shape)
+        again = convert(small_resnet(), [parse_step(once)], SmallResNet.shape)
         assert again.history == [once]
 
     @pytest.mark.parametrize("gate", ["linear", "recurrent"])
@@ -310,8 +310,9 @@ class TestComesBack:
 
 
 def _stand_at(network: DynamicNetwork, offset: float) -> None:
+    split = {f"exit.{k}": one for k, one in enumerate(thresholds(network), start=1)}
     point = OperatingPoint(
-        name="here", thresholds={f"exit.{k}": one for k, one in enumerate(thresholds(network), start=1)}, accuracy=0.5, accuracy_ci=(0, 1), accuracy_drop=0.0,
+        name="here", thresholds=split, accuracy=0.5, accuracy_ci=(0, 1), accuracy_drop=0.0,
         accuracy_drop_ci=(0, 0), macs=1.0, macs_ci=(1, 1), macs_ratio=0.5, exits=[0.5, 0.25, 0.25], offset=offset,
     )  # fmt: skip
     network.operating_points = OperatingPoints((point,))
