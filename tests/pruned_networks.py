@@ -12,6 +12,7 @@ from dynamize.compression.channels import ChannelGroup, Member
 from dynamize.compression.layers import layers
 from dynamize.nn.gates import ALL_OPEN
 from dynamize.nn.network import DynamicNetwork
+from dynamize.nn.piece import Setting
 
 
 class SqueezeNet(nn.Module):
@@ -80,14 +81,13 @@ def masked_answers(
 ) -> list[Tensor]:
     """Logits of all exits where whatever reads a channel that goes is handed zeros: by hooks, at full size."""
     network = copy.deepcopy(network).eval()
-    network.gate_offset = ALL_OPEN
     known = layers(network)
     for group in groups:
         for member in group.members:
             if member.side == "in" and member.dim is None:
                 known[member.layer].register_forward_pre_hook(_zeroing(member, removed[group.name]))
     with torch.no_grad():
-        return network.all_exits(images)
+        return network.all_exits(images, Setting(offset=ALL_OPEN))
 
 
 def _zeroing(member: Member, channels: Sequence[int]) -> Callable[..., tuple[Tensor, ...]]:

@@ -16,8 +16,9 @@ from dynamize.compression.layers import layers, resize, sizes
 from dynamize.conversion import convert, wrap
 from dynamize.errors import DynamizeError
 from dynamize.models import create
-from dynamize.nn.exchange import count_again
 from dynamize.nn.network import DynamicNetwork
+from dynamize.nn.piece import Setting
+from dynamize.rewrite.exchange import count_again
 from dynamize.transforms import Exits, SkipGates
 
 pytest.importorskip("torch_pruning", reason="channels are followed with torch-pruning: pip install 'dynamize[prune]'")
@@ -26,7 +27,7 @@ pytest.importorskip("torch_pruning", reason="channels are followed with torch-pr
 def with_exits() -> DynamicNetwork:
     step = Exits(at=["layer1", "layer2"], share=1.0, size=[16, 16], chain=True)
     network = convert(small_resnet(), [step], SmallResNet.shape).eval()
-    for fusion in (network.heads[1].fusion, network.fusion):
+    for fusion in (network.leaving[1].head.fusion, network.row[-1].linear):
         nn.init.normal_(fusion.weight, 0, 0.1)
     return network
 
@@ -82,9 +83,8 @@ def test_removed_is_masked(name: str) -> None:
         before = network(images)
     remove(network, groups, odd(groups))
     count_again(network)
-    network.gate_offset = 1e4
     with torch.no_grad():
-        found = network.all_exits(images)
+        found = network.all_exits(images, Setting(offset=1e4))
     assert all(close(ours, theirs, 1e-5) for ours, theirs in zip(found, wanted, strict=True))
     assert not close(found[-1], before, 1e-3)
 
@@ -113,10 +113,13 @@ def test_residual_trunks_projections_and_heads_go_together() -> None:
     trunk = groups["stem.0"]
     assert members(trunk, "out") == {"stem.0", "layer1.0.body.1", "layer1.1.body.1"}
     assert members(trunk, "in") == {
-        "layer1.0.body.0.0", "layer1.1.body.0.0", "layer2.0.body.0.0", "layer2.0.shortcut", "exits.0.body.0",
+        "layer1.0.body.0.0", "layer1.1.body.0.0", "layer2.0.body.0.0", "layer2.0.shortcut",
+        "pieces.exit__1.head.body.0",
     }  # fmt: skip
     assert members(groups["layer2.0.body.1"], "out") == {"layer2.0.shortcut", "layer2.0.body.1", "layer2.1.body.1"}
-    assert members(groups["exits.0.body.3"], "in") == {"exits.0.classifier.2", "exits.1.fusion", "exits.fusion"}
+    assert members(groups["pieces.exit__1.head.body.3"], "in") == {
+        "pieces.exit__1.head.classifier.2", "pieces.exit__2.head.fusion", "pieces.fusion.linear",
+    }  # fmt: skip
     assert not any("classifier" in layer for group in groups.values() for layer in members(group, "out"))
     assert "linear" not in groups
 
@@ -139,17 +142,19 @@ def test_concatenated_and_flattened_channels_have_their_places() -> None:
 def test_gates_read_the_trunk() -> None:
     network = with_gates("recurrent")
     trunk = by_name(network)["layer2.0.body.1"]
-    assert {"gates.2.project", "gates.3.project"} <= members(trunk, "in")
-    assert {"gates.2.norm", "gates.3.norm"} <= members(trunk, "each")
-    costs = [unit.path_macs for unit in network.units]
-    gates = [unit.gate_macs for unit in network.units]
+    third, fourth = (f"pieces.{name}.gate" for name in ("layer2__1", "layer3__0"))
+    assert [unit.name for unit in network.changing[2:4]] == ["layer2.1", "layer3.0"]
+    assert {f"{third}.project", f"{fourth}.project"} <= members(trunk, "in")
+    assert {f"{third}.norm", f"{fourth}.norm"} <= members(trunk, "each")
+    costs = [unit.path_macs for unit in network.changing]
+    gates = [unit.macs for unit in network.changing]
     remove(network, [trunk], {trunk.name: range(8)})
     count_again(network)
     # layer2.1 (unit 2): 8*8 pixels * (16 hidden * 16 trunk + 16 trunk * 16 hidden) * 9, of which half of the trunk goes
     assert costs[2][1] == 8 * 8 * 2 * 16 * 16 * 9
-    assert network.units[2].path_macs[1] == costs[2][1] / 2
-    assert network.units[2].gate_macs < gates[2]
-    assert network.units[2].path_costs.tolist() == [0, 1]
+    assert network.changing[2].path_macs[1] == costs[2][1] / 2
+    assert network.changing[2].macs < gates[2]
+    assert network.changing[2].path_costs.tolist() == [0, 1]
 
 
 def test_group_norm_keeps_its_channels() -> None:

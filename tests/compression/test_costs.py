@@ -10,6 +10,7 @@ from torch import nn
 from dynamize.compression.costs import Stopwatch, layer_ratio, whole_macs
 from dynamize.compression.factors import factorized
 from dynamize.conversion import convert
+from dynamize.nn.piece import Setting
 from dynamize.transforms import Exits, SkipGates
 
 CPU = torch.device("cpu")
@@ -30,10 +31,11 @@ def test_a_layer_a_hundred_times_cheaper_is_faster(backend: str) -> None:
 def test_stopwatch_opens_gates_and_leaves_the_network_alone(backend: str) -> None:
     steps = [Exits(at=["layer1"], share=1.0, size=[16]), SkipGates(group=1)]
     network = convert(small_resnet(), steps, SmallResNet.shape).eval()
-    network.thresholds, network.gate_offset = [0.0], -1.0
+    network.setting = stands = Setting({"exit.1": 0.0}, -1.0)
     watch = Stopwatch(network, backend, CPU, seconds=0.3)
     assert 0.3 < watch.ratio(copy.deepcopy(network)) < 3
-    assert (network.thresholds, network.gate_offset) == ([0.0], -1.0)
+    assert network.setting is stands
+    assert stands == Setting({"exit.1": 0.0}, -1.0)
 
 
 def test_whole_macs_count_heads_and_gates() -> None:

@@ -18,7 +18,6 @@ from dynamize.compression.widths import (
     by_harm,
     kept_width,
     least_worth,
-    liked_multiple,
     partly,
     removed_share,
     spared,
@@ -27,6 +26,7 @@ from dynamize.compression.widths import (
 from dynamize.conversion import wrap
 from dynamize.errors import InfeasibleError
 from dynamize.nn.network import DynamicNetwork
+from dynamize.runtime.engine import engine_class
 
 
 def plain_group(name: str, channels: int) -> ChannelGroup:
@@ -78,7 +78,7 @@ def test_widths_are_multiples(channels: int, share: float, multiple: int, kept: 
 
 
 def test_liked_multiples() -> None:
-    assert (liked_multiple("onnxruntime"), liked_multiple("eager")) == (16, 8)
+    assert (engine_class("onnxruntime").liked_multiple, engine_class("eager").liked_multiple) == (16, 8)
 
 
 def test_rounds_take_equal_shares_of_what_is_left() -> None:
