@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dynamize.errors import DynamizeError
+from dynamize.graph.trace import blank
 from dynamize.nn.gates import pool_map
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.quantized import is_quantized
@@ -132,8 +133,9 @@ def export_onnx(
         outputs: their names; None names them as a path and a head give them.
         blocks: prepare for ONNX Runtime's blocked layout.
     """
-    inputs = [torch.zeros(2, *takes.shape, dtype=takes.dtype)]
-    inputs += [torch.zeros(2, context)] if context else []
+    features = blank(module, 2, *takes.shape)
+    inputs = [features.to(takes.dtype or features.dtype)]
+    inputs += [blank(module, 2, context)] if context else []
     module = _Plain(module, blocks).eval()
     names = INPUTS[: len(inputs)]
     buffer = io.BytesIO()
