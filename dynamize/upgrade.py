@@ -48,6 +48,26 @@ def upgraded(state: Mapping[str, Tensor], network: DynamicNetwork) -> Mapping[st
     return found
 
 
+def upgraded_optimizer(
+    optimizer: Mapping[str, Any], state: Mapping[str, Tensor], network: DynamicNetwork
+) -> Mapping[str, Any]:
+    """The state of an optimizer, which numbers parameters in the order in which the network has them, in today's order.
+
+    Args:
+        optimizer: its state dict.
+        state: that of the network from the same time.
+        network: of today, with what is trained requiring gradients.
+    """
+    today = upgraded(state, network)
+    if today is state:
+        return optimizer
+    place = {id(tensor): number for number, tensor in enumerate(state.values())}
+    trained = [place[id(today[name])] for name, one in network.named_parameters() if one.requires_grad]
+    number = {one: old for old, one in enumerate(sorted(trained))}
+    moments = {new: optimizer["state"][number[one]] for new, one in enumerate(trained)} if optimizer["state"] else {}
+    return {**optimizer, "state": moments}
+
+
 def _prefixes(network: DynamicNetwork) -> Iterator[tuple[str, tuple[str, ...]]]:
     """What names of format 1 began with, and what those of today do."""
     for k, pieces in enumerate(_segments(network)):

@@ -11,6 +11,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dynamize.errors import DynamizeError
 from dynamize.files import atomically
+from dynamize.nn.network import DynamicNetwork
+from dynamize.upgrade import upgraded, upgraded_optimizer
 
 _SECONDS_BETWEEN = 60.0
 
@@ -51,8 +53,8 @@ def save_checkpoint(work: Path, position: Position, network: nn.Module, optimize
         torch.save(state, path)
 
 
-def load_checkpoint(work: Path, network: nn.Module, optimizer: Any, schedule: LRScheduler) -> Position | None:
-    """Restore what :func:`save_checkpoint` wrote; None where there is nothing.
+def load_checkpoint(work: Path, network: DynamicNetwork, optimizer: Any, schedule: LRScheduler) -> Position | None:
+    """Restore what :func:`save_checkpoint` wrote, in this version or an earlier one; None where there is nothing.
 
     Raises:
         DynamizeError: the file is damaged or belongs to another run.
@@ -62,8 +64,8 @@ def load_checkpoint(work: Path, network: nn.Module, optimizer: Any, schedule: LR
         return None
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
-        network.load_state_dict(state["network"])
-        optimizer.load_state_dict(state["optimizer"])
+        network.load_state_dict(upgraded(state["network"], network))
+        optimizer.load_state_dict(upgraded_optimizer(state["optimizer"], state["network"], network))
         schedule.load_state_dict(state["schedule"])
         return Position(**state["position"])
     except Exception as error:
