@@ -129,3 +129,14 @@ def split_exits(network: DynamicNetwork, images: Tensor) -> None:
     logits = masked(network, images).logits_KNC
     medians = [float(exit_scores(network, one, k).median()) + 1e-4 for k, one in enumerate(logits[:-1])]
     set_thresholds(network, medians)
+
+
+def split_forced(network: DynamicNetwork, batch: Tensor, forced: Tensor) -> None:
+    """Thresholds at which about half of the images leave at each exit, none of them borderline."""
+    logits = masked(network, batch, forced).logits_KNC
+    found = []
+    for k in range(len(network.leaving)):
+        ranked = exit_scores(network, logits[k], k).sort().values
+        gap = len(ranked) // 2
+        found.append(float(ranked[gap] + ranked[gap + 1]) / 2)
+    set_thresholds(network, found)

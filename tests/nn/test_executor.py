@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from gated_networks import GATES, gated_resnet, images, masked, split_exits
-from networks import SmallResNet, close, exit_scores, force, randomise_norms, set_thresholds
+from gated_networks import GATES, gated_resnet, images, masked, split_exits, split_forced
+from networks import SmallResNet, close, force, randomise_norms
 from torch import Tensor, nn
 
 from dynamize.conversion import convert
@@ -104,17 +104,6 @@ def test_forced_options_are_by_image_while_images_leave(fields: dict, chain: boo
         taken = found.choices >= 0
         assert torch.equal(found.choices[taken], forced[taken])
         assert close(found.logits, wanted.answers_NC)
-
-
-def split_forced(network: DynamicNetwork, batch: Tensor, forced: Tensor) -> None:
-    """Thresholds at which about half of the images leave at each exit, none of them borderline."""
-    logits = masked(network, batch, forced).logits_KNC
-    found = []
-    for k in range(len(network.leaving)):
-        ranked = exit_scores(network, logits[k], k).sort().values
-        gap = len(ranked) // 2
-        found.append(float(ranked[gap] + ranked[gap + 1]) / 2)
-    set_thresholds(network, found)
 
 
 def test_exits_are_forced_by_image_too() -> None:

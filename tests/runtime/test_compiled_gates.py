@@ -1,23 +1,24 @@
 """Backends route through gates as the module does, image by image, and run only what is chosen."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import Any
 
 import pytest
 import torch
 from backends import FLOAT32
-from gated_networks import gated_resnet, masked, scatter, split_exits
-from networks import SmallResNet, close, small_resnet, torchvision_network
-from torch import Tensor
+from gated_networks import gated_resnet, masked, scatter, split_exits, split_forced
+from networks import SmallResNet, close, force, set_offset, set_thresholds, small_resnet, torchvision_network
+from torch import Tensor, nn
 
 from dynamize.conversion import convert
+from dynamize.errors import DynamizeError
 from dynamize.graph.macs import counting_macs
 from dynamize.measure.costs import exit_costs
-from dynamize.nn import dispatch
 from dynamize.nn.gates import ALL_OPEN
+from dynamize.nn.piece import Setting
 from dynamize.runtime.compiled import compile_network
-from dynamize.runtime.onnx import GatedOnnxStage
+from dynamize.runtime.onnxruntime import OnnxRuntime
 from dynamize.transforms import SkipGates
 
 GATES: list[dict[str, Any]] = [
@@ -32,15 +33,15 @@ def images(count: int) -> Tensor:
     return torch.randn(count, *SmallResNet.shape, generator=torch.Generator().manual_seed(count))
 
 
-def every_combination() -> Iterator[Any]:
+def every_combination(exits: Sequence[dict | None], fast: tuple[dict | None, dict]) -> Iterator[Any]:
     """OpenVINO takes seconds for each, to compile: one in the fast set."""
-    for backend, exits, fields in product(FLOAT32, EXITS, GATES):
-        slow = backend.values == ("openvino",) and (exits, fields) != (EXITS[-1], GATES[0])
+    for backend, one, fields in product(FLOAT32, exits, GATES):
+        slow = backend.values == ("openvino",) and (one, fields) != fast
         marks = [*backend.marks, pytest.mark.slow] if slow else backend.marks
-        yield pytest.param(*backend.values, exits, fields, marks=marks)
+        yield pytest.param(*backend.values, one, fields, marks=marks)
 
 
-@pytest.mark.parametrize(("backend", "exits", "fields"), every_combination())
+@pytest.mark.parametrize(("backend", "exits", "fields"), every_combination(EXITS, (EXITS[-1], GATES[0])))
 def test_same_answers_and_routing_for_any_batch_size(backend: str, exits: dict | None, fields: dict) -> None:
     network = gated_resnet(exits, **fields)
     split_exits(network, images(64))
@@ -49,7 +50,8 @@ def test_same_answers_and_routing_for_any_batch_size(backend: str, exits: dict |
         wanted = masked(network, images(count))
         clear = wanted.clear
         assert clear.float().mean() > 0.9
-        logits, left_at, choices = compiled.run(images(count))
+        found = compiled.run(images(count))
+        logits, left_at, choices = found.logits, found.exits, found.choices
         assert torch.equal(left_at[clear], wanted.exits_N[clear])
         assert torch.equal(choices[clear], wanted.choices_NU[clear])
         assert close(logits[clear], wanted.answers_NC[clear], 2e-5)
@@ -70,32 +72,29 @@ def test_eager_executes_what_was_chosen(exits: dict | None) -> None:
     compiled, costs = compile_network(network, "eager"), exit_costs(network)
     for count in (1, 7, 16):
         with counting_macs() as counted:
-            _, left_at, choices = compiled.run(images(count))
-        assert counted() == costs.executed(left_at.numpy(), choices.numpy(), network.thresholds).sum()
+            found = compiled.run(images(count))
+        assert counted() == costs.executed(found.taken, count).sum()
 
 
-def test_onnxruntime_runs_each_way_for_those_that_chose_it() -> None:
+def test_onnxruntime_runs_each_way_for_those_that_chose_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[tuple[nn.Module, int]] = []
+    path = OnnxRuntime.path
+
+    def counting(self: OnnxRuntime, module: nn.Module, *given: Any) -> Any:
+        way = path(self, module, *given)
+        return lambda features: (ran.append((module, len(features))), way(features))[1]
+
+    monkeypatch.setattr(OnnxRuntime, "path", counting)
     network = gated_resnet(blocks=[["layer1.1"], ["layer2.0"]])
     compiled = compile_network(network, "onnxruntime")
-    (stage,) = compiled.stages
-    assert isinstance(stage, GatedOnnxStage)
-    ran: list[tuple[str, int]] = []
-    for p, piece in enumerate(stage.pieces()):
-        for w, way in enumerate(piece.ways):
-            if way is not None:
-                piece.ways[w] = _counting(way, f"{p}/{w}", ran)
     choices = compiled.run(images(16)).choices
     counts = [int((choices[:, u] == path).sum()) for u in range(2) for path in range(2)]
     assert min(counts) > 0
-    assert ran == [("0/0", 16), ("1/1", counts[1]), ("2/0", counts[2]), ("2/1", counts[3]), ("3/0", 16)]
-
-
-def _counting(way: Any, name: str, ran: list[tuple[str, int]]) -> Any:
-    def run(features: Tensor) -> Any:
-        ran.append((name, len(features)))
-        return way(features)
-
-    return run
+    first, unit, second, last = compiled.row
+    assert [piece.effect for piece in compiled.row] == [None, "changes", "changes", None]
+    expected = [(first.module, 16), (unit.paths()[1], counts[1])]
+    expected += [(second.paths()[0], counts[2]), (second.paths()[1], counts[3]), (last.module, 16)]
+    assert ran == expected
 
 
 @pytest.mark.parametrize("backend", FLOAT32)
@@ -119,15 +118,15 @@ def test_a_torchvision_network(backend: str, gate: str) -> None:
 def test_the_offset_is_read_at_each_call(backend: str) -> None:
     network, batch = gated_resnet({}, keep_first=False), images(5)
     compiled = compile_network(network, backend)
-    network.gate_offset = ALL_OPEN
+    set_offset(network, ALL_OPEN)
     opened = compiled.run(batch)
     assert (opened.choices == 1).all()
     assert close(opened.logits, small_resnet()(batch).detach())
-    network.gate_offset = -ALL_OPEN
+    set_offset(network, -ALL_OPEN)
     closed = compiled.run(batch)
     assert (closed.choices == 0).all()
     assert close(closed.logits, masked(network, batch).answers_NC)
-    network.gate_offset = 0.0
+    set_offset(network, 0.0)
     assert len(compiled.run(batch).choices.unique()) == 2
 
 
@@ -137,7 +136,7 @@ def test_forced_paths(backend: str) -> None:
     compiled = compile_network(network, backend)
     free = compiled.run(batch)
     forced = torch.randint(0, 2, free.choices.shape)
-    found = compiled.run(batch, forced)
+    found = compiled.run(batch, Setting(forced=force(network, forced)))
     assert torch.equal(found.choices, forced)
     assert close(found.logits, masked(network, batch, forced).answers_NC)
     assert torch.equal(compiled.run(batch).choices, free.choices)  # for one call only
@@ -156,7 +155,10 @@ def test_weights_are_frozen_and_the_network_is_left_alone(backend: str, fields: 
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.zero_()
-    assert all(torch.equal(*pair) for pair in zip(compiled.run(batch), first, strict=True))
+    again = compiled.run(batch)
+    assert torch.equal(again.logits, first.logits)
+    assert torch.equal(again.exits, first.exits)
+    assert torch.equal(again.choices, first.choices)
 
 
 @pytest.mark.parametrize("backend", FLOAT32)
@@ -180,24 +182,51 @@ def test_an_empty_batch_and_images_that_want_gradients(backend: str) -> None:
 @pytest.mark.parametrize("backend", FLOAT32)
 def test_a_batch_that_leaves_early_has_a_column_for_every_unit(backend: str) -> None:
     network = gated_resnet({})
-    network.thresholds = [float("-inf"), None]
+    set_thresholds(network, [float("-inf"), None])
     compiled = compile_network(network, backend)
     for count in (1, 3):
         choices = compiled.run(images(count)).choices
-        assert choices.shape == (count, len(network.units))
+        assert choices.shape == (count, len(network.changing))
         assert (choices[:, 1:] == -1).all()
         assert (choices[:, 0] >= 0).all()
 
 
-@pytest.mark.parametrize("backend", FLOAT32)
-def test_large_batches_go_through_the_units_in_parts(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    network, batch = gated_resnet({"chain": True}, gate="recurrent"), images(16)
+@pytest.mark.parametrize(("backend", "exits", "fields"), every_combination(EXITS[-1:], (EXITS[-1], GATES[-1])))
+def test_no_answer_depends_on_the_cache(backend: str, exits: dict, fields: dict) -> None:
+    network, batch = gated_resnet(exits, **fields), images(31)
     split_exits(network, images(64))
     compiled = compile_network(network, backend)
     wanted = compiled.run(batch)
-    for rows in (1, 3):
-        monkeypatch.setattr(dispatch, "_TOGETHER", rows * 8 * 16 * 16 * 4)
+    assert len(wanted.choices.unique(dim=0)) > 2
+    assert len(wanted.exits.unique()) == 3
+    for cache in (1, 8 * 3 * 8 * 16 * 16 * 4, 2**16, 2**30):  # one image at a time, three, ...
+        compiled.cache = cache
         found = compiled.run(batch)
         assert torch.equal(found.exits, wanted.exits)
         assert torch.equal(found.choices, wanted.choices)
-        assert close(found.logits, wanted.logits)
+        assert close(found.logits, wanted.logits, 2e-5)
+
+
+@pytest.mark.parametrize(("backend", "exits", "fields"), every_combination(EXITS[-1:], (EXITS[-1], GATES[-1])))
+def test_forced_options_are_by_image_while_images_leave(backend: str, exits: dict, fields: dict) -> None:
+    network, batch = gated_resnet(exits, **fields), images(31)
+    forced = torch.randint(0, 2, (31, len(network.changing)), generator=torch.Generator().manual_seed(5))
+    split_forced(network, batch, forced)
+    wanted = masked(network, batch, forced)
+    assert wanted.exits_N.unique().tolist() == [0, 1, 2]
+    setting = Setting(network.setting.thresholds, forced=force(network, forced))
+    compiled = compile_network(network, backend)
+    for cache in (1, 2**16, 2**30):
+        compiled.cache = cache
+        found = compiled.run(batch, setting)
+        assert torch.equal(found.exits, wanted.exits_N)
+        assert torch.equal(found.choices, wanted.choices_NU)
+        assert close(found.logits, wanted.answers_NC, 2e-5)
+
+
+@pytest.mark.parametrize("backend", FLOAT32)
+def test_forced_options_for_other_images_are_refused(backend: str) -> None:
+    network = gated_resnet({})
+    compiled = compile_network(network, backend)
+    with pytest.raises(DynamizeError, match="9 options are forced in `layer1.1`, for 5 images"):
+        compiled.run(images(5), Setting(forced={"layer1.1": torch.zeros(9, dtype=torch.int64)}))
