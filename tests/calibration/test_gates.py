@@ -11,7 +11,7 @@ from gated_networks import scatter
 from dynamize.calibration import ConfidenceTable, point_for_budget, point_for_drop
 from dynamize.calibration import collect as collecting
 from dynamize.calibration.collect import TableMaker
-from dynamize.calibration.gates import OFFSETS, GateTables, best_point, calibrate, curve
+from dynamize.calibration.gates import OFFSETS, OffsetTables, best_point, calibrate, curve
 from dynamize.conversion import apply, convert
 from dynamize.data import DataSpec, Splits, load_data
 from dynamize.errors import DynamizeError
@@ -21,6 +21,8 @@ from dynamize.measure.costs import exit_costs
 from dynamize.models import create
 from dynamize.nn.gates import ALL_OPEN
 from dynamize.nn.network import DynamicNetwork
+from dynamize.nn.piece import Setting
+from dynamize.runtime.profile import OptionTimes
 from dynamize.transform import Context
 from dynamize.transforms import Calibrate, Exits, SkipGates
 
@@ -35,11 +37,10 @@ class FakeMaker:
     all gates are open: 5 % at offset 0, one more for each quarter below."""
 
     def __init__(self, units: int = 2) -> None:
-        self.network: Any = SimpleNamespace(units=[None] * units, gate_offset=0.125)
+        self.network: Any = SimpleNamespace(changing=[None] * units)
         self.made: list[float] = []
 
-    def table(self) -> ConfidenceTable:
-        offset = self.network.gate_offset
+    def table(self, offset: float) -> ConfidenceTable:
         self.made.append(offset)
         cost = min(1.02, max(0.2, 0.6 + 0.1 * offset)) * STATIC
         wrong = 0 if offset == ALL_OPEN else int(np.clip(50 - 40 * offset, 0, IMAGES))
@@ -61,27 +62,29 @@ def within_budget(ratio: float) -> Any:
     return lambda table: point_for_budget(table, ratio * STATIC)
 
 
-def test_tables_are_made_once_at_their_offset_and_the_network_stays_where_it_was() -> None:
+def test_tables_are_made_once_at_their_offset() -> None:
     maker = FakeMaker()
-    tables = GateTables(maker)
+    tables = OffsetTables(maker)
     assert tables.at(-1.0) is tables.at(-1.0)
     tables.at(1.0)
     assert maker.made == [-1.0, 1.0]
-    assert maker.network.gate_offset == 0.125
     assert tables.offsets() == sorted(OFFSETS)
-    assert GateTables(FakeMaker(units=0)).offsets() == [None]
+    assert OffsetTables(FakeMaker(units=0)).offsets() == [0.0]
 
 
-def test_a_table_that_fails_leaves_the_network_where_it_was() -> None:
+def test_a_table_that_fails_is_not_kept() -> None:
     maker = FakeMaker()
+    tables, right = OffsetTables(maker), maker.table
 
-    def fail() -> ConfidenceTable:
+    def fail(offset: float) -> ConfidenceTable:
         raise DynamizeError("scores contain NaN")
 
     maker.table = fail  # type: ignore[method-assign]
     with pytest.raises(DynamizeError):
-        GateTables(maker).at(-1.0)
-    assert maker.network.gate_offset == 0.125
+        tables.at(-1.0)
+    maker.table = right  # type: ignore[method-assign]
+    tables.at(-1.0)
+    assert maker.made == [-1.0]
 
 
 @pytest.mark.parametrize(
@@ -93,55 +96,55 @@ def test_a_table_that_fails_leaves_the_network_where_it_was() -> None:
     ],
 )
 def test_the_cheapest_within_a_drop_is_refined_towards_the_limit(drop: float, offset: float) -> None:
-    point = best_point(GateTables(FakeMaker()), within_drop(drop), cheapest=True)
-    assert point.gate_offset == offset
+    point = best_point(OffsetTables(FakeMaker()), within_drop(drop), cheapest=True)
+    assert point.offset == offset
     assert point.accuracy_drop <= drop + 1e-9
-    assert point.macs == pytest.approx((0.6 + 0.1 * point.gate_offset) * STATIC)
+    assert point.macs == pytest.approx((0.6 + 0.1 * point.offset) * STATIC)
 
 
 @pytest.mark.parametrize(("ratio", "offset"), [(0.6, 0.0), (0.57, -0.3125), (0.616, 0.125), (2.0, 1.25)])
 def test_the_most_accurate_within_a_budget(ratio: float, offset: float) -> None:
-    point = best_point(GateTables(FakeMaker()), within_budget(ratio), cheapest=False)
-    assert point.gate_offset == offset
+    point = best_point(OffsetTables(FakeMaker()), within_budget(ratio), cheapest=False)
+    assert point.offset == offset
     assert point.macs <= ratio * STATIC
 
 
 def test_limits_that_no_offset_meets() -> None:
     with pytest.raises(DynamizeError, match="200000"):  # that of the cheapest
-        best_point(GateTables(FakeMaker()), within_budget(0.1), cheapest=False)
+        best_point(OffsetTables(FakeMaker()), within_budget(0.1), cheapest=False)
     maker = FakeMaker()
     perfect = maker.table
 
-    def worse() -> ConfidenceTable:
-        table = perfect()
+    def worse(offset: float) -> ConfidenceTable:
+        table = perfect(offset)
         answers = table.answers.copy()
         answers[0, -100:] = 1
         return ConfidenceTable(table.scores, answers, table.labels, table.reference, table.costs, table.static_cost)
 
     maker.table = worse  # type: ignore[method-assign]
     with pytest.raises(DynamizeError, match=r"least expected drop is 0\.1000"):  # that of all gates open
-        best_point(GateTables(maker), within_drop(0.05), cheapest=True)
+        best_point(OffsetTables(maker), within_drop(0.05), cheapest=True)
 
 
-def test_a_network_without_gates_has_points_without_an_offset() -> None:
+def test_a_network_without_gates_has_points_of_no_offset() -> None:
     maker = FakeMaker(units=0)
-    point = best_point(GateTables(maker), within_budget(0.7), cheapest=False)
-    assert point.gate_offset is None
+    point = best_point(OffsetTables(maker), within_budget(0.7), cheapest=False)
+    assert point.offset == 0.0
     assert maker.made == [0.0]
-    assert all(one.gate_offset is None for one in curve(GateTables(FakeMaker(units=0)), 5, seed=0))
+    assert all(one.offset == 0.0 for one in curve(OffsetTables(FakeMaker(units=0)), 5, seed=0))
 
 
 def test_the_curve_rises_in_both_and_has_an_offset_each() -> None:
-    points = curve(GateTables(FakeMaker()), 6, seed=0)
+    points = curve(OffsetTables(FakeMaker()), 6, seed=0)
     assert 2 <= len(points) <= 6
     assert len({point.name for point in points}) == len(points)
     for cheaper, dearer in zip(points, list(points)[1:], strict=False):
         assert cheaper.macs < dearer.macs
         assert cheaper.accuracy < dearer.accuracy
     for point in points:
-        assert point.gate_offset in OFFSETS
+        assert point.offset in OFFSETS
         assert point.name == f"macs-{point.macs_ratio:.2f}"
-    assert points[0].gate_offset == -4.0
+    assert points[0].offset == -4.0
     assert points[len(points) - 1].accuracy == 1.0
 
 
@@ -158,11 +161,11 @@ def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
     def exits(network: DynamicNetwork, *_: object) -> tuple[np.ndarray, float]:
         return 1.0 + np.arange(network.exit_count), float(network.exit_count)
 
-    def paths(network: DynamicNetwork, *_: object) -> tuple[list[list[float]], float, float]:
-        return [[0.0, 0.1] for _ in network.units], 1.0, 1.0
+    def options(network: DynamicNetwork, *_: object) -> OptionTimes:
+        return OptionTimes({unit.name: [0.0, 0.1] for unit in network.changing}, 1.0, 1.0)
 
     monkeypatch.setattr(collecting, "exit_latency", exits)
-    monkeypatch.setattr(collecting, "path_latency", paths)
+    monkeypatch.setattr(collecting, "option_latency", options)
 
 
 def gated_digits(splits: Splits, exits: bool) -> DynamicNetwork:
@@ -182,14 +185,13 @@ def test_what_a_table_says_is_executed(splits: Splits, exits: bool) -> None:
     maker = TableMaker(network, splits.calibration, TEACHER, CPU, "eager")
     costs = exit_costs(network)
     for offset in (-1.0, 0.0, 1.5, ALL_OPEN):
-        table = GateTables(maker).at(offset)
-        network.gate_offset = offset
+        table = OffsetTables(maker).at(offset)
         thresholds = [float(np.median(scores)) for scores in table.scores[:-1]]
-        network.thresholds = list(thresholds)
+        network.setting = Setting(dict(zip(table.names, thresholds, strict=True)), offset)
         found, labels, routing = routed_answers(network, splits.calibration, CPU)
         taken = table.route(thresholds)
         assert routing.exits.tolist() == taken.tolist()
-        executed = costs.executed(routing.exits.numpy(), routing.choices.numpy(), thresholds)
+        executed = costs.executed(routing.taken, routing.images)
         assert np.allclose(executed, table.spent("macs", thresholds, taken), rtol=1e-12)
         expected = table.evaluate(thresholds)
         assert expected.cost == pytest.approx(executed.mean(), rel=1e-12)
@@ -210,16 +212,16 @@ def test_calibrating_moves_the_network_to_a_point_that_keeps_its_promise(splits:
     point = calibrated.operating_point
     assert point is not None
     assert point.macs_ratio <= 0.6 + 1e-9
-    assert calibrated.gate_offset == point.gate_offset
-    assert calibrated.thresholds == point.thresholds
+    assert calibrated.setting == Setting(point.thresholds, point.offset)
+    assert list(point.thresholds) == [piece.name for piece in calibrated.leaving]
     points = calibrated.operating_points
     assert points is not None
     assert points["chosen"] == point
-    assert all(one.gate_offset is not None for one in points)
+    assert len({one.offset for one in points}) > 1
     assert [one.macs for one in points] == sorted(one.macs for one in points)
     _, _, routing = routed_answers(calibrated, splits.calibration, CPU)
     costs = exit_costs(calibrated)
-    executed = costs.executed(routing.exits.numpy(), routing.choices.numpy(), point.thresholds).mean()
+    executed = costs.executed(routing.taken, routing.images).mean()
     assert point.macs_ci[0] <= executed <= point.macs_ci[1] or executed == pytest.approx(point.macs, rel=0.05)
     again, _ = apply(calibrated, Calibrate(macs_ratio=0.8, points=2), context)
     assert again.operating_point is not None
@@ -231,16 +233,17 @@ def test_a_budget_below_all_gates_closed(splits: Splits) -> None:
     network = gated_digits(splits, exits=False)
     with pytest.raises(DynamizeError, match="budget"):
         apply(network, Calibrate(macs_ratio=0.01), Context(data=splits, teacher=TEACHER))
-    assert network.gate_offset == 0.0
+    assert network.setting == Setting()
 
 
 @pytest.mark.usefixtures("untimed")
 def test_from_python_with_the_users_own_loader(splits: Splits) -> None:
     network = gated_digits(splits, exits=False)
-    network.gate_offset = -0.5
+    network.setting = stands = Setting(offset=-0.5)
     points = calibrate(network, list(splits.calibration.batches(50)), TEACHER, count=4)
     assert network.operating_points == points
-    assert network.gate_offset == -0.5
-    assert len({point.gate_offset for point in points}) > 1
+    assert network.setting is stands
+    assert stands == Setting(offset=-0.5)
+    assert len({point.offset for point in points}) > 1
     network.set_operating_point(points[0])
-    assert network.gate_offset == points[0].gate_offset
+    assert network.setting.offset == points[0].offset

@@ -1,5 +1,7 @@
 """Operating points span the curve, keep their budgets in expectation, and are picked by cost or loss."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from pydantic import ValidationError
@@ -7,6 +9,7 @@ from pydantic import ValidationError
 from calibration.tables import synthetic
 from dynamize.calibration import (
     ConfidenceTable,
+    OperatingPoint,
     OperatingPoints,
     operating_points,
     point_for,
@@ -30,7 +33,7 @@ def test_points_span_the_curve(table, points):
     assert points[0].name == "cheapest"
     assert points[0].macs == table.costs["macs"][0]
     assert points[-1].name == "full"
-    assert points[-1].thresholds == [None, None]
+    assert points[-1].thresholds == {"exit.1": None, "exit.2": None}
     assert len(points) == 8
     assert len({point.name for point in points}) == 8
     assert (np.diff([point.macs for point in points]) > 0).all()
@@ -148,4 +151,22 @@ def test_a_solver_of_ones_own(table):
 def test_network_without_exits_has_one_point():
     only = operating_points(synthetic(100, 1, seed=0))
     assert [point.name for point in only] == ["full"]
-    assert only[0].thresholds == []
+    assert only[0].thresholds == {}
+
+
+def test_points_name_their_thresholds_as_the_table_does(table):
+    names = ("layer1", "cascade")
+    named = dataclasses.replace(table, names=names)
+    assert [tuple(point.thresholds) for point in operating_points(named, count=3)] == [names] * 3
+    assert named.subset(np.arange(100)).names == names
+    assert table.names == ("exit.1", "exit.2")
+    with pytest.raises(DynamizeError, match="1 names for 2 early exits"):
+        dataclasses.replace(table, names=("one",))
+
+
+def test_points_of_format_1_are_read(points):
+    plain = points[2].model_dump(exclude={"offset"})
+    listed = plain | {"thresholds": list(plain["thresholds"].values())}
+    assert OperatingPoint.model_validate(listed | {"gate_offset": None}) == points[2]
+    moved = OperatingPoint.model_validate(listed | {"gate_offset": -1.5})
+    assert moved == points[2].model_copy(update={"offset": -1.5})
