@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from digits import SHAPE, DigitNet, digit_network
+from networks import exit_scores, set_temperatures, set_thresholds, temperatures, thresholds
 from torch import Tensor
 
 from dynamize import artifact
@@ -15,8 +16,7 @@ from dynamize.conversion import convert
 from dynamize.data import DataSpec
 from dynamize.errors import DynamizeError
 from dynamize.models import create
-from dynamize.nn.network import DynamicNetwork
-from dynamize.nn.routing import record_routing
+from dynamize.nn.network import DynamicNetwork, record_routing
 from dynamize.sources import SourceSpec
 from dynamize.transforms import Exits
 
@@ -29,10 +29,10 @@ def network(seed: int = 0, chain: bool = False) -> DynamicNetwork:
     step = Exits(at=["layer1.1", "layer2.1"], head="conv", chain=chain, share=1.0, size=[16, 16])
     made = convert(create("digits_resnet"), [step], SHAPE)
     made.train()(torch.randn(64, *SHAPE))
-    made.eval().temperatures.copy_(torch.tensor([0.7, 1.3]) / 3)
+    set_temperatures(made.eval(), [0.7 / 3, 1.3 / 3])
     with torch.no_grad():
         logits = made.all_exits(torch.randn(200, *SHAPE))
-    made.thresholds = [float(made.scores(logits[k], k).quantile(0.5)) for k in range(2)]
+    set_thresholds(made, [float(exit_scores(made, logits[k], k).quantile(0.5)) for k in range(2)])
     return made
 
 
@@ -46,7 +46,7 @@ def save_at_its_thresholds(made: DynamicNetwork, folder: Path) -> None:
     from dynamize.calibration.points import OperatingPoint, OperatingPoints
 
     point = OperatingPoint(
-        name="here", thresholds=made.thresholds, accuracy=0.5, accuracy_ci=(0, 1), accuracy_drop=0.0,
+        name="here", thresholds=made.setting.thresholds, accuracy=0.5, accuracy_ci=(0, 1), accuracy_drop=0.0,
         accuracy_drop_ci=(0, 0), macs=1.0, macs_ci=(1, 1), macs_ratio=0.5, exits=[0.5, 0.25, 0.25],
     )  # fmt: skip
     made.operating_points = OperatingPoints((point,))
@@ -92,29 +92,33 @@ def test_manifest_keeps_everything_beside_the_weights(tmp_path: Path) -> None:
     assert loaded.operating_point == made.operating_point
     assert loaded.source == SOURCE
     assert not loaded.training
-    assert torch.equal(loaded.temperatures, made.temperatures)
+    assert loaded.setting == made.setting
+    assert torch.equal(temperatures(loaded), temperatures(made))
 
 
 def test_temperatures_of_the_manifest_win(tmp_path: Path) -> None:
     save_at_its_thresholds(network(), tmp_path)
     manifest = artifact.read_manifest(tmp_path)
-    artifact.write_manifest(tmp_path, manifest.model_copy(update={"temperatures": [2.0, 3.0]}))
-    assert artifact.load(tmp_path).temperatures.tolist() == [2.0, 3.0]
-    artifact.write_manifest(tmp_path, manifest.model_copy(update={"temperatures": [2.0]}))
-    with pytest.raises(DynamizeError, match="1 temperatures for 2 early exits"):
-        artifact.load(tmp_path)
+    assert manifest.format == 2
+    assert manifest.temperatures == pytest.approx({"exit.1": 0.7 / 3, "exit.2": 1.3 / 3})
+    artifact.write_manifest(tmp_path, manifest.model_copy(update={"temperatures": {"exit.2": 3.0, "exit.1": 2.0}}))
+    assert temperatures(artifact.load(tmp_path)).tolist() == [2.0, 3.0]
+    for wrong in ({"exit.1": 2.0}, {"exit.1": 2.0, "exit.3": 2.0}):
+        artifact.write_manifest(tmp_path, manifest.model_copy(update={"temperatures": wrong}))
+        with pytest.raises(DynamizeError, match=r"temperatures for exit\.1.*, the network has exit\.1, exit\.2"):
+            artifact.load(tmp_path)
 
 
 def test_network_from_python_is_given_again(tmp_path: Path) -> None:
     made = digit_network()
-    made.thresholds = [0.0, 0.0]
+    set_thresholds(made, [0.0, 0.0])
     artifact.save(made, tmp_path)
     assert artifact.read_manifest(tmp_path).source is None
     with pytest.raises(DynamizeError, match=r"network=YourNetwork\(\)"):
         artifact.load(tmp_path)
     loaded = artifact.load(tmp_path, network=DigitNet())
     images = torch.randn(20, *SHAPE)
-    loaded.thresholds = made.thresholds
+    set_thresholds(loaded, thresholds(made))
     for ours, theirs in zip(routed(loaded, images), routed(made, images), strict=True):
         assert torch.equal(ours, theirs)
 
@@ -138,8 +142,9 @@ def test_code_needs_trust(tmp_path: Path) -> None:
         ("{", "damaged"),
         ("[]", "damaged"),
         ("\xff", "damaged"),
-        ('{"format": 2}', "format"),
+        ('{"format": 3}', "format"),
         ('{"format": 1, "source": null, "input": [1, 8, 8]}', "history: Field required"),
+        ('{"format": 2, "source": null, "input": [1, 8, 8]}', "history: Field required"),
     ],
 )
 def test_damaged_manifest(content: str, told: str, tmp_path: Path) -> None:

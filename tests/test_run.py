@@ -75,7 +75,8 @@ def test_run_stopped_after_a_step_goes_on_to_the_same_ledger(
     assert measured == list(range(step, 4))
     assert ledger_of(tmp_path / "out") == ledger_of(reference)
     expected = json.loads((reference / "manifest.json").read_text())["operating_point"]
-    assert outcome.network.thresholds == expected["thresholds"]
+    assert outcome.network.setting.thresholds == expected["thresholds"]
+    assert list(outcome.network.setting.thresholds) == [piece.name for piece in outcome.network.leaving]
 
 
 def test_run_stopped_between_epochs_goes_on_from_the_checkpoint(
@@ -196,12 +197,14 @@ def test_distill_trains_the_whole_network_and_heads_only_the_heads(reference: Pa
     run(tmp_path / "out", "steps.1.train=heads")
     for out, trained in ((reference, True), (tmp_path / "out", False)):
         before, after = (read_state_dict(out / "steps" / str(step) / "weights.safetensors") for step in (1, 2))
-        own = [name for name in before if name.startswith("segments.") and "num_batches" not in name]
-        heads = [name for name in before if name.startswith("heads.") and name.endswith("weight")]
+        own = [name for name in before if name.startswith("nets.main.") and "num_batches" not in name]
+        heads = [name for name in before if ".head." in name and name.endswith("weight")]
+        assert own
+        assert {name.split(".")[1] for name in heads} == {"exit__1", "exit__2"}
         assert any(not torch.equal(before[name], after[name]) for name in own) is trained
         assert all(not torch.equal(before[name], after[name]) for name in heads)
     before, after = (read_state_dict(reference / "steps" / str(step) / "weights.safetensors") for step in (1, 2))
-    convolutions = [name for name in before if name.startswith("segments.") and before[name].ndim == 4]
+    convolutions = [name for name in before if name.startswith("nets.main.") and before[name].ndim == 4]
     assert all(not torch.equal(before[name], after[name]) for name in convolutions)
 
 
