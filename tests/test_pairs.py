@@ -55,7 +55,10 @@ SETTINGS: dict[str, dict[str, Any]] = {  # the smallest that do something
 }
 WITH_GATES = {"distill": {"gate_budget": 0.9}}  # fields besides, for networks with gates
 GATES = ("skip_gates", "channel_gates")
-NEEDS = {"fuse_branches": ("expand_branches",)}  # where the digits network would give a step nothing to do
+NEEDS = {  # where the digits network would give a step nothing to do, or less than elsewhere
+    "fuse_branches": ("expand_branches",),
+    "recalibrate": ("channel_gates", "skip_gates"),
+}
 REFUSED = {  # what the second says where the rules allow a pair that cannot be
     ("channel_gates", "quantize"): "narrower paths slice weights while the network runs",
     ("expand_branches", "expand_branches"): "is no square convolution of odd size above 1",
@@ -87,7 +90,7 @@ def allowed(names: Names) -> bool:
 
 def chain(first: str, second: str) -> Names | None:
     """The two, after what they need; None if the rules forbid this order."""
-    needed = [one for name in (first, second) for one in (NEEDS.get(name), of_kind(registered()[name].needs)) if one]
+    needed = [one for name in (first, second) if (one := NEEDS.get(name) or of_kind(registered()[name].needs))]
     for before in ((), *product(*needed)):
         names = (*dict.fromkeys(before), first, second)
         others = set(combinations(names, 2)) - {(first, second)}
