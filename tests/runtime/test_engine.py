@@ -3,8 +3,10 @@
 import pytest
 import torch
 from networks import with_exits
+from pydantic import TypeAdapter, ValidationError
 
 from dynamize.errors import DynamizeError
+from dynamize.recipe import Recipe
 from dynamize.runtime.compiled import compile_network
 from dynamize.runtime.engine import backend_names, default_backend
 
@@ -22,3 +24,12 @@ def test_onnxruntime_is_refused_elsewhere_than_on_the_cpu() -> None:
 def test_default_backends() -> None:
     assert default_backend(torch.device("cpu")) in backend_names()
     assert default_backend(torch.device("cuda")) == "eager"
+
+
+def test_recipes_know_every_backend() -> None:
+    schema = Recipe.model_json_schema()["properties"]["backends"]
+    assert set(schema["items"]["enum"]) == set(backend_names())
+    field = TypeAdapter(Recipe.model_fields["backends"].annotation)
+    assert list(field.validate_python(backend_names())) == backend_names()
+    with pytest.raises(ValidationError, match="'onnxruntme' is no backend. Did you mean onnxruntime"):
+        field.validate_python(["onnxruntme"])
