@@ -122,7 +122,7 @@ class TestConvert:
         network.conv1.requires_grad_(False)
         dynamic = convert(network, [Exits(at=["relu"], head="linear")], ThreeLayer.shape)
         frozen = {name for name, parameter in dynamic.named_parameters() if not parameter.requires_grad}
-        assert frozen == {"segments.0.conv1.weight", "segments.0.conv1.bias"}
+        assert frozen == {"nets.main.conv1.weight", "nets.main.conv1.bias"}
 
     def test_the_teacher_is_a_frozen_copy_unless_another_is_named(self) -> None:
         seen = []

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from networks import exit_scores
 from torch import Tensor
 
 from dynamize import artifact
@@ -25,9 +26,8 @@ from dynamize.data import DataSpec, load_data
 from dynamize.errors import DynamizeError
 from dynamize.graph.macs import count_macs
 from dynamize.measure.costs import exit_costs
-from dynamize.nn.exchange import answers
-from dynamize.nn.network import DynamicNetwork
-from dynamize.nn.routing import record_routing
+from dynamize.nn.network import DynamicNetwork, record_routing
+from dynamize.rewrite.exchange import exit_answers
 from dynamize.sources import SourceSpec, build
 from dynamize.transform import Context, Transform, check_order, of_kind, parse_step, registered
 from dynamize.transforms import fuse_gates
@@ -116,7 +116,7 @@ def found(network: DynamicNetwork, images: Tensor) -> Found:
     """What a network does with images, what that costs by its own account, and what it executes."""
     with torch.no_grad(), record_routing(network.eval()) as routing:
         logits = network(images)
-    costs = exit_costs(network).executed(routing.exits.numpy(), routing.choices.numpy(), network.thresholds)
+    costs = exit_costs(network).executed(routing.taken, routing.images)
     return {
         "logits": logits,
         "exits": routing.exits,
@@ -142,10 +142,10 @@ def undecided(network: DynamicNetwork, images: Tensor) -> DynamicNetwork:
         return network
     torch.manual_seed(0)
     with torch.no_grad():
-        for unit in network.units:
+        for unit in network.changing:
             unit.gate.linear.weight.normal_(0, 2)
         logits = network.all_exits(images)
-    thresholds = [float(network.scores(logits[k], k).median()) for k in range(len(network.heads))]
+    thresholds = {one.name: float(exit_scores(network, logits[k], k).median()) for k, one in enumerate(network.leaving)}
     point = OperatingPoint(
         name="here", thresholds=thresholds, accuracy=0.5, accuracy_ci=(0, 1), accuracy_drop=0.0,
         accuracy_drop_ci=(0, 0), macs=1.0, macs_ci=(1, 1), macs_ratio=0.5, exits=[1.0] * network.exit_count,
@@ -172,7 +172,7 @@ class Maker:
             before, step = self.network(names[:-1]), parsed(names)[-1]
             network = apply(copy.deepcopy(before), step, self.context)[0]
             if step.exact:
-                pairs = zip(answers(network)[-1:], answers(before)[-1:], strict=True)
+                pairs = zip(exit_answers(network)[-1:], exit_answers(before)[-1:], strict=True)
                 assert all(torch.equal(*pair) for pair in pairs), f"{names[-1]} is not exact after {names[:-1]}"
             self.made[names] = network
         return self.made[names]
@@ -196,7 +196,7 @@ def outcomes(pairs: Iterable[tuple[str, str]], folder: Path) -> Outcomes:
     torch.set_num_threads(1)
     maker, before, refused = Maker(), dict[tuple[str, str], Found](), dict[tuple[str, str], DynamizeError]()
     with pytest.MonkeyPatch.context() as patch:
-        for module, name in ((collect, "exit_latency"), (collect, "path_latency"), (fuse_gates, "gate_latency")):
+        for module, name in ((collect, "exit_latency"), (collect, "option_latency"), (fuse_gates, "option_latency")):
             patch.setattr(module, name, partial(getattr(module, name), seconds=0.01))
         for pair in pairs:
             try:

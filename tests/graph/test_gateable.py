@@ -54,8 +54,8 @@ def test_skips_as_skip_gates_sees_them(name: str) -> None:
 )
 def test_channels_as_channel_gates_sees_them(network: nn.Module, shape: tuple[int, ...], gates: int) -> None:
     found = {block.block: block for block in gateable_blocks(trace(network.eval(), shape))}
-    units = convert(network, [ChannelGates(multiple=1, keep_first=False)], shape).units
+    units = convert(network, [ChannelGates(multiple=1, keep_first=False)], shape).changing
     assert len(units) == gates
     for unit in units:
         assert isinstance(unit, ChannelUnit)
-        assert set(unit.widths) <= {chain.name for chain in found[unit.region[1]].chains}
+        assert set(unit.widths) <= {chain.name for chain in found[unit.place[1]].chains}

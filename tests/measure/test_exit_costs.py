@@ -2,23 +2,28 @@
 
 import pytest
 import torch
-from networks import SmallResNet, ThreeLayer, small_resnet, with_exits
+from networks import SmallResNet, ThreeLayer, set_thresholds, small_resnet, with_exits
 
 from dynamize.conversion import convert, wrap
 from dynamize.graph.cuts import cut_points
 from dynamize.graph.macs import annotated_macs, count_macs
 from dynamize.graph.trace import trace
 from dynamize.measure.costs import exit_costs
+from dynamize.nn.piece import Decision, Setting
 from dynamize.transforms import Exits
 
 
 def test_costs_of_the_three_layer_net_with_a_linear_exit_by_hand() -> None:
     dynamic = convert(ThreeLayer().eval(), [Exits(at=["relu"], head="linear")], ThreeLayer.shape)
     costs = exit_costs(dynamic)
-    assert costs.segments.tolist() == [6912, 4608 + 40]
-    assert costs.heads.tolist() == [4 * 5, 0]
+    before, decision, behind = costs.steps
+    assert (before, behind) == (6912, 4608 + 40)
+    assert [decision] == costs.leaving
+    assert (decision.always, decision.macs) == (4 * 5, (0.0, 0.0))
     assert costs.cumulative().tolist() == [6912 + 20, 11560 + 20]
-    assert costs.cumulative([None]).tolist() == [6912, 11560]
+    assert costs.cumulative(Setting({"exit.1": 0.0})).tolist() == [6912 + 20, 11560 + 20]
+    assert costs.cumulative(Setting()).tolist() == [6912, 11560]
+    assert costs.cumulative(Setting({"exit.1": None})).tolist() == [6912, 11560]
 
 
 @pytest.mark.parametrize("chain", [False, True])
@@ -26,21 +31,23 @@ def test_costs_of_the_three_layer_net_with_a_linear_exit_by_hand() -> None:
 def test_costs_are_what_a_single_image_executes(chain: bool, off: list[int]) -> None:
     dynamic = with_exits(chain=chain)
     image = torch.zeros(1, *SmallResNet.shape)
-    costs = exit_costs(dynamic).cumulative([None if k in off else 0.0 for k in range(2)])
+    set_thresholds(dynamic, [None if k in off else 0.0 for k in range(2)])
+    costs = exit_costs(dynamic).cumulative(dynamic.setting)
     for k in range(3):
         if k in off:
             continue
-        dynamic.thresholds = [None if j in off else float("-inf") if j == k else float("inf") for j in range(2)]
+        set_thresholds(dynamic, [None if j in off else float("-inf") if j == k else float("inf") for j in range(2)])
         assert count_macs(dynamic, image) == costs[k]
 
 
-def test_costs_of_segments_are_those_between_cut_points() -> None:
+def test_costs_of_static_pieces_are_those_between_cut_points() -> None:
     traced = trace(small_resnet(), SmallResNet.shape)
     upto = {cut.name: cut.macs for cut in cut_points(traced)}
     dynamic = with_exits()
     first, second = (upto[name] for name in dynamic.history[0]["at"])
     total = annotated_macs(traced)
-    assert exit_costs(dynamic).segments.tolist() == [first, second - first, total - second]
+    static = [step for step in exit_costs(dynamic).steps if not isinstance(step, Decision)]
+    assert static == [first, second - first, total - second]
 
 
 def test_counting_changes_neither_mode_nor_statistics() -> None:

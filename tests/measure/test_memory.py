@@ -11,6 +11,7 @@ from dynamize.checkpoints import save_state_dict
 from dynamize.conversion import wrap
 from dynamize.measure.memory import LiveBytes, peak_bytes, saved_bytes
 from dynamize.nn.network import DynamicNetwork
+from dynamize.nn.piece import Setting
 
 
 def test_size_is_that_of_the_file(tmp_path: Path) -> None:
@@ -25,7 +26,10 @@ def test_an_int8_weight_is_one_byte() -> None:
             super().__init__()
             self.register_buffer("weight", torch.zeros(1000, dtype=dtype))
 
-    sizes = [saved_bytes(DynamicNetwork([Holder(one)], input_shape=(1,))) for one in (torch.int8, torch.float32)]
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    sizes = [saved_bytes(DynamicNetwork(Holder(one), input_shape=(1,))) for one in (torch.int8, torch.float32)]
     assert 2990 <= sizes[1] - sizes[0] <= 3010  # 3000, and the header's padding
 
 
@@ -54,13 +58,14 @@ def test_peak_by_hand() -> None:
 
 def test_counted_on_the_dearest_path_and_nothing_is_left_changed() -> None:
     network = gated_resnet({}).train()
-    network.thresholds, network.gate_offset = [float("-inf"), None], -1e6
+    network.setting = before = Setting({"exit.1": float("-inf"), "exit.2": None}, -1e6)
     state = {name: value.clone() for name, value in network.state_dict().items()}
     peak = peak_bytes(network)
     assert peak_bytes(network) == peak
-    assert (network.thresholds, network.gate_offset, network.training) == ([float("-inf"), None], -1e6, True)
+    assert network.setting is before
+    assert before == Setting({"exit.1": float("-inf"), "exit.2": None}, -1e6)
+    assert network.training
     assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
-    network.gate_offset = 0.0
-    network.thresholds = [float("inf"), None]
+    network.setting = Setting({"exit.1": float("inf"), "exit.2": None})
     assert peak_bytes(network) == peak
     assert peak > sum(value.nbytes for value in state.values()) + 2 * 4 * 8 * 16 * 16
