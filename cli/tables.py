@@ -136,14 +136,14 @@ def _step(step: dict[str, Any]) -> str:
 
 
 def _exits(exits: "Sequence[DecisionFacts]", found: "Inspection") -> Table:
-    made = table(("exit", "right"), ("after", "left"), ("head MACs", "right"), ("MACs to leave", "right"))
+    made = table(("exit", "left"), ("after", "left"), ("head MACs", "right"), ("MACs to leave", "right"))
     made.add_column("ratio", justify="right")
     made.add_column("threshold", justify="right")
-    rows = [(one.after, count(one.always), one.macs_to_leave, _threshold(one.threshold)) for one in exits]
-    rows.append(("the network's own", ABSENT, found.macs_to_end, "last"))
-    for number, (after, head, macs, threshold) in enumerate(rows, start=1):
+    rows = [(one.name, one.after, count(one.always), one.macs_to_leave, _threshold(one.threshold)) for one in exits]
+    rows.append(("last", "the network's own", ABSENT, found.macs_to_end, ABSENT))
+    for name, after, head, macs, threshold in rows:
         assert macs is not None  # known of every place where images leave
-        made.add_row(*map(Text, [str(number), after, head, count(macs), f"{macs / found.tree.macs:.2f}", threshold]))
+        made.add_row(*map(Text, [name, after, head, count(macs), f"{macs / found.tree.macs:.2f}", threshold]))
     return made
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -22,6 +23,7 @@ from dynamize.data.spec import DataSpec
 from dynamize.errors import DynamizeError
 from dynamize.faults import explain
 from dynamize.recipes import find_recipe, read_recipe
+from dynamize.runtime.engine import backend_names, unknown_backend
 from dynamize.sources import SourceSpec
 from dynamize.transform import Transform, any_step, check_order, upgraded
 from dynamize.usercode import import_file
@@ -47,6 +49,15 @@ class _SchemaOfAnyStep:
 
 
 Step = Annotated[SerializeAsAny[Transform], PlainValidator(_read_step), _SchemaOfAnyStep()]
+
+
+def _known_backend(name: str) -> str:
+    if name not in backend_names():
+        raise ValueError(unknown_backend(name))
+    return name
+
+
+Backend = Annotated[str, AfterValidator(_known_backend), Field(json_schema_extra={"enum": [*backend_names()]})]
 
 
 class ModelSection(SourceSpec):
@@ -93,7 +104,7 @@ class Recipe(BaseModel):
     model: ModelSection
     data: DataSpec
     seed: Annotated[int, Field(ge=0)] = 0
-    backends: list[Literal["eager", "onnxruntime", "openvino", "openvino-bf16"]] = []
+    backends: list[Backend] = []
     batches: list[PositiveInt] = [1, 64]
     timing_seconds: PositiveFloat = Field(5.0, description="how long each comparison of times takes")
     code: list[Path] = Field(

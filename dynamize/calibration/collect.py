@@ -18,6 +18,9 @@ from dynamize.nn.piece import Setting
 from dynamize.runtime.profile import exit_latency, option_latency
 
 
+_LEAST = 1e-3  # of the whole: what leaving costs at least, for an exit may have no products
+
+
 class TableMaker:
     """Makes tables of one network, at several offsets; what does not depend on the offset is found once.
 
@@ -52,7 +55,9 @@ class TableMaker:
         """The table at an offset of what changes: of the images whose temperatures it has, or of others to judge on."""
         images = self.images if others is None else others
         seen = everything(self.network, images, self.device, Setting(offset=offset))
-        costs, image_costs = {"macs": self.costs.cumulative(), "ms": self.milliseconds}, {}
+        macs = self.costs.cumulative()
+        macs = np.maximum(macs, _LEAST * macs[-1])
+        costs, image_costs = {"macs": macs, "ms": self.milliseconds}, {}
         if seen.taken:
             saved = {"macs": self.costs.savings(seen.taken), "ms": _looked_up(self.saved_ms, seen.taken)}
             image_costs = {
@@ -77,7 +82,7 @@ class TableMaker:
 def _for_each(open_K: NDArray[np.float64], saved_KN: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
     """Cost (K, n) of each image at each exit: that with everything dearest less what is saved up to there."""
     saved = np.stack(np.broadcast_arrays(*saved_KN))
-    found: NDArray[np.float64] = np.maximum(open_K[:, None] - saved, 1e-3 * open_K[:, None])
+    found: NDArray[np.float64] = np.maximum(open_K[:, None] - saved, _LEAST * open_K[:, None])
     return found
 
 

@@ -103,9 +103,14 @@ def engine_class(name: str) -> type[Engine]:
         import_module(f"dynamize.runtime.{_HOMES[name]}")
     known = _loaded()
     if name not in known:
-        names = sorted({*known, *_HOMES})
-        raise DynamizeError(f"'{name}' is no backend. {closest(name, names)}Known: {', '.join(backend_names())}.")
+        raise DynamizeError(unknown_backend(name))
     return known[name]
+
+
+def unknown_backend(name: str) -> str:
+    """What to say of a name that no backend has."""
+    known = backend_names()
+    return f"'{name}' is no backend. {closest(name, known)}Known: {', '.join(known)}."
 
 
 def backend_names() -> list[str]:
