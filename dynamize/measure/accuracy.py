@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from dynamize.data import Images
+from dynamize.nn.channels_last import images_for
 from dynamize.nn.gated import GatedSegment
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.routing import Routing, record_routing
@@ -26,7 +27,7 @@ def everything(network: DynamicNetwork, images: Images, device: torch.device) ->
     gated = [segment for segment in network.segments if isinstance(segment, GatedSegment)]
     with torch.no_grad():
         for batch, truth in images.batches(_BATCH, device):
-            for kept, one in zip(found, network.all_exits(_fast(batch)), strict=True):
+            for kept, one in zip(found, network.all_exits(images_for(network, batch)), strict=True):
                 kept.append(one.float().cpu())
             labels.append(truth.cpu())
             taken = [segment.choices.cpu() for segment in gated if segment.choices is not None]
@@ -46,7 +47,7 @@ def answers(network: nn.Module, images: Images, device: torch.device) -> tuple[T
     found, labels = [], []
     with torch.no_grad():
         for batch, truth in images.batches(_BATCH, device):
-            found.append(network(_fast(batch)).argmax(1).cpu())
+            found.append(network(images_for(network, batch)).argmax(1).cpu())
             labels.append(truth.cpu())
     return torch.cat(found), torch.cat(labels)
 
@@ -56,7 +57,3 @@ def routed_answers(network: DynamicNetwork, images: Images, device: torch.device
     with record_routing(network) as routing:
         found, labels = answers(network, images, device)
     return found, labels, routing
-
-
-def _fast(images_NCHW: Tensor) -> Tensor:
-    return images_NCHW.contiguous(memory_format=torch.channels_last)

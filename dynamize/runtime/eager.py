@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from dynamize.graph.fold import folded
+from dynamize.nn import channels_last
 from dynamize.nn.gated import GatedSegment
 from dynamize.nn.heads import ExitHead
 from dynamize.nn.network import DynamicNetwork, NetworkStage
@@ -18,7 +19,7 @@ def eager_stages(network: DynamicNetwork, device: torch.device) -> list[NetworkS
     fast.segments = nn.ModuleList([_folded(segment) for segment in fast.segments])
     for head in fast.heads:
         cast(ExitHead, head).body = folded(cast(ExitHead, head).body)
-    return fast.to(device).to(memory_format=torch.channels_last).stages()
+    return channels_last.lay_out(fast.to(device)).stages()
 
 
 def _folded(segment: nn.Module) -> nn.Module:

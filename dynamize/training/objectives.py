@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div
 
 from dynamize.errors import DynamizeError
+from dynamize.nn.channels_last import images_for
 
 UNLABELLED = -1
 
@@ -79,4 +80,4 @@ class MultiExitLoss:
         if self.teacher is None or self.alpha == 0:
             return None
         with torch.no_grad():
-            return self.teacher(images).float()
+            return self.teacher(images_for(self.teacher, images)).float()
