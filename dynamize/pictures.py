@@ -8,15 +8,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dynamize.data import ImageSet, Splits
+from dynamize.calibration.collect import Seen, exit_scores, macs_table
+from dynamize.calibration.protocols import budgeted_batch
+from dynamize.data import Images, ImageSet, Splits
+from dynamize.errors import DynamizeError
 from dynamize.evaluation import Evaluator, Judgement, gather
-from dynamize.measure.accuracy import everything
+from dynamize.measure.accuracy import everything, exit_logits
 from dynamize.measure.costs import exit_costs
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.widths import path_widths
 from dynamize.report import Gallery, GalleryImage, GateUse, Ledger, Network, PathUse, ReportData, UnitUse
 
 _SHOWN = 12
+_BUDGETS = 12  # points of a budgeted-batch curve
 _LARGEST = 96  # pixels of a gallery image
 
 
@@ -41,10 +45,14 @@ def report_data(ledger: Ledger, network: DynamicNetwork, evaluator: Evaluator, d
     )
     if network.exit_count == 1 and not network.units:
         return report
-    logits, labels, choices = everything(network, evaluator.images, evaluator.device)
+    seen = logits, labels, choices = everything(network, evaluator.images, evaluator.device)
     judged = evaluator.judge(network)
     if network.exit_count > 1:
         report.anytime = _anytime(network, logits, labels, choices)
+        try:
+            report.budgeted = _budgeted(network, seen, evaluator, data.calibration)
+        except DynamizeError as error:  # few images, or confidences that are no numbers
+            report.notes.append(f"no curve of budgeted batches: {error}")
     if network.units:
         report.gates = _gate_use(network, judged)
     if isinstance(data.test, ImageSet):
@@ -68,6 +76,16 @@ def _anytime(network: DynamicNetwork, logits: list[Tensor], labels: Tensor, choi
             accuracy=float((one.argmax(1) == labels).double().mean()),
         )
         for k, (one, cost) in enumerate(zip(logits, costs.cumulative(), strict=True))
+    ]
+
+
+def _budgeted(network: DynamicNetwork, seen: Seen, evaluator: Evaluator, calibration: Images) -> list[Network]:
+    """MSDNet's sweep: thresholds set on calibration images, judged on the test images that were ``seen``."""
+    judged = macs_table(network, seen, evaluator.reference.answers, evaluator.static_macs)
+    scores = exit_scores(network, exit_logits(network, calibration, evaluator.device)[0])
+    return [
+        Network(name=f"budget {point.cost / evaluator.static_macs:.2f}", macs=point.cost, accuracy=point.accuracy)
+        for point in budgeted_batch(scores, judged, count=_BUDGETS)
     ]
 
 

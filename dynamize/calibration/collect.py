@@ -1,11 +1,11 @@
 """Filling tables: one pass over the images, and one timing of the exits and paths."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from dynamize.calibration.table import ConfidenceTable
 from dynamize.calibration.temperature import fit_temperature
@@ -15,6 +15,8 @@ from dynamize.measure.accuracy import answers, everything
 from dynamize.measure.costs import ExitCosts, exit_costs
 from dynamize.nn.network import DynamicNetwork
 from dynamize.runtime.profile import exit_latency, path_latency
+
+Seen = tuple[list[Tensor], Tensor, Tensor]  # logits of every exit, labels and paths
 
 
 class TableMaker:
@@ -49,26 +51,59 @@ class TableMaker:
 
     def table(self, others: Images | None = None) -> ConfidenceTable:
         """The table at the network's gate offset: of the images whose temperatures it has, or of others to judge on."""
-        network = self.network
-        logits, labels, choices = everything(network, self.images if others is None else others, self.device)
-        scores = [network.scores(one.to(self.device), k).cpu() for k, one in enumerate(logits[:-1])]
-        costs, image_costs = {"macs": self.costs.cumulative(), "ms": self.milliseconds}, {}
-        if network.units:
-            image_costs = {
-                "macs": _for_each(costs["macs"], self.costs.savings(choices.numpy()), self.costs),
-                "ms": _for_each(self.milliseconds, _lookup(self.saved_ms, choices.numpy()), self.costs),
-            }
-            costs = {name: cost.mean(axis=1) for name, cost in image_costs.items()}
-        return ConfidenceTable(
-            scores=torch.stack([*scores, torch.zeros(len(labels))]).double().numpy(),
-            answers=np.stack([one.argmax(1).numpy() for one in logits]),
-            labels=labels.numpy(),
-            reference=self.reference if others is None else answers(self.teacher, others, self.device)[0].numpy(),
-            costs=costs,
-            static_cost=self.static_cost,
-            head_costs={} if self.costs.chained else {"macs": self.costs.heads[:-1]},
-            image_costs=image_costs,
-        )
+        seen = everything(self.network, self.images if others is None else others, self.device)
+        reference = self.reference if others is None else answers(self.teacher, others, self.device)[0].numpy()
+        saved = {"macs": self.costs.savings, "ms": lambda choices: _lookup(self.saved_ms, choices)}
+        costs = {"macs": self.costs.cumulative(), "ms": self.milliseconds}
+        return _table(self.network, seen, reference, self.costs, costs, saved, self.static_cost)
+
+
+def macs_table(network: DynamicNetwork, seen: Seen, reference: Tensor, static_macs: float) -> ConfidenceTable:
+    """The table of images whose answers are known, with costs in MACs only: nothing is timed or fitted.
+
+    Args:
+        network: as it stood when it gave them.
+        seen: what :func:`dynamize.measure.accuracy.everything` gave.
+        reference: the static network's answers (n,).
+        static_macs: what it costs.
+    """
+    costs = exit_costs(network)
+    given, saved = {"macs": costs.cumulative()}, {"macs": costs.savings}
+    return _table(network, seen, reference.numpy(), costs, given, saved, {"macs": static_macs})
+
+
+def exit_scores(network: DynamicNetwork, logits: Sequence[Tensor]) -> NDArray[np.float64]:
+    """Confidences (K, n) of logits on the CPU, K tensors (n, classes); zeros at the last exit, where none decides."""
+    device = network.temperatures.device
+    scores = [network.scores(one.to(device), k).cpu() for k, one in enumerate(logits[:-1])]
+    found: NDArray[np.float64] = torch.stack([*scores, torch.zeros(len(logits[-1]))]).double().numpy()
+    return found
+
+
+def _table(
+    network: DynamicNetwork,
+    seen: Seen,
+    reference: NDArray[np.int64],
+    exits: ExitCosts,
+    costs: Mapping[str, NDArray[np.float64]],
+    saved: Mapping[str, Callable[[NDArray[np.int64]], NDArray[np.float64]]],
+    static_cost: Mapping[str, float],
+) -> ConfidenceTable:
+    logits, labels, choices = seen
+    image_costs = {}
+    if network.units:
+        image_costs = {name: _for_each(cost, saved[name](choices.numpy()), exits) for name, cost in costs.items()}
+        costs = {name: cost.mean(axis=1) for name, cost in image_costs.items()}
+    return ConfidenceTable(
+        scores=exit_scores(network, logits),
+        answers=np.stack([one.argmax(1).numpy() for one in logits]),
+        labels=labels.numpy(),
+        reference=reference,
+        costs=costs,
+        static_cost=static_cost,
+        head_costs={} if exits.chained else {"macs": exits.heads[:-1]},
+        image_costs=image_costs,
+    )
 
 
 def _for_each(open_K: NDArray[np.float64], saved_NU: NDArray[np.float64], costs: ExitCosts) -> NDArray[np.float64]:
