@@ -115,7 +115,7 @@ def _is_dtype(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     """Whether a ``view`` is one of the same bytes as another type."""
     given = next(iter([*args, *kwargs.values()]), None)
     if isinstance(given, fx.Node):
-        return given.target is getattr and given.args[1] == "dtype"
+        return given.target is getattr and str(given.args[1]) == "dtype"
     return isinstance(given, torch.dtype)
 
 

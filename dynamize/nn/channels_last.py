@@ -23,6 +23,6 @@ def lay_out(network: DynamicNetwork) -> DynamicNetwork:
     ``view``.
     """
     for module in network.modules():
-        if type(module) in (nn.Conv2d, nn.ConvTranspose2d):
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)) and type(module).__module__ == nn.Conv2d.__module__:
             module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
     return network
