@@ -62,6 +62,10 @@ def save(
         data: resolved description of the images, for ``predict`` and ``calibrate``.
         classes: their names.
         about: anything else worth keeping, as JSON.
+
+    Example:
+        >>> net = dz.source("dynamize:digits_resnet", pretrained=True)
+        >>> dz.save(dz.convert(net, [dz.Exits()], (1, 8, 8)), "out")
     """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
@@ -92,6 +96,12 @@ def load(path: str | os.PathLike[str], *, network: nn.Module | None = None, trus
 
     Raises:
         DynamizeError: a file is missing or damaged, or the source needs ``network`` or ``trust_code``.
+
+    Example:
+        >>> net = dz.source("dynamize:digits_resnet", pretrained=True)
+        >>> dz.save(dz.convert(net, [dz.Exits()], (1, 8, 8)), "out")
+        >>> dz.load("out").history[0]["pass"]
+        'exits'
     """
     manifest = read_manifest(path)
     if network is None:

@@ -41,6 +41,14 @@ class DynamicNetwork(nn.Module):
         operating_points: what calibration found, or None before.
         history: the resolved transforms that made this network, as plain data.
         source: where the original network came from; None for a module made in Python.
+
+    Example:
+        >>> import torch
+        >>> net = dz.source("dynamize:digits_resnet", pretrained=True)
+        >>> dyn = dz.convert(net, [dz.Exits()], (1, 8, 8))
+        >>> images = torch.randn(2, 1, 8, 8)
+        >>> torch.equal(dyn(images), net(images))
+        True
     """
 
     temperatures: Tensor

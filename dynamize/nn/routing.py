@@ -198,7 +198,17 @@ class Routing:
 
 @contextmanager
 def record_routing(network: "DynamicNetwork") -> Iterator[Routing]:
-    """Record which exit each image takes while ``network`` runs in eval mode inside the block."""
+    """Record which exit each image takes while ``network`` runs in eval mode inside the block.
+
+    Example:
+        >>> import torch
+        >>> net = dz.source("dynamize:digits_resnet", pretrained=True)
+        >>> dyn = dz.convert(net, [dz.Exits(count=2)], (1, 8, 8))
+        >>> with dz.record_routing(dyn) as routing:  # all exits are off: images leave at the last of three
+        ...     logits = dyn(torch.randn(2, 1, 8, 8))
+        >>> routing.exits.tolist()
+        [2, 2]
+    """
     outer, network.routing = network.routing, Routing()
     try:
         yield network.routing

@@ -25,6 +25,14 @@ class MultiExitLoss:
         temperature: T.
         from_last: weight of the distance of each early exit to the last exit.
         weights: one for each exit; None weighs all alike. They are normalised to a sum of K.
+
+    Example:
+        >>> import torch
+        >>> net = dz.source("dynamize:digits_resnet", pretrained=True)
+        >>> dyn = dz.convert(net, [dz.Exits()], (1, 8, 8)).train()
+        >>> images, labels = torch.randn(8, 1, 8, 8), torch.arange(8)
+        >>> loss = dz.MultiExitLoss(teacher=net)(dyn(images), images, labels)
+        >>> loss.backward()
     """
 
     def __init__(
