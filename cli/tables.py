@@ -245,7 +245,8 @@ def transform(cls: "type[Transform]") -> Group:
         if name != "pass":
             cells = [name, _kind(facts), json.dumps(facts.get("default")), facts.get("description", "")]
             made.add_row(*map(Text, cells))
-    paragraphs = inspect.cleandoc(cls.__doc__ or "").replace("``", "`").split("\n\n")
+    prose, *_ = inspect.cleandoc(cls.__doc__ or "").partition("\n\nExample:")  # in Python
+    paragraphs = prose.replace("``", "`").split("\n\n")
     return Group(*(Text(" ".join(one.split()) + "\n") for one in paragraphs), made)
 
 

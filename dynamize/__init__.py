@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from dynamize.runtime.compiled import compile_network as compile_network
     from dynamize.sources import source as source
     from dynamize.training.objectives import MultiExitLoss as MultiExitLoss
+    from dynamize.transform import Context as Context
     from dynamize.transforms import Calibrate as Calibrate
     from dynamize.transforms import ChannelGates as ChannelGates
     from dynamize.transforms import Distill as Distill
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Calibrate": "transforms",
     "ChannelGates": "transforms",
+    "Context": "transform",
     "Distill": "transforms",
     "DynamicNetwork": "nn.network",
     "DynamizeError": "errors",

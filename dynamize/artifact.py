@@ -69,6 +69,10 @@ def save(
         classes: their names.
         about: anything else worth keeping, as JSON.
         code: files that define transforms of the user's own; they are copied, and run when loading if they are trusted.
+
+    Example:
+        >>> net = dz.source("dynamize:digits_resnet", pretrained=True)
+        >>> dz.save(dz.convert(net, [dz.Exits()], (1, 8, 8)), "out")
     """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
@@ -104,6 +108,12 @@ def load(path: str | os.PathLike[str], *, network: nn.Module | None = None, trus
     Raises:
         DynamizeError: a file is missing or damaged, the source needs ``network`` or ``trust_code``, or a step needs a
             transform that is not here.
+
+    Example:
+        >>> net = dz.source("dynamize:digits_resnet", pretrained=True)
+        >>> dz.save(dz.convert(net, [dz.Exits()], (1, 8, 8)), "out")
+        >>> dz.load("out").history[0]["pass"]
+        'exits'
     """
     manifest = read_manifest(path)
     if network is None:

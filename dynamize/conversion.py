@@ -45,6 +45,12 @@ def convert(
 
     Raises:
         DynamizeError: the network cannot be traced, the order is wrong or a transform refuses.
+
+    Example:
+        >>> net = dz.source("dynamize:digits_resnet", pretrained=True)
+        >>> dyn = dz.convert(net, [dz.Exits(count=2), dz.SkipGates(group=1)], (1, 8, 8))
+        >>> [step["pass"] for step in dyn.history]
+        ['exits', 'skip_gates']
     """
     done = [step["pass"] for step in network.history] if isinstance(network, DynamicNetwork) else []
     check_order(list(transforms), done)

@@ -2,7 +2,13 @@
 
 
 class DynamizeError(Exception):
-    """Something the user can repair. The command line prints it as one red line and exits with code 2."""
+    """Something the user can repair. The command line prints it as one red line and exits with code 2.
+
+    Example:
+        >>> dz.source("dynamize:digits_resnt")
+        Traceback (most recent call last):
+        dynamize.errors.DynamizeError: dynamize has no classification network 'digits_resnt'. Did you mean ...
+    """
 
 
 class InfeasibleError(DynamizeError):

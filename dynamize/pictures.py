@@ -9,7 +9,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dynamize.data import ImageSet, Splits
+from dynamize.calibration.collect import confidences, macs_table
+from dynamize.calibration.protocols import budgeted_batch
+from dynamize.data import Images, ImageSet, Splits
+from dynamize.errors import DynamizeError
 from dynamize.evaluation import Evaluator, Judgement, gather
 from dynamize.measure.accuracy import Seen, accuracy, everything
 from dynamize.measure.costs import exit_costs
@@ -18,6 +21,7 @@ from dynamize.report import DecisionUse, Gallery, GalleryImage, Ledger, Network,
 from dynamize.report.data import exit_names
 
 _SHOWN = 12
+_BUDGETS = 12  # points of a budgeted-batch curve
 _LARGEST = 96  # pixels of a gallery image
 
 
@@ -48,6 +52,10 @@ def report_data(ledger: Ledger, network: DynamicNetwork, evaluator: Evaluator, d
     report.usage = _usage(network, judged)
     if network.leaving:
         report.anytime = _anytime(network, seen, names)
+        try:
+            report.budgeted = _budgeted(network, seen, evaluator, data.calibration)
+        except DynamizeError as error:  # few images, or confidences that are no numbers
+            report.notes.append(f"no curve of budgeted batches: {error}")
     if isinstance(data.test, ImageSet):
         pictures = _Pictures(data.test, seen.labels)
         if network.leaving:
@@ -64,6 +72,16 @@ def _anytime(network: DynamicNetwork, seen: Seen, names: Sequence[str]) -> list[
     return [
         Network(name=name, macs=float(cost - np.mean(less)), accuracy=accuracy(logits, seen.labels))
         for name, logits, cost, less in zip(names, seen.logits, costs.cumulative(), saved, strict=True)
+    ]
+
+
+def _budgeted(network: DynamicNetwork, seen: Seen, evaluator: Evaluator, calibration: Images) -> list[Network]:
+    """MSDNet's sweep: thresholds set on calibration images, judged on the test images that were ``seen``."""
+    judged = macs_table(network, seen, evaluator.reference.answers, evaluator.static_macs)
+    scores = confidences(everything(network, calibration, evaluator.device))
+    return [
+        Network(name=f"budget {point.cost / evaluator.static_macs:.2f}", macs=point.cost, accuracy=point.accuracy)
+        for point in budgeted_batch(scores, judged, count=_BUDGETS)
     ]
 
 

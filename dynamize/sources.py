@@ -192,6 +192,11 @@ def source(
 
     Raises:
         DynamizeError: as ``load_source``.
+
+    Example:
+        >>> net = dz.source("dynamize:digits_resnet", pretrained=True)
+        >>> sum(p.numel() for p in net.parameters())
+        97562
     """
     if not isinstance(source, nn.Module):
         return load_source(parse(source, checkpoint, kwargs), trust_code)

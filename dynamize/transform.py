@@ -44,6 +44,11 @@ class Context:
         work: folder for checkpoints and metrics; None keeps nothing.
         resume: whether a training checkpoint found in ``work`` is continued.
         progress: wraps long loops: (items, label, total) -> items.
+
+    Example:
+        >>> from dynamize.data import DataSpec, load_data
+        >>> digits = load_data(DataSpec(source="digits", train_limit=64), (1, 8, 8), 10)
+        >>> context = dz.Context(data=digits, backend="eager")
     """
 
     data: "Splits | None" = None

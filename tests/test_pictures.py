@@ -1,12 +1,19 @@
 """What a report says about exits and gates, counted again image by image."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 from digits import SHAPE, digit_splits
 from gated_networks import scatter
 
+from dynamize.calibration import budgeted_batch
+from dynamize.calibration.collect import macs_table
 from dynamize.conversion import convert, wrap
+from dynamize.data import LoaderSet
 from dynamize.evaluation import Evaluator
+from dynamize.measure.accuracy import everything
 from dynamize.measure.costs import exit_costs
 from dynamize.models import create
 from dynamize.nn.network import DynamicNetwork, record_routing
@@ -114,6 +121,43 @@ def test_marks_of_exits_count_what_gates_save() -> None:
         assert mark.macs == pytest.approx(float(told.evaluator.judge(told.network).macs.mean()))
     whole = exit_costs(told.network).cumulative()
     assert report.anytime[0].macs < whole[0]
+
+
+@pytest.mark.parametrize("steps", [(EXITS,), (EXITS, SKIPS)])
+def test_budgets_are_set_on_calibration_images_and_judged_on_test_images(steps: tuple[Exits | SkipGates, ...]) -> None:
+    told = leaving(Told(*steps))
+    temperatures, thresholds = told.network.temperatures.clone(), list(told.network.thresholds)
+    report = told.report()
+    assert torch.equal(told.network.temperatures, temperatures)
+    assert told.network.thresholds == thresholds
+    held_out = torch.cat([images for images, _ in told.splits.calibration.batches(100)])
+    with torch.no_grad():
+        logits = told.network.eval().all_exits(held_out)
+    scores = [told.network.scores(one, k).double().numpy() for k, one in enumerate(logits[:2])]
+    seen = macs_table(
+        told.network,
+        everything(told.network, told.splits.test, torch.device("cpu")),
+        told.evaluator.reference.answers,
+        told.evaluator.static_macs,
+    )
+    wanted = budgeted_batch(np.stack([*scores, np.zeros(len(held_out))]), seen, count=12)
+    assert len(report.budgeted) == 12
+    for mark, point in zip(report.budgeted, wanted, strict=True):
+        told.network.thresholds = point.thresholds
+        judged = told.evaluator.judge(told.network)  # where images really leave
+        assert mark.accuracy == pytest.approx(judged.accuracy)
+        assert mark.macs == pytest.approx(float(judged.macs.mean()))
+    assert report.budgeted[0].macs < report.budgeted[-1].macs
+
+
+def test_too_few_images_for_a_table_are_told_and_no_error() -> None:
+    told = Told(EXITS)
+    told.splits = replace(told.splits, test=LoaderSet("test", [(told.images[:9], torch.arange(9))]))
+    told.evaluator.images = told.splits.test
+    report = told.report()
+    assert report.budgeted == []
+    assert "no curve of budgeted batches: 9 " in report.notes[0]
+    assert len(report.anytime) == 3
 
 
 def test_nobody_comes_to_the_last_gates() -> None:

@@ -27,6 +27,13 @@ class Calibrate(Transform):
 
     At most one of ``max_drop``, ``macs_ratio``, ``macs`` and ``latency_ms``; none means ``max_drop: 0.2``. The
     others stay reachable without retraining through ``set_operating_point`` and ``predict --budget``.
+
+    Example:
+        >>> net = dz.source("dynamize:digits_resnet", pretrained=True)
+        >>> steps = [dz.Exits(count=1), dz.Distill(epochs=1), dz.Calibrate(macs_ratio=0.8)]
+        >>> dyn = dz.convert(net, steps, (1, 8, 8), context)  # a dz.Context
+        >>> dyn.operating_points.at(macs_ratio=0.9).macs_ratio <= 0.9
+        True
     """
 
     pass_name: Literal["calibrate"] = Field("calibrate", alias="pass")

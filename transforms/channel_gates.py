@@ -31,6 +31,12 @@ class ChannelGates(Transform):
 
     Runtime Neural Pruning (Lin et al. 2017) in the form of DS-Net (Li et al. 2021): channels are sorted by importance,
     which changes nothing, and a gate for each block picks a prefix. All gates start with all channels.
+
+    Example:
+        >>> net = dz.source("dynamize:digits_resnet", pretrained=True)
+        >>> dyn = dz.convert(net, [dz.ChannelGates(groups=2)], (1, 8, 8))
+        >>> len(dyn.history[0]["blocks"])
+        8
     """
 
     pass_name: Literal["channel_gates"] = Field("channel_gates", alias="pass")

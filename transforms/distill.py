@@ -28,6 +28,13 @@ class Distill(Transform):
 
     On a network without exits this is plain fine-tuning towards the teacher; with ``alpha: 0``, towards labels. Train
     images labelled -1 are learnt from the teacher alone; with ``alpha: 1`` no label counts.
+
+    Example:
+        >>> net = dz.source("dynamize:digits_resnet", pretrained=True)
+        >>> steps = [dz.Exits(count=1), dz.Distill(epochs=1)]
+        >>> dyn = dz.convert(net, steps, (1, 8, 8), context)  # a dz.Context
+        >>> [step["pass"] for step in dyn.history]
+        ['exits', 'distill']
     """
 
     pass_name: Literal["distill"] = Field("distill", alias="pass")

@@ -34,6 +34,12 @@ class Exits(Transform):
 
     ``at: auto`` weighs the MACs up to each cut point against what a closed-form probe on calibration features says
     a head there could answer; without data it spreads the exits evenly over the MACs.
+
+    Example:
+        >>> net = dz.source("dynamize:digits_resnet", pretrained=True)
+        >>> dyn = dz.convert(net, [dz.Exits(at=["layer1", "layer2"])], (1, 8, 8))
+        >>> dyn.history[0]["at"]
+        ['layer1_2_relu2', 'layer2_2_relu2']
     """
 
     pass_name: Literal["exits"] = Field("exits", alias="pass")

@@ -31,6 +31,13 @@ class Factorize(Transform):
 
     One of ``energy``, ``macs_ratio`` and ``latency_ratio``; none means ``energy: 0.9``. Accuracy suffers: let a
     `distill` step follow.
+
+    Example:
+        >>> net = dz.source("dynamize:digits_resnet", pretrained=True)
+        >>> factorize = dz.Factorize(energy=0.8, timed=False)
+        >>> dyn = dz.convert(net, [factorize], (1, 8, 8))
+        >>> len(dyn.history[0]["layers"])
+        3
     """
 
     pass_name: Literal["factorize"] = Field("factorize", alias="pass")

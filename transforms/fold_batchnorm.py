@@ -27,6 +27,13 @@ class FoldBatchnorm(Transform):
 
     Answers stay the same up to rounding, 1e-5 of the largest at most; training afterwards has no batch norms left. The
     backends fold for themselves: this step is for exports, and before layers are taken apart or quantised.
+
+    Example:
+        >>> import torch
+        >>> net = dz.source("dynamize:digits_resnet", pretrained=True)
+        >>> dyn = dz.convert(net, [dz.FoldBatchnorm()], (1, 8, 8))
+        >>> any(isinstance(layer, torch.nn.BatchNorm2d) for layer in dyn.modules())
+        False
     """
 
     pass_name: Literal["fold_batchnorm"] = Field("fold_batchnorm", alias="pass")

@@ -26,6 +26,13 @@ class FuseBranches(Transform):
     Computed in float64 and compared with what it replaces; answers stay the same up to rounding, 1e-5 of the largest at
     most. Branches of the network's own are found as sums of convolutions, batch norms, average pools and identities of
     one feature map; one convolution for them may not cost more than they do.
+
+    Example:
+        >>> net = dz.source("dynamize:digits_resnet", pretrained=True)
+        >>> steps = [dz.ExpandBranches(), dz.FuseBranches()]  # train between them
+        >>> dyn = dz.convert(net, steps, (1, 8, 8))
+        >>> sum(p.numel() for p in dyn.parameters()) <= sum(p.numel() for p in net.parameters())
+        True
     """
 
     pass_name: Literal["fuse_branches"] = Field("fuse_branches", alias="pass")

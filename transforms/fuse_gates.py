@@ -23,6 +23,13 @@ class FuseGates(Transform):
 
     Decisions are those on the calibration images, times those of the run's backend at batch 1. A unit of which nearly
     all images take the same path takes it for all; one whose gate does not pay takes the original path.
+
+    Example:
+        >>> net = dz.source("dynamize:digits_resnet", pretrained=True)
+        >>> steps = [dz.SkipGates(group=1), dz.FuseGates(time=False)]
+        >>> dyn = dz.convert(net, steps, (1, 8, 8), context)  # a dz.Context
+        >>> set(dyn.history[1]["paths"].values())  # untrained gates let all images through
+        {1}
     """
 
     pass_name: Literal["fuse_gates"] = Field("fuse_gates", alias="pass")

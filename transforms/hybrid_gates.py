@@ -18,6 +18,13 @@ class HybridGates(RefinesGates):
     The network learns from labels and teacher as in `distill`, the gates from the reward of decisions sampled from
     their scores: minus the cross entropy, minus ``cost`` times the executed share of the original network's MACs. Each
     step takes two forwards. It refines gates that `distill` has trained.
+
+    Example:
+        >>> net = dz.source("dynamize:digits_resnet", pretrained=True)
+        >>> steps = [dz.SkipGates(group=1), dz.Distill(epochs=1), dz.HybridGates(epochs=1)]
+        >>> dyn = dz.convert(net, steps, (1, 8, 8), context)  # a dz.Context
+        >>> [step["pass"] for step in dyn.history]
+        ['skip_gates', 'distill', 'hybrid_gates']
     """
 
     pass_name: Literal["hybrid_gates"] = Field("hybrid_gates", alias="pass")

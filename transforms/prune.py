@@ -51,6 +51,13 @@ class Prune(Transform):
 
     One of ``ratio``, ``macs_ratio`` and ``latency_ratio``; none means ``macs_ratio: 0.5``. Accuracy suffers: let it
     recover with ``recovery_epochs``, or by a `distill` step behind.
+
+    Example:
+        >>> net = dz.source("dynamize:digits_resnet", pretrained=True)
+        >>> steps = [dz.Prune(macs_ratio=0.5), dz.Distill(epochs=1)]
+        >>> dyn = dz.convert(net, steps, (1, 8, 8), context)  # a dz.Context
+        >>> sum(p.numel() for p in dyn.parameters()) < sum(p.numel() for p in net.parameters())
+        True
     """
 
     pass_name: Literal["prune"] = Field("prune", alias="pass")

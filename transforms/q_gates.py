@@ -36,6 +36,14 @@ class QGates(RefinesGates):
     ``penalty`` times its share of the original network's MACs; the cross entropy of an image is scaled to 1 on average.
     Afterwards scores are scaled so that a gate offset of 1 means a penalty that is smaller by 1. It refines gates that
     `distill` has trained.
+
+    Example:
+        >>> net = dz.source("dynamize:digits_resnet", pretrained=True)
+        >>> q_gates = dz.QGates(rounds=1, gate_epochs=1, network_epochs=0)
+        >>> steps = [dz.SkipGates(group=1), dz.Distill(epochs=1), q_gates]
+        >>> dyn = dz.convert(net, steps, (1, 8, 8), context)  # a dz.Context
+        >>> [step["pass"] for step in dyn.history]
+        ['skip_gates', 'distill', 'q_gates']
     """
 
     pass_name: Literal["q_gates"] = Field("q_gates", alias="pass")

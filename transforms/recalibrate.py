@@ -27,6 +27,14 @@ class Recalibrate(Transform):
     On train images, with the gates deciding: either all statistics anew, shared by all paths as in training, or those
     of each width of channel gates by itself from the images that take it (slimmable networks, Yu et al. 2019, sec. 3.3;
     Yu & Huang 2019, sec. 3.3); of paths that few images take, from all.
+
+    Example:
+        >>> net = dz.source("dynamize:digits_resnet", pretrained=True)
+        >>> distill = dz.Distill(epochs=1, gate_budget=0.8)
+        >>> steps = [dz.ChannelGates(groups=2), distill, dz.Recalibrate(images=64)]
+        >>> dyn = dz.convert(net, steps, (1, 8, 8), context)  # a dz.Context
+        >>> dyn.history[2]["statistics"] in ("shared", "recalibrated", "widths")
+        True
     """
 
     pass_name: Literal["recalibrate"] = Field("recalibrate", alias="pass")

@@ -29,6 +29,12 @@ class SkipGates(Transform):
     """Put a gate before residual blocks (SkipNet, Wang et al. 2018; ConvNet-AIG, Veit & Belongie 2018).
 
     A skipped block costs nothing but its projection shortcut, if it has one. All gates start open.
+
+    Example:
+        >>> net = dz.source("dynamize:digits_resnet", pretrained=True)
+        >>> dyn = dz.convert(net, [dz.SkipGates(group=1)], (1, 8, 8))
+        >>> len(dyn.history[0]["blocks"])
+        8
     """
 
     pass_name: Literal["skip_gates"] = Field("skip_gates", alias="pass")

@@ -10,8 +10,8 @@ from dynamize.calibration.points import (
     point_for_budget,
     point_for_drop,
 )
-from dynamize.calibration.protocols import BatchPoint, anytime, budgeted_batch
-from dynamize.calibration.solver import frontier, solve_budget, solve_drop
+from dynamize.calibration.protocols import BatchPoint, budgeted_batch
+from dynamize.calibration.solver import solve_budget
 from dynamize.calibration.table import EVERYONE, ConfidenceTable, Evaluation, Thresholds
 
 __all__ = [
@@ -24,16 +24,13 @@ __all__ = [
     "OperatingPoint",
     "OperatingPoints",
     "Thresholds",
-    "anytime",
     "budgeted_batch",
     "cross_fit",
-    "frontier",
     "operating_points",
     "point_for",
     "point_for_budget",
     "point_for_drop",
     "prediction_interval",
     "solve_budget",
-    "solve_drop",
     "wilson",
 ]

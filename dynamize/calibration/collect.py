@@ -11,12 +11,11 @@ from dynamize.calibration.table import ConfidenceTable
 from dynamize.calibration.temperature import fit_temperature
 from dynamize.conversion import wrap
 from dynamize.data import Images
-from dynamize.measure.accuracy import everything, top_answers
-from dynamize.measure.costs import exit_costs
+from dynamize.measure.accuracy import Seen, everything, top_answers
+from dynamize.measure.costs import Costs, exit_costs
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.piece import Setting
 from dynamize.runtime.profile import exit_latency, option_latency
-
 
 _LEAST = 1e-3  # of the whole: what leaving costs at least, for an exit may have no products
 
@@ -55,28 +54,58 @@ class TableMaker:
         """The table at an offset of what changes: of the images whose temperatures it has, or of others to judge on."""
         images = self.images if others is None else others
         seen = everything(self.network, images, self.device, Setting(offset=offset))
-        macs = self.costs.cumulative()
-        macs = np.maximum(macs, _LEAST * macs[-1])
-        costs, image_costs = {"macs": macs, "ms": self.milliseconds}, {}
-        if seen.taken:
-            saved = {"macs": self.costs.savings(seen.taken), "ms": _looked_up(self.saved_ms, seen.taken)}
-            image_costs = {
-                measure: _for_each(costs[measure], self.costs.up_to_exits(each)) for measure, each in saved.items()
-            }
-            costs = {measure: cost.mean(axis=1) for measure, cost in image_costs.items()}
-        leaving = self.costs.leaving
-        heads = [one.always if one.name in self.costs.switchable else 0.0 for one in leaving]
-        return ConfidenceTable(
-            scores=torch.stack([*seen.scores, torch.zeros(len(seen.labels))]).double().numpy(),
-            answers=np.stack([one.argmax(1).numpy() for one in seen.logits]),
-            labels=seen.labels.numpy(),
-            reference=self.reference if others is None else top_answers(self.teacher, others, self.device)[0].numpy(),
-            costs=costs,
-            static_cost=self.static_cost,
-            head_costs={"macs": np.array(heads)},
-            image_costs=image_costs,
-            names=tuple(one.name for one in leaving),
-        )
+        reference = self.reference if others is None else top_answers(self.teacher, others, self.device)[0].numpy()
+        costs = {"macs": self.costs.cumulative(), "ms": self.milliseconds}
+        saved = {"macs": self.costs.savings(seen.taken), "ms": _looked_up(self.saved_ms, seen.taken)}
+        return _table(seen, reference, self.costs, costs, saved, self.static_cost)
+
+
+def macs_table(network: DynamicNetwork, seen: Seen, reference: Tensor, static_macs: float) -> ConfidenceTable:
+    """The table of images whose answers are known, with costs in MACs only: nothing is timed or fitted.
+
+    Args:
+        network: as it stood when it gave them.
+        seen: what :func:`dynamize.measure.accuracy.everything` gave.
+        reference: the static network's answers (n,).
+        static_macs: what it costs.
+    """
+    costs = exit_costs(network)
+    given, saved = {"macs": costs.cumulative()}, {"macs": costs.savings(seen.taken)}
+    return _table(seen, reference.numpy(), costs, given, saved, {"macs": static_macs})
+
+
+def confidences(seen: Seen) -> NDArray[np.float64]:
+    """Scores (K, n); zeros at the last exit, where none decides."""
+    found: NDArray[np.float64] = torch.stack([*seen.scores, torch.zeros(len(seen.labels))]).double().numpy()
+    return found
+
+
+def _table(
+    seen: Seen,
+    reference: NDArray[np.int64],
+    pieces: Costs,
+    costs: Mapping[str, NDArray[np.float64]],
+    saved: Mapping[str, Mapping[str, NDArray[np.float64]]],
+    static_cost: Mapping[str, float],
+) -> ConfidenceTable:
+    costs = {measure: np.maximum(cost, _LEAST * cost[-1]) for measure, cost in costs.items()}
+    image_costs: dict[str, NDArray[np.float64]] = {}
+    if seen.taken:
+        image_costs = {measure: _for_each(cost, pieces.up_to_exits(saved[measure])) for measure, cost in costs.items()}
+        costs = {measure: cost.mean(axis=1) for measure, cost in image_costs.items()}
+    leaving = pieces.leaving
+    heads = [one.always if one.name in pieces.switchable else 0.0 for one in leaving]
+    return ConfidenceTable(
+        scores=confidences(seen),
+        answers=np.stack([one.argmax(1).numpy() for one in seen.logits]),
+        labels=seen.labels.numpy(),
+        reference=reference,
+        costs=costs,
+        static_cost=static_cost,
+        head_costs={"macs": np.array(heads)},
+        image_costs=image_costs,
+        names=tuple(one.name for one in leaving),
+    )
 
 
 def _for_each(open_K: NDArray[np.float64], saved_KN: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:

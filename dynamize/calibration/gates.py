@@ -36,6 +36,12 @@ def calibrate(
         teacher: the original network, which accuracy drops refer to.
         count: how many points.
         seed: of the cross-fitting folds.
+
+    Example:
+        >>> net = dz.source("dynamize:digits_resnet", pretrained=True)
+        >>> dyn = dz.convert(net, [dz.Exits(), dz.Distill(epochs=1)], (1, 8, 8), context)  # a dz.Context
+        >>> points = dz.calibrate(dyn, context.data.calibration, net)
+        >>> dyn.set_operating_point(points.at(macs_ratio=0.9))
     """
     device = next(network.parameters()).device
     images = loader if hasattr(loader, "batches") else LoaderSet("calibration", loader)

@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,15 +17,6 @@ ROUNDING = 1e-11  # relative: what summing n costs in another order may differ b
 SEARCH_IMAGES = 4096  # images up to which exits move in pairs, and which the Lagrangian search sees
 PAIR_BINS, PAIR_NEAR = 48, 24  # cuts of a pair move: evenly over the ranks, and around where it stands
 SWEEPS, ROUNDS = 12, 12
-
-
-class Goal(Protocol):
-    """What to look for among settings, given by their correct answers and their summed cost."""
-
-    def meets(self, correct: float, cost: float) -> bool: ...
-    def better(self, one: "Setting", other: "Setting") -> bool: ...
-    def best(self, correct: Floats, cost: Floats) -> int | None: ...
-    def scaled(self, factor: float) -> "Goal": ...
 
 
 class Setting(NamedTuple):
@@ -42,8 +33,8 @@ class WithinCost:
 
     limit: float
 
-    def meets(self, correct: float, cost: float) -> bool:
-        return cost <= self.limit * (1 + ROUNDING)
+    def meets(self, setting: Setting) -> bool:
+        return setting.cost <= self.limit * (1 + ROUNDING)
 
     def better(self, one: Setting, other: Setting) -> bool:
         if one.correct != other.correct:
@@ -51,40 +42,12 @@ class WithinCost:
         return one.cost < other.cost * (1 - ROUNDING)
 
     def best(self, correct: Floats, cost: Floats) -> int | None:
-        allowed = np.where(self.meets_all(cost), correct, -1.0)
+        allowed = np.where(cost <= self.limit * (1 + ROUNDING), correct, -1.0)
         top = allowed.max()
         return None if top < 0 else int(np.where(allowed == top, cost, np.inf).argmin())
 
-    def meets_all(self, cost: Floats) -> NDArray[np.bool_]:
-        return cost <= self.limit * (1 + ROUNDING)
-
     def scaled(self, factor: float) -> "WithinCost":
         return WithinCost(self.limit * factor)
-
-
-@dataclass(frozen=True)
-class AtLeastCorrect:
-    """Least summed cost at no fewer correct answers than the target; of equals the most accurate."""
-
-    target: float
-
-    def meets(self, correct: float, cost: float) -> bool:
-        return correct >= self.target
-
-    def better(self, one: Setting, other: Setting) -> bool:
-        if abs(one.cost - other.cost) > ROUNDING * other.cost:
-            return one.cost < other.cost
-        return one.correct > other.correct
-
-    def best(self, correct: Floats, cost: Floats) -> int | None:
-        allowed = np.where(correct >= self.target, cost, np.inf)
-        least = allowed.min()
-        if not math.isfinite(least):
-            return None
-        return int(np.where(allowed <= least * (1 + ROUNDING), correct, -1.0).argmax())
-
-    def scaled(self, factor: float) -> "AtLeastCorrect":
-        return AtLeastCorrect(self.target * factor)
 
 
 class Problem:
@@ -156,7 +119,7 @@ class Problem:
         cuts = np.unique(np.searchsorted(np.cumsum(np.bincount(self.groups[k])), wanted) + 1)
         return cuts[cuts < size]
 
-    def polish(self, best: Setting, goal: Goal) -> Setting:
+    def polish(self, best: Setting, goal: WithinCost) -> Setting:
         """Exact moves of one exit until none helps, then of two exits together, until nothing helps."""
         count = self.decisions
         ones: list[Sequence[int]] = [(k,) for k in range(count)]
@@ -178,7 +141,7 @@ class Problem:
             best = after
         return best
 
-    def _single_moves(self, best: Setting, goal: Goal) -> Setting:
+    def _single_moves(self, best: Setting, goal: WithinCost) -> Setting:
         for k in range(self.decisions):
             best = self._move(best, (k,), goal)
         return best
@@ -188,7 +151,7 @@ class Problem:
             self._cut_at[k] = self.even_cuts(k, PAIR_BINS)
         return self._cut_at[k]
 
-    def _move(self, best: Setting, ks: Sequence[int], goal: Goal) -> Setting:
+    def _move(self, best: Setting, ks: Sequence[int], goal: WithinCost) -> Setting:
         if len(ks) == 1:
             cuts = [np.arange(1, self.sizes[ks[0]])]
         else:
@@ -205,7 +168,7 @@ class Problem:
         for k, cut, index in zip(ks, cuts, np.unravel_index(found, correct.shape), strict=True):
             positions[k] = 0 if index == 0 else self.sizes[k] if index > len(cut) else cut[index - 1]
         setting = self.setting(positions)
-        keep = goal.meets(setting.correct, setting.cost) and goal.better(setting, best)
+        keep = goal.meets(setting) and goal.better(setting, best)
         return setting if keep else best
 
 

@@ -1,5 +1,5 @@
-"""The two protocols of the early-exit literature, so that a table can be compared with published curves:
-anytime prediction and budgeted batch classification (Huang et al. 2018, MSDNet, sec. 5)."""
+"""Budgeted batch classification, the protocol of the early-exit literature (Huang et al. 2018, MSDNet, sec. 5), so that
+a network can be compared with published curves."""
 
 import math
 from typing import NamedTuple
@@ -14,7 +14,7 @@ STEEPEST = 60.0  # |ln q|: exp(-60) of the images at the next exit is none of th
 
 
 class BatchPoint(NamedTuple):
-    """One setting of the budgeted-batch sweep: geometric ratio q, then what it does on the table."""
+    """One setting of the sweep: geometric ratio q, then what it does on the images it is judged on."""
 
     q: float
     thresholds: Thresholds
@@ -23,40 +23,44 @@ class BatchPoint(NamedTuple):
     shares: NDArray[np.float64]
 
 
-def anytime(table: ConfidenceTable, measure: str = "macs") -> list[tuple[float, float]]:
-    """(cumulative cost, accuracy) of each exit when every image leaves there."""
-    return [(float(c), float(a)) for c, a in zip(table.cost(measure), table.correct.mean(axis=1), strict=True)]
-
-
-def budgeted_batch(table: ConfidenceTable, measure: str = "macs", count: int = 20) -> list[BatchPoint]:
+def budgeted_batch(
+    scores_KN: NDArray[np.float64], judged: ConfidenceTable, measure: str = "macs", count: int = 20
+) -> list[BatchPoint]:
     """MSDNet's sweep: a share proportional to q**k leaves at exit k, the surest first.
 
     Differences from the published code, which sweeps p/20: q is bisected so that the mean costs are evenly
     spread between the first and the last exit; the shares are cumulative, so that rounding and equal scores
     at one exit are made up for at the next; an exit whose share rounds to no image is off and swallows
     nobody else's share.
+
+    Args:
+        scores_KN: of calibration images, which the thresholds are set on; the last exit's decide nothing.
+        judged: other images.
+        measure: of cost.
+        count: how many points.
     """
     if count < 1:
         raise DynamizeError(f"count={count} is no sweep: ask for at least one point.")
-    cost = table.cost(measure)
+    cost = judged.cost(measure)
     points = []
     for budget in np.linspace(cost[0], cost[-1], count + 2)[1:-1]:
         q = _ratio(cost, float(budget))
-        thresholds = share_thresholds(table, _geometric(q, table.exits))
-        found = table.evaluate(thresholds, measure)
+        thresholds = share_thresholds(scores_KN, _geometric(q, judged.exits))
+        found = judged.evaluate(thresholds, measure)
         points.append(BatchPoint(q, thresholds, found.cost, found.accuracy, found.shares))
     return points
 
 
-def share_thresholds(table: ConfidenceTable, shares: NDArray[np.float64]) -> Thresholds:
-    """Thresholds at which about these shares (K,) of the table leave; equal scores leave together, and go
+def share_thresholds(scores_KN: NDArray[np.float64], shares: NDArray[np.float64]) -> Thresholds:
+    """Thresholds at which about these shares (K,) of the images leave; equal scores leave together, and go
     where the cumulative share comes nearest."""
-    waiting = np.arange(table.images)
+    images = scores_KN.shape[1]
+    waiting = np.arange(images)
     thresholds: Thresholds = []
-    for scores, wanted in zip(table.scores[:-1], np.cumsum(shares), strict=False):
+    for scores, wanted in zip(scores_KN[:-1], np.cumsum(shares), strict=False):
         here = np.sort(scores[waiting])[::-1]
         ends = np.concatenate(([0], np.flatnonzero(here[1:] < here[:-1]) + 1, [len(here)]))
-        leaving = round(float(wanted) * table.images) - (table.images - len(waiting))
+        leaving = round(float(wanted) * images) - (images - len(waiting))
         taken = int(ends[np.abs(ends - leaving).argmin()])
         if taken == 0:
             thresholds.append(None)

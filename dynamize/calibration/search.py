@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from dynamize.calibration.problem import (
     SEARCH_IMAGES,
     Floats,
-    Goal,
     Positions,
     Problem,
     Setting,
@@ -47,17 +46,17 @@ class Search:
             assert peak is not None
             self._known.append(peak)
 
-    def solve(self, goal: Goal) -> Setting | None:
+    def solve(self, goal: WithinCost) -> Setting | None:
         """The best setting found for the goal, None where no setting meets it."""
         if self.exact:
             return self._enumerate(goal)
         best = self._search(goal)
         return None if best is None else self.full.polish(best, goal)
 
-    def _search(self, goal: Goal) -> Setting | None:
+    def _search(self, goal: WithinCost) -> Setting | None:
         """The best of the supported settings and of those between the two around the goal."""
         self._support(goal)
-        met = [setting for setting in self._known if goal.meets(setting.correct, setting.cost)]
+        met = [setting for setting in self._known if goal.meets(setting)]
         if not met:
             return None
         best = met[0]
@@ -65,7 +64,7 @@ class Search:
             best = setting if goal.better(setting, best) else best
         bracket = _tightest(self._known, goal)
         if bracket is not None:
-            missed = next(end for end in bracket if not goal.meets(end.correct, end.cost))
+            missed = next(end for end in bracket if not goal.meets(end))
             best = self._bisect(best, missed, goal)
         return best
 
@@ -77,11 +76,11 @@ class Search:
             for p, scores in zip(positions.tolist(), self.distinct, strict=True)
         ]
 
-    def _enumerate(self, goal: Goal) -> Setting | None:
+    def _enumerate(self, goal: WithinCost) -> Setting | None:
         full = self.full
         if full.decisions == 0:
             only = full.setting(np.zeros(0, np.int64))
-            return only if goal.meets(only.correct, only.cost) else None
+            return only if goal.meets(only) else None
         if self._grid is None:
             every = [np.arange(1, size) for size in full.sizes]
             self._grid = full.block(np.zeros(full.decisions, np.int64), range(full.decisions), every)
@@ -103,7 +102,7 @@ class Search:
         ends = zip(positions.tolist(), self._cuts, self.full.sizes, strict=True)
         return np.array([0 if p == 0 else size if p > len(cut) else cut[p - 1] for p, cut, size in ends], np.int64)
 
-    def _support(self, goal: Goal) -> None:
+    def _support(self, goal: WithinCost) -> None:
         """Adds settings of the whole table around the goal: chords on the compressed one first, then here."""
         coarse, full = self._coarse, self.full
         part = goal.scaled(coarse.images / full.images)
@@ -116,20 +115,20 @@ class Search:
         self._known += [full.ascend(self._widen(end.positions), price) for end in ends]
         _chords(full, self._known, goal, FULL_CHORDS)
 
-    def _bisect(self, met: Setting, missed: Setting, goal: Goal) -> Setting:
+    def _bisect(self, met: Setting, missed: Setting, goal: WithinCost) -> Setting:
         """Along the straight line in rank space the last setting found that still meets the goal."""
         start, best, low, high = met.positions, met, 0.0, 1.0
         for _ in range(1 + int(np.abs(missed.positions - start).max()).bit_length()):
             middle = (low + high) / 2
             setting = self.full.setting(np.rint(start + middle * (missed.positions - start)).astype(np.int64))
-            if goal.meets(setting.correct, setting.cost):
+            if goal.meets(setting):
                 low, best = middle, setting if goal.better(setting, best) else best
             else:
                 high = middle
         return best
 
 
-def _tightest(settings: Sequence[Setting], goal: Goal) -> tuple[Setting, Setting] | None:
+def _tightest(settings: Sequence[Setting], goal: WithinCost) -> tuple[Setting, Setting] | None:
     """The edge of the settings' upper hull, the cheaper end first, of which one end meets the goal; else
     None."""
     hull: list[Setting] = []
@@ -140,7 +139,7 @@ def _tightest(settings: Sequence[Setting], goal: Goal) -> tuple[Setting, Setting
             hull.pop()
         hull.append(setting)
     for cheap, dear in pairwise(hull):
-        if goal.meets(cheap.correct, cheap.cost) != goal.meets(dear.correct, dear.cost):
+        if goal.meets(cheap) != goal.meets(dear):
             return cheap, dear
     return None
 
@@ -149,7 +148,7 @@ def _slope(cheap: Setting, dear: Setting) -> float:
     return (dear.correct - cheap.correct) / max(dear.cost - cheap.cost, 1e-300)
 
 
-def _chords(problem: Problem, settings: list[Setting], goal: Goal, steps: int) -> float:
+def _chords(problem: Problem, settings: list[Setting], goal: WithinCost, steps: int) -> float:
     """Adds to the settings those supported at the slope of the bracket around the goal, until nothing lies
     above the bracket's chord; the last price."""
     price = 0.5 / problem.images

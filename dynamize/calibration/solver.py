@@ -1,11 +1,11 @@
-"""Thresholds for a budget: what a person asks for (mean cost, largest accuracy drop, a whole frontier)
-turned into one number per exit, or refused with the nearest value that can be had."""
+"""Thresholds for a budget: a mean cost turned into one number per exit, or refused with the nearest value that can be
+had."""
 
 import math
 
 import numpy as np
 
-from dynamize.calibration.problem import AtLeastCorrect, WithinCost
+from dynamize.calibration.problem import WithinCost
 from dynamize.calibration.search import Search
 from dynamize.calibration.table import ConfidenceTable, Thresholds
 from dynamize.errors import DynamizeError, InfeasibleError
@@ -36,55 +36,6 @@ def solve_budget(table: ConfidenceTable, budget: float, measure: str = "macs") -
             cheapest,
         )
     return search.thresholds(found.positions)
-
-
-def solve_drop(table: ConfidenceTable, max_drop: float, measure: str = "macs") -> Thresholds:
-    """Thresholds of the lowest mean cost whose accuracy on the table is at most `max_drop` below the
-    reference's.
-
-    max_drop is a fraction: 0.002 is 0.2 points. The drop is the one on this very table, so it is
-    optimistic; for an expected drop use `dynamize.calibration.points.point_for_drop`. DynamizeError where
-    max_drop is not in 0..1 or no setting reaches it.
-    """
-    if not (isinstance(max_drop, (int, float, np.number)) and 0 <= max_drop <= 1):
-        raise DynamizeError(
-            f"max_drop={max_drop!r} is not a loss of accuracy: give a fraction from 0 to 1, "
-            "for example 0.002 for 0.2 points."
-        )
-    search, images = _search(table, measure), table.images
-    reference = int((table.reference == table.labels).sum())
-    target = math.ceil(reference - max_drop * images - 1e-9)
-    found = search.solve(AtLeastCorrect(float(target)))
-    if found is None:
-        best = search.solve(WithinCost(math.inf))
-        assert best is not None, "the unlimited budget is always met"
-        nearest = (reference - best.correct) / images
-        raise InfeasibleError(
-            f"an accuracy drop of at most {max_drop:g} cannot be reached: the best thresholds found still "
-            f"lose {nearest:.4f} ({100 * nearest:.2f} points) against the static network. "
-            f"Ask for max_drop={_rounded_up(nearest)} or more, or distil the exits further first.",
-            nearest,
-        )
-    return search.thresholds(found.positions)
-
-
-def frontier(table: ConfidenceTable, measure: str = "macs", count: int = 20) -> list[Thresholds]:
-    """Up to `count` settings along the whole curve: from every image at the cheapest exit, over costs
-    evenly spread up to the most accurate setting, to all exits off. Accuracy on the table never falls on
-    the way up to the last.
-
-    Fewer come back only where the table has no more distinct ones (ties, a cheap last exit).
-    """
-    settings: list[Thresholds] = []
-    best = -1.0
-    for budget in frontier_budgets(table, measure, count):
-        thresholds = solve_budget(table, budget, measure)
-        accuracy = table.evaluate(thresholds, measure).accuracy
-        if accuracy > best:
-            settings.append(thresholds)
-            best = accuracy
-    off: Thresholds = [None] * (table.exits - 1)
-    return [*(setting for setting in settings if setting != off), off]
 
 
 def frontier_budgets(table: ConfidenceTable, measure: str, count: int) -> list[float]:

@@ -63,7 +63,7 @@ class ConfidenceTable:
         exits, images = scores.shape
         if images < FEWEST_IMAGES:
             raise DynamizeError(
-                f"{images} calibration images are too few to fit thresholds: give at least {FEWEST_IMAGES} "
+                f"{images} images are too few to fit or judge thresholds: give at least {FEWEST_IMAGES} "
                 "(a few thousand make the intervals narrow), for example calibration: 5000."
             )
         bad = np.flatnonzero(np.isnan(scores[:-1]).any(axis=1))

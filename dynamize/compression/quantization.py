@@ -120,7 +120,12 @@ class _Watched(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         part, index, see = self._watched
-        return cast(Tensor, Recorder(part.graph, lambda node, value: see(part, index, node, value)).run(features))
+
+        def see_floats(node: fx.Node, values: Tensor) -> None:
+            if values.is_floating_point():
+                see(part, index, node, values)
+
+        return cast(Tensor, Recorder(part.graph, see_floats).run(features))
 
 
 def assemble(network: DynamicNetwork, steps: Callable[[Key], Steps], keep_float: Sequence[str]) -> DynamicNetwork:

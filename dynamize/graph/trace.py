@@ -2,6 +2,7 @@
 
 import copy
 import traceback
+import types
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,6 +32,9 @@ _LEAF_TYPES: tuple[type[nn.Module], ...] = (
 )
 # Kept whole by timm because of an in-place `mul_` whose result nothing names; `annotate` puts it in order.
 _TRACED_ALL_THE_SAME = ("NormFreeBlock",)
+_COPYING = {"view": "reshape", "view_as": "reshape_as"}
+_READS_MEMORY = ("as_strided", "stride", "view", torch.as_strided, torch.view_as_complex)
+_BEAR_ANY_MEMORY = ("torch", "torchvision", "timm")  # whose functions do
 
 
 class NetworkTracer(fx.Tracer):
@@ -71,7 +75,8 @@ def trace(network: nn.Module, input_shape: Sequence[int]) -> fx.GraphModule:
     """Trace a copy of ``network`` in eval mode and annotate every node.
 
     Each node's ``meta`` gets ``shape`` (of its tensor for one image, else None) and ``macs`` (multiply-accumulates
-    per image). The network itself is left as it was; parameter names are kept.
+    per image). The network itself is left as it was; parameter names are kept. The traced one gives the same answers
+    however its images lie in memory.
 
     Args:
         network: any CNN classifier, ``(N, C, H, W) -> (N, classes)``.
@@ -86,12 +91,49 @@ def trace(network: nn.Module, input_shape: Sequence[int]) -> fx.GraphModule:
         graph = tracer.trace(network)
     except Exception as error:
         raise DynamizeError(_why_untraceable(network, tracer, error)) from error
+    _copy_where_views_fail(graph)
     traced = fx.GraphModule(network, graph, type(network).__name__)
     annotate(traced, input_shape)
+    _give_plain_memory(traced.graph)
     traced.graph.eliminate_dead_code()
     traced.recompile()
     _check_answers(network, traced, input_shape)
     return traced
+
+
+def _copy_where_views_fail(graph: fx.Graph) -> None:
+    """``x.view(n, -1)`` needs values that lie side by side, which those of a channels-last map do not; ``reshape``
+    copies them then."""
+    for node in graph.nodes:
+        if node.op == "call_method" and node.target in _COPYING and not _is_dtype(node.args[1:], node.kwargs):
+            node.target = _COPYING[node.target]
+            if "size" in node.kwargs:
+                node.kwargs = {"shape": node.kwargs["size"]}
+
+
+def _is_dtype(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether a ``view`` is one of the same bytes as another type."""
+    given = next(iter([*args, *kwargs.values()]), None)
+    if isinstance(given, fx.Node):
+        return given.target is getattr and str(given.args[1]) == "dtype"
+    return isinstance(given, torch.dtype)
+
+
+def _give_plain_memory(graph: fx.Graph) -> None:
+    """Contiguous tensors for calls that see how a tensor lies in memory, and for the user's functions, which may."""
+    for node in list(graph.nodes):
+        whole = isinstance(node.target, types.FunctionType) and not _is_at_home(node.target, _BEAR_ANY_MEMORY)
+        read = node.all_input_nodes if whole else node.all_input_nodes[:1] if node.target in _READS_MEMORY else []
+        for given in read:
+            if given.meta["shape"] is not None:
+                with graph.inserting_before(node):
+                    plain = graph.call_method("contiguous", (given,))
+                plain.meta = {**given.meta, "macs": 0.0}
+                node.replace_input_with(given, plain)
+
+
+def _is_at_home(function: types.FunctionType, packages: Sequence[str]) -> bool:
+    return (function.__module__ or "").partition(".")[0] in packages
 
 
 def annotate(traced: fx.GraphModule, input_shape: Sequence[int]) -> None:
@@ -174,7 +216,8 @@ def _same_memory(value: object, held: torch.Tensor) -> bool:
 
 
 def _check_answers(network: nn.Module, traced: fx.GraphModule, input_shape: Sequence[int]) -> None:
-    """Refuse a network that the tracer misread: it follows one branch and takes ``x += y`` for ``x = x + y``."""
+    """Refuse a network that the tracer misread (it follows one branch and takes ``x += y`` for ``x = x + y``), or in
+    which a layer does not bear the channels-last memory of training and the eager backend."""
     like = blank(network, 2, *input_shape)
     images_NCHW = torch.randn(like.shape, generator=torch.Generator().manual_seed(0)).to(like)
     answers: list[torch.Tensor] = []
@@ -188,6 +231,14 @@ def _check_answers(network: nn.Module, traced: fx.GraphModule, input_shape: Sequ
                     f"the network runs on one image but not on two: {_first_line(error)}. A converted network works "
                     "on batches of any size: take the batch size from the tensors"
                 ) from error
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            traced(images_NCHW.contiguous(memory_format=torch.channels_last))
+    except Exception as error:
+        raise DynamizeError(
+            f"the network does not run on images that lie channels last in memory: {_first_line(error)}. A layer that "
+            "tracing keeps whole calls `view`: write `reshape` there. Nothing was changed."
+        ) from error
     wanted, found = answers
     if not torch.allclose(found, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()), equal_nan=True):
         raise DynamizeError(

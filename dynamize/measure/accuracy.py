@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dynamize.data import Images
+from dynamize.nn.channels_last import images_for
 from dynamize.nn.network import DynamicNetwork, record_routing
 from dynamize.nn.piece import Setting
 from dynamize.nn.routing import Routing
@@ -47,7 +48,7 @@ def everything(network: DynamicNetwork, images: Images, device: torch.device, se
         for batch, truth in images.batches(_BATCH, device):
             forced = {name: options[start : start + len(batch)] for name, options in setting.forced.items()}
             here = Setting(setting.thresholds, setting.offset, forced)
-            routed = network.run(_fast(batch), here, everyone=True)
+            routed = network.run(images_for(network, batch), here, everyone=True)
             for k, (_, one, score) in enumerate(routed.seen):
                 assert score is not None  # heads score in eval mode
                 logits[k].append(one.float().cpu())
@@ -83,7 +84,7 @@ def top_answers(network: nn.Module, images: Images, device: torch.device) -> tup
     found, labels = [], []
     with torch.no_grad():
         for batch, truth in images.batches(_BATCH, device):
-            found.append(network(_fast(batch)).argmax(1).cpu())
+            found.append(network(images_for(network, batch)).argmax(1).cpu())
             labels.append(truth.cpu())
     return torch.cat(found), torch.cat(labels)
 
@@ -93,7 +94,3 @@ def routed_answers(network: DynamicNetwork, images: Images, device: torch.device
     with record_routing(network) as routing:
         found, labels = top_answers(network, images, device)
     return found, labels, routing
-
-
-def _fast(images_NCHW: Tensor) -> Tensor:
-    return images_NCHW.contiguous(memory_format=torch.channels_last)

@@ -47,6 +47,14 @@ class DynamicNetwork(nn.Module):
         operating_points: what calibration found, or None before.
         history: the resolved transforms that made this network, as plain data.
         source: where the original network came from; None for a module made in Python.
+
+    Example:
+        >>> import torch
+        >>> net = dz.source("dynamize:digits_resnet", pretrained=True)
+        >>> dyn = dz.convert(net, [dz.Exits()], (1, 8, 8))
+        >>> images = torch.randn(2, 1, 8, 8)
+        >>> torch.equal(dyn(images), net(images))
+        True
     """
 
     def __init__(self, net: nn.Module, *, input_shape: Any) -> None:
@@ -260,7 +268,17 @@ class DynamicNetwork(nn.Module):
 
 @contextmanager
 def record_routing(network: DynamicNetwork) -> Iterator[Routing]:
-    """Record which options each image takes while ``network`` runs in eval mode inside the block."""
+    """Record which options each image takes while ``network`` runs in eval mode inside the block.
+
+    Example:
+        >>> import torch
+        >>> net = dz.source("dynamize:digits_resnet", pretrained=True)
+        >>> dyn = dz.convert(net, [dz.Exits(count=2)], (1, 8, 8))
+        >>> with dz.record_routing(dyn) as routing:  # all exits are off: images leave at the last of three
+        ...     logits = dyn(torch.randn(2, 1, 8, 8))
+        >>> routing.exits.tolist()
+        [2, 2]
+    """
     outer, network.routing = network.routing, Routing(*network.decision_names)
     try:
         yield network.routing

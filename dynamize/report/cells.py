@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dynamize.calibration.points import OperatingPoint
-from dynamize.report.data import DecisionUse, Usage
+from dynamize.report.data import DecisionUse, ReportData, Usage
 from dynamize.report.ledger import Interval, Ledger, Row
 
 ABSENT = "-"
@@ -176,6 +176,17 @@ def point_columns(points: Sequence[OperatingPoint]) -> list[Column]:
         columns.append(Column("ms", times))
     leaving = [shares(point.exits) for point in points]
     return [*columns, *([Column("exits\n%", leaving)] if any(cell != ABSENT for cell in leaving) else [])]
+
+
+def protocol_columns(report: ReportData) -> list[Column]:
+    """What the protocols of the literature give: all images at one exit, then MSDNet's sweep of budgets."""
+    marks, whole = [*report.anytime, *report.budgeted], report.ledger.rows[0].macs
+    return [
+        Column("images leave", [mark.name for mark in marks], right=False),
+        Column("MACs", [count(mark.macs) for mark in marks]),
+        Column("MACs\nratio", [f"{mark.macs / whole:.2f}" for mark in marks]),
+        Column("acc\n%", [percent(mark.accuracy) for mark in marks]),
+    ]
 
 
 def unit_columns(usage: Usage) -> list[Column]:

@@ -13,7 +13,10 @@ Milliseconds = Positive | None
 
 
 class Network(BaseModel):
-    """A mark on the charts: a static network, or all images leaving at one exit. `macs` per image."""
+    """A mark on the charts: a static network, all images leaving at one exit, or a budget of MSDNet's sweep.
+
+    `macs` per image.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -122,6 +125,7 @@ class ReportData(BaseModel):
 
     `static` (row 0 of the ledger if not given) and the points should be judged on the same images, and all
     `latency_ms` taken in the same way, named by `latency_label` ("ms per image, batch 64, onnxruntime").
+    `anytime` and `budgeted` are the protocols of Huang et al. 2018 (MSDNet, sec. 5), judged on test images.
     `selected` names the operating point at which the network stands, and at which `usage` and `gallery` show it.
     """
 
@@ -130,6 +134,7 @@ class ReportData(BaseModel):
     ledger: Ledger
     operating_points: list[OperatingPoint] = []
     anytime: list[Network] = []
+    budgeted: list[Network] = []
     static: Network | None = None
     rivals: list[Network] = []
     latency_label: str = "ms"

@@ -83,6 +83,7 @@ def _view(report: ReportData) -> dict[str, Any]:
         "static": static.model_dump(mode="json"),
         "rivals": [rival.model_dump(mode="json") for rival in report.rivals],
         "anytime": [mark.model_dump(mode="json") for mark in report.anytime],
+        "budgeted": [mark.model_dump(mode="json") for mark in report.budgeted],
         "exits": report.exit_names(),
         "colors": _colors(len(report.exit_names())),
         "latency": label,

@@ -34,6 +34,13 @@ def render(report: ReportData) -> str:
             _table(cells.point_columns(report.operating_points)),
             f"Expected values; ±: the longer arm of the 95 % interval.{label}",
         ]
+    if report.budgeted:
+        blocks += [
+            "## Anytime and budgeted batch",
+            "Accuracy on test images if all leave at one exit, and along MSDNet's sweep (Huang et al. 2018, sec. 5): "
+            "a share proportional to q^k leaves at exit k, at thresholds set on calibration images.",
+            _table(cells.protocol_columns(report)),
+        ]
     if report.usage and report.usage.changing:
         blocks += [
             "## Gates",

@@ -159,5 +159,13 @@ def compile_network(network: DynamicNetwork, backend: str, device: torch.device 
 
     Raises:
         DynamizeError: unknown backend, or a part that the backend cannot take.
+
+    Example:
+        >>> import torch
+        >>> net = dz.source("dynamize:digits_resnet", pretrained=True)
+        >>> dyn = dz.convert(net, [dz.Exits()], (1, 8, 8))
+        >>> fast, images = dz.compile_network(dyn, "eager"), torch.randn(2, 1, 8, 8)
+        >>> torch.allclose(fast(images), dyn(images), atol=1e-4)
+        True
     """
     return CompiledNetwork(network, engine_class(backend)(torch.device(device)))

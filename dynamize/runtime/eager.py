@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from dynamize.graph.fold import folded
+from dynamize.nn.channels_last import lay_out
 from dynamize.nn.gates import pool
 from dynamize.nn.network import DynamicNetwork
 from dynamize.runtime.engine import Border, Engine
@@ -21,10 +21,10 @@ class Eager(Engine):
         for part in network.parts():
             if part.role == "head" and part.graph is not None and part.put is not None:
                 part.put(folded(part.graph))
-        return network.to(self.device).to(memory_format=torch.channels_last)
+        return lay_out(network.to(self.device))
 
     def path(self, module: nn.Module, takes: Border, gives: Border) -> Callable[..., Any]:
-        fast = folded(module).to(self.device).to(memory_format=torch.channels_last)
+        fast = lay_out(folded(module).to(self.device))
 
         def run(features: Tensor) -> tuple[Tensor, Tensor | None]:
             features = fast(features)

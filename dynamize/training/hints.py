@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from dynamize.errors import DynamizeError
 from dynamize.graph.cuts import cut_points
 from dynamize.graph.trace import annotate
+from dynamize.nn.channels_last import images_for
 from dynamize.nn.network import DynamicNetwork
 
 
@@ -53,7 +54,7 @@ class HintLoss:
         loss: Tensor = self.answers(logits, images, labels)
         if not self._wanted:  # the other loss did not ask the teacher
             with torch.no_grad():
-                self.teacher(images)
+                self.teacher(images_for(self.teacher, images))
         distances = [relative_distance(self._seen[name], wanted) for name, wanted in self._wanted.items()]
         self._seen.clear()
         return loss + self.weight * torch.stack(distances).mean()

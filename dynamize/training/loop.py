@@ -21,6 +21,7 @@ from dynamize.data import Splits, set_epoch
 from dynamize.errors import DynamizeError
 from dynamize.files import write_json_lines
 from dynamize.measure.accuracy import exit_accuracies
+from dynamize.nn import channels_last
 from dynamize.nn.network import DynamicNetwork
 from dynamize.training.state import CheckpointClock, Position, load_checkpoint, save_checkpoint
 from dynamize.transform import Context, Progress, quiet
@@ -81,7 +82,7 @@ def train(
         DynamizeError: the loss is not finite; the message names the step and the last good checkpoint.
     """
     accelerator = _accelerator(plan)
-    network.to(plan.device).to(memory_format=torch.channels_last).train()
+    channels_last.lay_out(network.to(plan.device)).train()
     with _trainable(network, plan) as parameters:
         run = _Run(accelerator, network, data, loss, plan, parameters)
         rows = run.all_epochs(progress)
@@ -166,7 +167,7 @@ class _Run:
         torch.manual_seed(seed)  # dropout and stochastic depth
         generator = torch.Generator().manual_seed(seed)
         images, labels = images.to(plan.device, non_blocking=True), labels.to(plan.device, non_blocking=True)
-        images = self.data.train.prepare(images, generator).contiguous(memory_format=torch.channels_last)
+        images = channels_last.images_for(self.network, self.data.train.prepare(images, generator))
         with torch.autocast(plan.device.type, torch.bfloat16, enabled=plan.bf16):
             loss = self.loss(self.wrapped(images), images, labels)
         self.optimizer.zero_grad()

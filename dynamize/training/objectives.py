@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div
 
 from dynamize.errors import DynamizeError
+from dynamize.nn.channels_last import images_for
 from dynamize.nn.piece import Dense
 
 UNLABELLED = -1
@@ -34,6 +35,14 @@ class MultiExitLoss:
         temperature: T.
         from_last: weight of the distance of each early exit to the last exit.
         weights: one for each exit; None weighs all alike. They are normalised to a sum of K.
+
+    Example:
+        >>> import torch
+        >>> net = dz.source("dynamize:digits_resnet", pretrained=True)
+        >>> dyn = dz.convert(net, [dz.Exits()], (1, 8, 8)).train()
+        >>> images, labels = torch.randn(8, 1, 8, 8), torch.arange(8)
+        >>> loss = dz.MultiExitLoss(teacher=net)(dyn(images), images, labels)
+        >>> loss.backward()
     """
 
     def __init__(
@@ -89,4 +98,4 @@ class MultiExitLoss:
         if self.teacher is None or self.alpha == 0:
             return None
         with torch.no_grad():
-            return self.teacher(images).float()
+            return self.teacher(images_for(self.teacher, images)).float()

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calibration.tables import brute_force, synthetic
-from dynamize.calibration import EVERYONE, ConfidenceTable, frontier, search, solve_budget, solve_drop
+from dynamize.calibration import EVERYONE, ConfidenceTable, search, solve_budget
+from dynamize.calibration.solver import frontier_budgets
 from dynamize.errors import DynamizeError
 
 ABOVE = 1 + 1e-9
@@ -73,29 +74,6 @@ def test_no_single_threshold_can_still_be_improved(images, exits, ties):
             assert other.cost > budget * ABOVE or other.accuracy <= result.accuracy + 1e-12
 
 
-@pytest.mark.parametrize("exits", [2, 3])
-def test_largest_drop_is_met_at_the_least_cost(exits):
-    for seed in range(3):
-        table = synthetic(24, exits, seed, ties=8)
-        every = brute_force(table)
-        for drop in (0.05, 0.1, 0.3):
-            floor = table.reference_accuracy - drop
-            if every[:, 0].max() < floor - 1e-9:
-                with pytest.raises(DynamizeError, match="cannot be reached"):
-                    solve_drop(table, drop)
-                continue
-            result = table.evaluate(solve_drop(table, drop))
-            assert result.accuracy >= floor - 1e-9
-            assert result.cost == pytest.approx(every[every[:, 0] >= floor - 1e-9, 1].min())
-
-
-def test_large_table_meets_a_drop_and_saves():
-    table = synthetic(5000, 4, seed=1)
-    result = table.evaluate(solve_drop(table, 0.02))
-    assert table.reference_accuracy - result.accuracy <= 0.02 + 1e-12
-    assert result.cost < 0.95e8
-
-
 def test_refused_budget_names_one_that_works():
     table = synthetic(100, 3, seed=0, cost=[31234567.8, 5e7, 1e8])
     with pytest.raises(DynamizeError, match="cheapest exit") as refused:
@@ -105,31 +83,15 @@ def test_refused_budget_names_one_that_works():
     assert result.cost <= nearest <= 31234567.8 * 1.001
 
 
-def test_refused_drop_names_one_that_works():
-    base = synthetic(400, 3, seed=0)
-    table = ConfidenceTable(base.scores, base.answers, base.labels, base.labels, base.costs, base.static_cost)
-    with pytest.raises(DynamizeError, match="cannot be reached") as refused:
-        solve_drop(table, 0.0)
-    nearest = float(str(refused.value).split("max_drop=")[1].split()[0])
-    assert table.reference_accuracy - table.evaluate(solve_drop(table, nearest)).accuracy <= nearest
-
-
 @pytest.mark.parametrize("budget", [float("nan"), float("inf"), -1.0, 0.0, "half"])
 def test_budgets_that_are_no_cost_are_refused(budget):
     with pytest.raises(DynamizeError, match="is not a cost"):
         solve_budget(synthetic(30, 2, seed=0), budget)
 
 
-@pytest.mark.parametrize("drop", [float("nan"), -0.01, 1.5, None])
-def test_drops_that_are_no_fraction_are_refused(drop):
-    with pytest.raises(DynamizeError, match="fraction from 0 to 1"):
-        solve_drop(synthetic(30, 2, seed=0), drop)
-
-
 def test_one_exit_has_no_thresholds():
     table = synthetic(30, 1, seed=0)
     assert solve_budget(table, 2e8) == []
-    assert frontier(table) == [[]]
 
 
 def test_costs_need_not_increase():
@@ -154,16 +116,15 @@ def test_thresholds_route_alike_in_float32():
 
 def test_frontier_spans_the_curve():
     table = synthetic(3000, 4, seed=6)
-    points = frontier(table, count=12)
-    results = [table.evaluate(thresholds) for thresholds in points]
-    assert len(points) == 12
+    budgets = frontier_budgets(table, "macs", 12)
+    results = [table.evaluate(solve_budget(table, budget)) for budget in budgets]
+    assert len(budgets) == 11
     assert results[0].cost == pytest.approx(table.costs["macs"][0])
-    assert points[-1] == [None] * 3
-    steps = np.diff([result.cost for result in results[:-1]])
+    steps = np.diff([result.cost for result in results])
     assert steps.max() < 1.6 * steps.min()
-    assert (np.diff([result.accuracy for result in results[:-1]]) > 0).all()
+    assert (np.diff([result.accuracy for result in results]) > 0).all()
     with pytest.raises(DynamizeError, match="at least 2"):
-        frontier(table, count=1)
+        frontier_budgets(table, "macs", 1)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -8,6 +8,7 @@ from commandline import Cli, process
 from ledgers import ledger_of
 
 from dynamize.report import ReportData
+from dynamize.transform import registered
 
 
 def widest(text: str) -> int:
@@ -164,6 +165,14 @@ def test_transforms(cli: Cli) -> None:
     unknown = cli("transforms", "exitz")
     assert unknown.exit_code == 2
     assert "Did you mean exits?" in unknown.stderr
+
+
+@pytest.mark.parametrize("name", sorted(registered()))
+def test_a_transform_is_told_in_prose_without_its_python_example(name: str, cli: Cli) -> None:
+    told = cli("transforms", name).stdout
+    assert (registered()[name].__doc__ or "").split()[:3] == told.split()[:3]
+    assert [mark in told for mark in (">>>", "Example:", ":class:", "``")] == [False] * 4
+    assert widest(told) <= 80
 
 
 def test_recipes(cli: Cli, tmp_path: Path) -> None:

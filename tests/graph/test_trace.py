@@ -130,6 +130,28 @@ def test_a_batch_size_written_into_the_network_is_refused() -> None:
         trace(OneOnly(), ThreeLayer.shape)
 
 
+def test_a_layer_that_bears_contiguous_memory_only_is_refused() -> None:
+    class Viewing(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.view(len(x), -1).view(x.shape))
+
+    network = ThreeLayer()
+    network.conv2 = Viewing(4, 8, 3)
+    with pytest.raises(DynamizeError, match=r"channels last in memory: view size .*write `reshape` there"):
+        trace(network, ThreeLayer.shape)
+
+
+def test_writing_through_a_view_is_refused_where_the_viewed_is_used_again() -> None:
+    class Through(ThreeLayer):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.conv2(self.conv1(x))
+            x.view(x.size(0), -1).relu_()
+            return self.linear(x.mean((2, 3)))
+
+    with pytest.raises(DynamizeError, match="writes in place into a part of `conv2`"):
+        trace(Through(), ThreeLayer.shape)
+
+
 class Scaled(nn.Module):
     """Shared by the in-place networks: values of both signs, so that a lost ReLU shows."""
 

@@ -141,6 +141,12 @@ def report(ledger: Ledger, points: list[OperatingPoint], usage: Usage) -> Report
             Network(name="exit 2", macs=0.681 * STATIC_MACS, accuracy=0.9021, latency_ms=3.0),
             Network(name="own classifier", macs=1.012 * STATIC_MACS, accuracy=0.9352, latency_ms=4.37),
         ],
+        budgeted=[
+            Network(
+                name=f"budget {ratio:.2f}", macs=ratio * STATIC_MACS, accuracy=0.775 + 0.16 * (ratio - 0.352) ** 0.5
+            )
+            for ratio in (0.45, 0.6, 0.75, 0.9)
+        ],
         static=Network(name="resnet56, static", macs=STATIC_MACS, accuracy=0.9357, latency_ms=STATIC_MS),
         rivals=[
             Network(name="resnet20", macs=0.326 * STATIC_MACS, accuracy=0.9160, latency_ms=1.6),

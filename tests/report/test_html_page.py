@@ -133,6 +133,15 @@ def test_slider_moves_everything(opened: Opened, report: ReportData) -> None:
     assert_shows(driver, points[6])
 
 
+def test_thresholds_are_said_in_words(opened: Opened, report: ReportData) -> None:
+    point = report.operating_points[4].model_copy(update={"thresholds": [-1.7976931348623157e308, None]})
+    driver = opened(report.model_copy(update={"operating_points": [point]}))
+    assert text(driver, "thresholds") == "exit 1 (stage 1): all leave; exit 2 (stage 2): off"
+    point = point.model_copy(update={"thresholds": [None, 0.91237]})
+    driver = opened(report.model_copy(update={"operating_points": [point]}))
+    assert text(driver, "thresholds") == "exit 1 (stage 1): off; exit 2 (stage 2): leave at 0.9124 or surer"
+
+
 def test_marker_lies_on_the_dot_of_its_point(opened: Opened, report: ReportData) -> None:
     driver = opened(report.model_copy(update={"selected": "macs-0.68"}))
     assert_shows(driver, report.operating_points[6])
@@ -157,6 +166,17 @@ def test_static_network_and_rivals_are_marked(opened: Opened, report: ReportData
         assert marks == ["resnet20", "resnet32", "resnet56, static"]
         for kind, number in ((".static", 1), (".rival", 2), (".once", 3), (".band", 1)):
             assert len(driver.find_elements(By.CSS_SELECTOR, f"#{chart} {kind}")) == number, kind
+
+
+def test_the_sweep_of_budgets_is_drawn_where_its_costs_are_known(opened: Opened, report: ReportData) -> None:
+    driver = opened(report)
+    assert "budgeted batch" in driver.find_element(By.CSS_SELECTOR, ".key").text
+    for chart, number in (("chart-macs", 4), ("chart-latency", 0)):
+        assert len(driver.find_elements(By.CSS_SELECTOR, f"#{chart} .sweep")) == number
+        assert len(driver.find_elements(By.CSS_SELECTOR, f"#{chart} .sweep-line")) == (number > 0)
+    assert (
+        "budgeted" not in opened(report.model_copy(update={"budgeted": []})).find_element(By.CSS_SELECTOR, ".key").text
+    )
 
 
 def test_zoom_lowers_nothing_but_the_axis(opened: Opened, report: ReportData) -> None:

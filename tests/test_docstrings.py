@@ -1,0 +1,40 @@
+"""Every public name has an example in its docstring that runs as it stands."""
+
+import doctest
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import dynamize as dz
+from dynamize.calibration import collect
+
+
+def example(name: str, names: dict[str, Any]) -> doctest.DocTest:
+    """That of a public name, which knows ``names``."""
+    found = getattr(dz, name)
+    return doctest.DocTestParser().get_doctest(found.__doc__ or "", names, name, found.__module__, None)
+
+
+def run(test: doctest.DocTest) -> dict[str, Any]:
+    """What the example defines; what it prints has to be what it says."""
+    told: list[str] = []
+    failed = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test, out=told.append, clear_globs=False)[0]
+    assert not failed, "".join(told)
+    return test.globs
+
+
+@pytest.fixture(scope="module")
+def context() -> dz.Context:
+    """As the docstring of `Context` makes it."""
+    return run(example("Context", {"dz": dz}))["context"]
+
+
+@pytest.mark.parametrize("name", dz.__all__)
+def test_example(name: str, context: dz.Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(collect, "exit_latency", partial(collect.exit_latency, seconds=0.05))
+    test = example(name, {"dz": dz, "context": context})
+    assert test.examples, f"the docstring of {name} has no example"
+    run(test)
