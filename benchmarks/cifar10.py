@@ -11,8 +11,9 @@ too. Times are medians of interleaved rounds in one process; nothing else may ru
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,10 +29,12 @@ from dynamize.conversion import wrap
 from dynamize.data import Splits
 from dynamize.evaluation import gather, representative
 from dynamize.files import write_text
-from dynamize.measure.accuracy import answers
+from dynamize.measure.accuracy import top_answers
 from dynamize.measure.latency import interleave
 from dynamize.nn.network import DynamicNetwork
+from dynamize.nn.piece import Setting
 from dynamize.report import share_of_saving_shown
+from dynamize.runtime.compiled import CompiledNetwork
 
 BUDGETS = (0.25, 0.30, 0.35, 0.40, 0.45, 0.50, 0.55, 0.60, 0.70, 0.80)
 DROPS = (0.002, 0.003)
@@ -56,7 +59,7 @@ class Fold:
 
     def achieved(self, point: OperatingPoint) -> dict[str, Any]:
         """What a point does on the half it was not calibrated on, beside what was promised."""
-        found = self.test.evaluate(point.thresholds)
+        found = self.test.evaluate(list(point.thresholds.values()))
         return {
             "accuracy": found.accuracy,
             "drop": self.static_accuracy - found.accuracy,
@@ -112,9 +115,9 @@ def make_fold(
     tables = TableMaker(network, splits.calibration, statics[STATIC], CPU, backend)
     rivals = {}
     for name, static in statics.items():
-        found, labels = answers(static, splits.test, CPU)
+        found, labels = top_answers(static, splits.test, CPU)
         rivals[name] = float((found == labels).double().mean())
-    return Fold(tables.table(), tables.table(splits.test), splits, rivals)
+    return Fold(tables.table(0.0), tables.table(0.0, splits.test), splits, rivals)
 
 
 def summarise(folds: list[Fold], budget: float | None = None, drop: float | None = None) -> dict[str, Any]:
@@ -159,9 +162,8 @@ def latency(
     }
     inputs = mixed(folds[-1], chosen["thresholds"], batch)
     compiled = dz.compile_network(network, backend)
-
-    network.thresholds = chosen["thresholds"]
-    times = interleave({**contenders, "chosen": compiled}, inputs, CPU, seconds)
+    dynamic = partial(compiled.run, setting=Setting(chosen["thresholds"]))
+    times = interleave({**contenders, "chosen": dynamic}, inputs, CPU, seconds)
     found: dict[str, Any] = {"batch": batch, "busy_elsewhere": times.busy_elsewhere}
     for name in times.seconds:
         found[name] = {
@@ -171,16 +173,13 @@ def latency(
         }
     found["share_shown"] = share_of_saving_shown(chosen["macs_ratio"], found["chosen"]["speedup"])
     found["at_speed_of"] = {
-        name: at_speed(network, compiled, contenders, folds, name, batch, seconds)
-        for name in contenders
-        if name != STATIC
+        name: at_speed(compiled, contenders, folds, name, batch, seconds) for name in contenders if name != STATIC
     }
     return found
 
 
 def at_speed(
-    network: DynamicNetwork,
-    compiled: Any,
+    compiled: CompiledNetwork,
     contenders: dict[str, Any],
     folds: list[Fold],
     rival: str,
@@ -195,8 +194,8 @@ def at_speed(
         ratio = (low + high) / 2
         points = [point_for_budget(fold.calibration, ratio * fold.calibration.static_cost["macs"]) for fold in folds]
         inputs = mixed(folds[-1], points[-1].thresholds, batch)
-        network.thresholds = points[-1].thresholds
-        times = interleave({"rival": contenders[rival], "dynamic": compiled}, inputs, CPU, seconds / 4)
+        dynamic = partial(compiled.run, setting=Setting(points[-1].thresholds))
+        times = interleave({"rival": contenders[rival], "dynamic": dynamic}, inputs, CPU, seconds / 4)
         if times.speedup("rival", "dynamic") < 1:
             high = ratio
             continue
@@ -210,9 +209,9 @@ def at_speed(
     return best
 
 
-def mixed(fold: Fold, thresholds: Sequence[float | None], batch: int) -> list[torch.Tensor]:
+def mixed(fold: Fold, thresholds: Mapping[str, float | None], batch: int) -> list[torch.Tensor]:
     """Batches of the judging half's images that leave at the exits in the shares of all its images."""
-    exits = torch.from_numpy(fold.test.route(thresholds))
+    exits = torch.from_numpy(fold.test.route(list(thresholds.values())))
     images = gather(fold.splits.test, representative(exits, 256), CPU)
     return [images[i : i + batch] for i in range(0, len(images) - batch + 1, batch)]
 

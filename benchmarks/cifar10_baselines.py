@@ -39,9 +39,7 @@ def main(
         context = Context(data=splits, seed=seed, work=work, resume=True)
         tuned, _ = apply(wrap(network, SHAPE), Distill(epochs=epochs, alpha=0.0), context)
         accuracies = exit_accuracies(tuned, splits.calibration, context.device)
-        state = {name.removeprefix("segments.0."): value for name, value in tuned.state_dict().items()}
-        state.pop("temperatures")
-        save_state_dict(state, target)
+        save_state_dict(tuned.plain.state_dict(), target)
         print(
             f"ResNet-{depth}: {accuracies[0]:.2%} on the first half of the test images, saved to {target}", flush=True
         )

@@ -20,7 +20,7 @@ from cifar10_images import CPU, JUDGING, SHAPE, halves
 import dynamize as dz
 from dynamize.calibration import ConfidenceTable, OperatingPoint, point_for_budget, point_for_drop
 from dynamize.calibration.collect import TableMaker
-from dynamize.calibration.gates import GateTables, best_point
+from dynamize.calibration.offsets import OffsetTables, best_point
 from dynamize.conversion import wrap
 from dynamize.data import Splits
 from dynamize.errors import InfeasibleError
@@ -28,6 +28,7 @@ from dynamize.evaluation import Evaluator, Judgement, gather, representative
 from dynamize.files import write_text
 from dynamize.measure.controls import adaptivity
 from dynamize.measure.latency import interleave
+from dynamize.nn.executor import side_by_side
 from dynamize.nn.network import DynamicNetwork
 from dynamize.report import share_of_saving_shown
 
@@ -119,9 +120,11 @@ def _at_point(
     for splits, half in zip(folds, halves, strict=True):
         network.set_operating_point(half.point)
         verdicts.append(adaptivity(network, splits.test, CPU).verdict())
-    rates = np.mean([(half.judged.choices > 0).double().mean(0).numpy() for half in halves], axis=0)
-    units = ", ".join(f"{unit.label} {100 * rate:.0f}" for unit, rate in zip(network.units, rates, strict=True))
-    routings = [len(half.judged.choices.unique(dim=0)) for half in halves]
+    names = network.decision_names[1]
+    choices = [side_by_side(half.judged.taken, names, len(half.judged.labels)) for half in halves]
+    rates = np.mean([(each > 0).double().mean(0).numpy() for each in choices], axis=0)
+    units = ", ".join(f"{name} {100 * rate:.0f}" for name, rate in zip(names, rates, strict=True))
+    routings = [len(each.unique(dim=0)) for each in choices]
     return [
         "",
         f"At {asked}, on the judging halves: {' And: '.join(verdicts)}.",
@@ -136,7 +139,7 @@ def judge_fold(
 ) -> dict[Asked, Half | InfeasibleError]:
     """Solve for all that is asked on the calibration half and judge it on the other."""
     network.set_operating_point(None)
-    tables = GateTables(TableMaker(network, splits.calibration, static, CPU, "onnxruntime"))
+    tables = OffsetTables(TableMaker(network, splits.calibration, static, CPU, "onnxruntime"))
     evaluator = Evaluator(wrap(static, SHAPE), splits.test, CPU, ())
     found: dict[Asked, Half | InfeasibleError] = {}
     for one in asked:

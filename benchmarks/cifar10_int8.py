@@ -10,7 +10,7 @@ with a pause before each turn, since ONNX Runtime's threads spin on for a while 
 meanwhile. All drops and speed-ups are against ResNet-56 as given, in float32 in ONNX Runtime.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -29,8 +29,9 @@ from dynamize.errors import InfeasibleError
 from dynamize.evaluation import gather, representative
 from dynamize.files import write_text
 from dynamize.measure.costs import exit_costs
-from dynamize.measure.latency import REST, Times, interleave
+from dynamize.measure.latency import REST, Contender, Times, interleave
 from dynamize.nn.network import DynamicNetwork
+from dynamize.nn.piece import Setting
 from dynamize.runtime.compiled import CompiledNetwork
 from dynamize.transform import Context
 
@@ -43,19 +44,19 @@ FLOAT = "ResNet-56, float32, onnxruntime"
 
 
 @dataclass(frozen=True)
-class Setting:
+class Candidate:
     """A network in bytes at one setting of its thresholds, as one fold found it."""
 
     label: str
     network: DynamicNetwork
-    thresholds: tuple[float | None, ...] = ()
+    setting: Setting = field(default_factory=Setting)
 
 
 @dataclass(frozen=True)
 class Fold:
-    """What one half gave: settings by label, and the half to judge on."""
+    """What one half gave: candidates by label, and the half to judge on."""
 
-    settings: dict[str, Setting]
+    candidates: dict[str, Candidate]
     test: Images
 
 
@@ -76,52 +77,54 @@ def main(
     folders = [Path(name) for name in artifacts.split(",")]
     folds = [make_fold(statics, folders, data, fold, max_drop) for fold in (0, 1)]
     static = wrap(statics[56], SHAPE)
-    whole = sum(accuracy(dz.compile_network(static, "onnxruntime"), (), fold.test)[0] for fold in folds) / len(folds)
+    whole = sum(accuracy(dz.compile_network(static, "onnxruntime"), Setting(), fold.test)[0] for fold in folds) / len(
+        folds
+    )
     lines = [f"ResNet-56 as given, float32: {100 * whole:.2f} %.", ""]
     for engine in engines.split(","):
         lines += table(engine, static, whole, folds, seconds)
         write_text(out, "\n".join(lines) + "\n")
-        print("\n".join(lines[-3 - len(folds[0].settings) :]), flush=True)
+        print("\n".join(lines[-3 - len(folds[0].candidates) :]), flush=True)
 
 
 def make_fold(statics: dict[int, torch.nn.Module], folders: list[Path], data: Path, fold: int, max_drop: float) -> Fold:
     """Quantise everything with one half and solve for the drop and the budgets on it."""
     splits = halves(data, fold=fold, train_limit=JUDGING)
     context = Context(data=splits, teacher=statics[56])
-    settings = []
+    found = []
     for depth, static in statics.items():
         quantised, _ = apply(wrap(static, SHAPE), dz.Quantize(max_drop=None), context)
-        settings.append(Setting(f"ResNet-{depth}", quantised.eval()))
+        found.append(Candidate(f"ResNet-{depth}", quantised.eval()))
     for folder in folders:
-        settings += dynamic_settings(folder, splits, context, max_drop)
-    return Fold({one.label: one for one in settings}, splits.test)
+        found += dynamic_candidates(folder, splits, context, max_drop)
+    return Fold({one.label: one for one in found}, splits.test)
 
 
-def dynamic_settings(folder: Path, splits: Splits, context: Context, max_drop: float) -> list[Setting]:
+def dynamic_candidates(folder: Path, splits: Splits, context: Context, max_drop: float) -> list[Candidate]:
     """An artifact in bytes: at the drop, if it can be kept, and at each budget."""
-    network, _ = apply(dz.load(folder), dz.Calibrate(macs_ratio=BUDGETS[1]), context)  # images reach all segments
+    network, _ = apply(dz.load(folder), dz.Calibrate(macs_ratio=BUDGETS[1]), context)  # images reach all pieces
     quantised, notes = apply(network, dz.Quantize(max_drop=None), context)
     print(f"{folder.name}: {'; '.join(notes)}", flush=True)
     maker = TableMaker(quantised.eval(), splits.calibration, context.needs_teacher(dz.Quantize()), CPU, "onnxruntime")
-    found = maker.table()
+    found = maker.table(0.0)
     points: dict[str, OperatingPoint] = {}
     try:
         points[f"drop {max_drop:g}"] = point_for_drop(found, max_drop / 100)
     except InfeasibleError as error:
         print(f"{folder.name}: {error}", flush=True)
     points |= {f"{ratio:g}": point_for_budget(found, ratio * found.static_cost["macs"]) for ratio in BUDGETS}
-    return [Setting(f"{folder.name}, {name}", quantised, tuple(point.thresholds)) for name, point in points.items()]
+    return [Candidate(f"{folder.name}, {name}", quantised, Setting(point.thresholds)) for name, point in points.items()]
 
 
 def table(engine: str, static: DynamicNetwork, whole: float, folds: list[Fold], seconds: float) -> list[str]:
-    """All settings on one engine: accuracy, MACs and times."""
-    compiled = [{id(s.network): dz.compile_network(s.network, engine) for s in f.settings.values()} for f in folds]
-    labels = [label for label in folds[0].settings if all(label in fold.settings for fold in folds)]
+    """All candidates on one engine: accuracy, MACs and times."""
+    compiled = [{id(c.network): dz.compile_network(c.network, engine) for c in f.candidates.values()} for f in folds]
+    labels = [label for label in folds[0].candidates if all(label in fold.candidates for fold in folds)]
     last, ready = folds[-1], compiled[-1]
-    contenders = {FLOAT: dz.compile_network(static, "onnxruntime")}
+    contenders: dict[str, Contender] = {FLOAT: dz.compile_network(static, "onnxruntime")}
     for label in labels:
-        setting = last.settings[label]
-        contenders[label] = partial(ready[id(setting.network)].run_at, setting.thresholds)  # type: ignore[assignment]
+        one = last.candidates[label]
+        contenders[label] = partial(ready[id(one.network)].run, setting=one.setting)
     images = gather(last.test, mixed(last), CPU)
     times = {batch: interleave(contenders, list(images.split(batch)), CPU, seconds, rest=REST) for batch in BATCHES}
     busy = max(one.busy_elsewhere for one in times.values())
@@ -136,7 +139,7 @@ def table(engine: str, static: DynamicNetwork, whole: float, folds: list[Fold], 
     base = float(exit_costs(static).cumulative()[-1])
     for label in labels:
         found = [
-            accuracy(ready[id(fold.settings[label].network)], fold.settings[label].thresholds, fold.test)
+            accuracy(ready[id(fold.candidates[label].network)], fold.candidates[label].setting, fold.test)
             for fold, ready in zip(folds, compiled, strict=True)
         ]
         right, macs = (sum(values) / len(folds) for values in zip(*found, strict=True))
@@ -152,14 +155,14 @@ def _cells(times: Times, label: str) -> list[str]:
     return [f"{times.median_ms(label):.3f}", *(f"{ratio:.2f}" for ratio in ratios)]
 
 
-def accuracy(compiled: CompiledNetwork, thresholds: tuple[float | None, ...], images: Images) -> tuple[float, float]:
+def accuracy(compiled: CompiledNetwork, setting: Setting, images: Images) -> tuple[float, float]:
     """Top-1 and mean executed MACs of a compiled network on a split, on its own engine."""
     right, macs, count = 0, 0.0, 0
     costs = exit_costs(compiled.network)
     for batch, labels in images.batches(JUDGED):
-        routed = compiled.run_at(thresholds, batch)
+        routed = compiled.run(batch, setting)
         right += int((routed.logits.argmax(1) == labels).sum())
-        macs += float(costs.executed(routed.exits.numpy(), routed.choices.numpy(), thresholds).sum())
+        macs += float(costs.executed(routed.taken, len(batch)).sum())
         count += len(labels)
     return right / count, macs / count
 
@@ -167,11 +170,12 @@ def accuracy(compiled: CompiledNetwork, thresholds: tuple[float | None, ...], im
 def mixed(fold: Fold) -> Tensor:
     """Images whose confidences at the first exit are spread as those of all, and so leave it in the right shares at
     any threshold."""
-    setting = list(fold.settings.values())[-1]
+    network = list(fold.candidates.values())[-1].network
     scores = []
     with torch.no_grad():
         for batch, _ in fold.test.batches(JUDGED):
-            scores.append(setting.network.scores(setting.network.all_exits(batch)[0], 0))
+            _, _, score = network.run(batch, everyone=True).seen[0]
+            scores.append(score)
     return representative(torch.cat(scores), TIMED)
 
 

@@ -18,6 +18,7 @@ import dynamize as dz
 from dynamize.conversion import wrap
 from dynamize.evaluation import Evaluator
 from dynamize.files import write_text
+from dynamize.nn.executor import side_by_side
 from dynamize.nn.network import DynamicNetwork
 from dynamize.transform import Context, Transform
 
@@ -62,7 +63,8 @@ def _load(artifact: Path) -> DynamicNetwork:
 
 def _judge(evaluator: Evaluator, network: DynamicNetwork) -> tuple[float, float, float]:
     judged = evaluator.judge(network.eval())
-    routings = len(judged.choices.unique(dim=0))
+    choices = side_by_side(judged.taken, network.decision_names[1], len(judged.labels))
+    routings = len(choices.unique(dim=0))
     return float(judged.macs.mean()) / evaluator.static_macs, 100 * judged.accuracy, float(routings)
 
 

@@ -21,7 +21,7 @@ import dynamize as dz
 from dynamize.conversion import apply, wrap
 from dynamize.data import Splits
 from dynamize.files import write_text
-from dynamize.measure.accuracy import answers
+from dynamize.measure.accuracy import top_answers
 from dynamize.transform import Context, Transform
 
 
@@ -69,7 +69,7 @@ def train(name: str, checkpoint: Path, splits: Splits, epochs: int, lr: float, s
     for step in steps:
         network, notes = apply(network, step, context)
         print(f"  {step.pass_name}: {'; '.join(notes)}", flush=True)
-    right, labels = answers(network, splits.test, CPU)
+    right, labels = top_answers(network, splits.test, CPU)
     return float((right == labels).double().mean())
 
 

@@ -19,11 +19,11 @@ from cifar10_images import CPU, JUDGING, SHAPE, halves
 from torch import nn
 
 import dynamize as dz
-from dynamize.compression.costs import whole_macs
+from dynamize.compression.comparison import whole_macs
 from dynamize.conversion import apply, wrap
 from dynamize.data import Splits
 from dynamize.files import write_text
-from dynamize.measure.accuracy import exit_logits
+from dynamize.measure.accuracy import accuracy, everything
 from dynamize.measure.latency import REST, interleave
 from dynamize.nn.network import DynamicNetwork
 from dynamize.transform import Context
@@ -82,10 +82,11 @@ def quantised(static: DynamicNetwork, splits: Splits) -> tuple[DynamicNetwork, s
     """With neural-compressor's ranges, and how its answers compare."""
     step = dz.Quantize(ranges="neural-compressor", images=128, max_drop=None)
     found, _ = apply(wrap(static, static.input_shape), step, Context(data=splits, teacher=static.plain))
-    ((before,), labels), ((after,), _) = (exit_logits(one, splits.test, CPU) for one in (static, found))
-    accuracy = [100 * float((logits.argmax(1) == labels).double().mean()) for logits in (before, after)]
+    seen = [everything(one, splits.test, CPU) for one in (static, found)]
+    before, after = (one.logits[-1] for one in seen)
+    right = [100 * accuracy(one.logits[-1], one.labels) for one in seen]
     apart = 100 * float((after - before).norm() / before.norm())
-    return found, f"{accuracy[0]:.2f} -> {accuracy[1]:.2f} %, logits {apart:.1f} % apart"
+    return found, f"{right[0]:.2f} -> {right[1]:.2f} %, logits {apart:.1f} % apart"
 
 
 def rows(

@@ -33,6 +33,7 @@ from dynamize.graph.cuts import cut_points
 from dynamize.graph.macs import count_macs
 from dynamize.measure.costs import exit_costs
 from dynamize.nn.network import DynamicNetwork
+from dynamize.nn.piece import Setting
 from dynamize.transform import Context
 from dynamize.transforms import Exits
 
@@ -154,7 +155,7 @@ def _check(row: Row, source: str, folder: Path, other: ProcessPoolExecutor) -> N
     settle(network, images)
 
     plain = wrap(network, shape)
-    row.cuts = len(cut_points(plain.segments[0]))  # type: ignore[arg-type]
+    row.cuts = len(cut_points(plain.plain))
     dynamic, _ = apply(plain, Exits(count=2, head="conv"), Context())
     row.exits = [str(name) for name in dynamic.history[0]["at"]]
     wanted = network(images)
@@ -169,10 +170,10 @@ def _check(row: Row, source: str, folder: Path, other: ProcessPoolExecutor) -> N
     row.promises[2] = _promise_2(row, dynamic, images, (found, routing.exits), (logits, exits))
 
     artifact.save(dynamic, folder)
-    thresholds = dynamic.thresholds
+    setting = dynamic.setting
     del dynamic
     gc.collect()
-    answer = other.submit(answers, folder, thresholds, images.numpy(), torch.get_num_threads()).result()
+    answer = other.submit(answers, folder, setting, images.numpy(), torch.get_num_threads()).result()
     row.promises[6] = bool(
         np.array_equal(answer[0], found.numpy()) and np.array_equal(answer[1], routing.exits.numpy())
     )
@@ -183,22 +184,24 @@ def _check(row: Row, source: str, folder: Path, other: ProcessPoolExecutor) -> N
 
 def expected(dynamic: DynamicNetwork, images: Tensor) -> tuple[Tensor, Tensor]:
     """Set thresholds at the median of whoever still waits; the dense logits and exits that follow from them."""
-    early = len(dynamic.heads)
-    for head, logits in zip(dynamic.heads, dynamic.all_exits(images)[:-1], strict=True):
+    early = len(dynamic.leaving)
+    for piece, logits in zip(dynamic.leaving, dynamic.all_exits(images)[:-1], strict=True):
         spread = (logits - logits.mean(dim=1, keepdim=True)).std().clamp_min(1e-6)
-        linear = [module for module in head.modules() if isinstance(module, nn.Linear)][-1]
+        linear = [module for module in piece.modules() if isinstance(module, nn.Linear)][-1]
         linear.weight.mul_(3 / spread)  # random heads are never sure
-    logits_KNC = torch.stack(dynamic.all_exits(images))
+    every = dynamic.run(images, everyone=True)
+    logits_KNC = torch.stack([*(logits for _, logits, _ in every.seen), every.logits])
+    thresholds: dict[str, float | None] = {}
     exits_N = torch.full((len(images),), early)
     waiting = torch.ones(len(images), dtype=torch.bool)
-    for k in range(early):
-        scores = dynamic.scores(logits_KNC[k], k)
+    for k, (name, _, scores) in enumerate(every.seen):
+        assert scores is not None
         ranked = scores[waiting].sort().values.tolist()
         middle = len(ranked) // 2
-        threshold = (ranked[middle - 1] + ranked[middle]) / 2
-        dynamic.thresholds[k] = threshold
+        thresholds[name] = threshold = (ranked[middle - 1] + ranked[middle]) / 2
         leaves = waiting & (scores >= threshold)
         exits_N[leaves], waiting = k, waiting & ~leaves
+    dynamic.setting = Setting(thresholds)
     return logits_KNC[exits_N, torch.arange(len(images))], exits_N
 
 
@@ -225,20 +228,15 @@ def _promise_2(
 
 def leaving_cost(dynamic: DynamicNetwork, images: Tensor, exit_index: int) -> float:
     """MACs that one image executes to leave at this exit."""
-    kept = dynamic.thresholds
-    dynamic.thresholds = [ALWAYS if k == exit_index else NEVER for k in range(len(dynamic.heads))]
-    macs = count_macs(dynamic, images[:1])
-    dynamic.thresholds = kept
-    return macs
+    here = {piece.name: ALWAYS if k == exit_index else NEVER for k, piece in enumerate(dynamic.leaving)}
+    return count_macs(dynamic.run, images[:1], Setting(here))
 
 
-def answers(
-    folder: Path, thresholds: list[float | None], images: np.ndarray, threads: int
-) -> tuple[np.ndarray, np.ndarray]:
+def answers(folder: Path, setting: Setting, images: np.ndarray, threads: int) -> tuple[np.ndarray, np.ndarray]:
     """In another process: load the artifact, and say what it answers and where each image leaves."""
     torch.set_num_threads(threads)
     dynamic = artifact.load(folder)
-    dynamic.thresholds = thresholds
+    dynamic.setting = setting
     with torch.no_grad(), dz.record_routing(dynamic) as routing:
         logits = dynamic(torch.from_numpy(images))
     del dynamic

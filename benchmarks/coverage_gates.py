@@ -32,8 +32,9 @@ from dynamize import artifact
 from dynamize.conversion import apply, wrap
 from dynamize.graph.macs import count_macs
 from dynamize.measure.costs import exit_costs
-from dynamize.nn.gated import GatedSegment, Unit
 from dynamize.nn.network import DynamicNetwork
+from dynamize.nn.piece import Static
+from dynamize.nn.units import Unit
 from dynamize.transform import Context, Transform
 
 IMAGES, SIDE = 4, 96
@@ -102,7 +103,7 @@ def _check(row: Row, source: str, transform: Transform, folder: Path, other: Pro
     dynamic.float()
     with dz.record_routing(dynamic) as routing:
         found = dynamic(images)
-    units = len(dynamic.units)
+    units = len(dynamic.changing)
     artifact.save(dynamic, folder)
     choices = routing.choices.numpy()
     del dynamic
@@ -116,8 +117,8 @@ def _check(row: Row, source: str, transform: Transform, folder: Path, other: Pro
 def _promise_2(row: Row, dynamic: DynamicNetwork, images: Tensor) -> bool:
     with dz.record_routing(dynamic) as routing:
         found = dynamic(images)
-    dense = masked(dynamic, images, routing.choices)
-    listed = exit_costs(dynamic).executed(routing.exits.numpy(), routing.choices.numpy(), dynamic.thresholds).sum()
+    dense = masked(dynamic, images, routing.taken)
+    listed = exit_costs(dynamic).executed(routing.taken, len(images)).sum()
     executed = count_macs(dynamic, images)
     kept = near(found, dense) and abs(executed - listed) <= 1e-6 * listed
     if not kept:
@@ -128,21 +129,21 @@ def _promise_2(row: Row, dynamic: DynamicNetwork, images: Tensor) -> bool:
 def scatter(dynamic: DynamicNetwork) -> None:
     """Random gates that decide differently for different images."""
     generator = torch.Generator().manual_seed(0)
-    for unit in dynamic.units:
+    for unit in dynamic.changing:
         for parameter in unit.gate.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
 
 
-def masked(dynamic: DynamicNetwork, images: Tensor, choices_NU: Tensor) -> Tensor:
+def masked(dynamic: DynamicNetwork, images: Tensor, taken: dict[str, Tensor]) -> Tensor:
     """Every path for every image, mixed by these decisions."""
-    (segment,) = dynamic.segments
-    assert isinstance(segment, GatedSegment)
-    features, taken = images, iter(choices_NU.unbind(1))
-    for piece in segment.pieces:
+    features = images.clone()  # which layers in place may write over
+    for piece in dynamic.row:
         if isinstance(piece, Unit):
-            features = piece.blend(features, functional.one_hot(next(taken), len(piece.path_macs)).to(features))
+            shares = functional.one_hot(taken[piece.name], len(piece.path_macs)).to(features)
+            features = piece.blend(features, shares)
         else:
-            features = piece(features)
+            assert isinstance(piece, Static)
+            features = piece.module(features)
     return features
 
 

@@ -44,10 +44,10 @@ from dynamize.conversion import wrap
 from dynamize.data import Images, Splits, set_epoch
 from dynamize.errors import DynamizeError
 from dynamize.evaluation import gather
-from dynamize.measure.accuracy import answers
+from dynamize.measure.accuracy import top_answers
 from dynamize.measure.latency import interleave
 from dynamize.nn.network import DynamicNetwork
-from dynamize.runtime.compiled import CompiledNetwork, compile_network
+from dynamize.runtime.compiled import compile_network
 from dynamize.training.loop import decide_precision
 
 NETWORK, BATCH, TIMED = "dynamize:cifar_resnet56", 64, 256
@@ -147,7 +147,7 @@ def batched_accuracy(model: EarlyExitWrapper, policy: CalibrationResult, test: l
 def our_contenders(network: DynamicNetwork, teacher: nn.Module, data: Splits) -> dict[Key, Contender]:
     """The converted network at the same targets on both backends, without those that it refuses."""
     network, points = copy.deepcopy(network), dict[str, OperatingPoint]()
-    table = TableMaker(network, data.calibration, teacher, CPU, "onnxruntime").table()
+    table = TableMaker(network, data.calibration, teacher, CPU, "onnxruntime").table(0.0)
     static = table.static_cost["macs"]
     solvers = {f"drop {drop:g}": partial(point_for_drop, table, drop / 100) for drop in DROPS}
     solvers |= {f"compute {share:g}": partial(point_for_budget, table, share * static) for share in BUDGETS}
@@ -162,7 +162,7 @@ def our_contenders(network: DynamicNetwork, teacher: nn.Module, data: Splits) ->
         network.set_operating_point(point)
         accuracy = top1(network, data.test)
         for backend, one in compiled.items():
-            found["dynamize", name, backend] = Contender(partial(at_point, one, point), accuracy)
+            found["dynamize", name, backend] = Contender(partial(one.run, setting=network.setting), accuracy)
     return found
 
 
@@ -173,15 +173,9 @@ def static_contenders(network: nn.Module, images: Images) -> dict[Key, Contender
     return {("static", "", name): Contender(call, accuracy) for name, call in calls.items()}
 
 
-def at_point(compiled: CompiledNetwork, point: OperatingPoint, images_NCHW: Tensor) -> Tensor:
-    """Logits (N, classes) at an operating point."""
-    compiled.network.set_operating_point(point)
-    return compiled(images_NCHW)
-
-
 def top1(network: nn.Module, images: Images) -> dict[int, float]:
     """Accuracy of a classifier that treats each image of a batch by itself."""
-    found, labels = answers(network, images, CPU)
+    found, labels = top_answers(network, images, CPU)
     return dict.fromkeys((1, BATCH), float((found == labels).double().mean()))
 
 

@@ -21,6 +21,7 @@ from dynamize.files import write_text
 from dynamize.measure.costs import exit_costs
 from dynamize.measure.latency import interleave
 from dynamize.nn.network import DynamicNetwork
+from dynamize.nn.piece import Setting
 from dynamize.report import share_of_saving_shown
 
 SHAPE, CPU = (3, 224, 224), torch.device("cpu")
@@ -32,7 +33,7 @@ Decide = Callable[[DynamicNetwork, int], Tensor]
 
 def half_skipped(network: DynamicNetwork, images: int) -> Tensor:
     """For each image a random half of the units skipped."""
-    units = len(network.units)
+    units = len(network.changing)
     generator = torch.Generator().manual_seed(0)
     ranks = torch.rand(images, units, generator=generator).argsort(1)
     return (ranks >= units // 2).long()
@@ -40,7 +41,7 @@ def half_skipped(network: DynamicNetwork, images: int) -> Tensor:
 
 def half_width(network: DynamicNetwork, images: int) -> Tensor:
     """For each image the path of each unit that is nearest to half of its channels."""
-    middle = [len(unit.path_macs) // 2 - 1 for unit in network.units]
+    middle = [len(unit.path_macs) // 2 - 1 for unit in network.changing]
     return torch.tensor(middle).expand(images, -1)
 
 
@@ -78,23 +79,29 @@ def main(
     write_text(out, "\n".join(lines) + "\n")
 
 
+def forced(network: DynamicNetwork, choices_NU: Tensor) -> Setting:
+    """These paths for the images of a batch, whatever the gates say."""
+    return Setting(forced={unit.name: choices_NU[:, u] for u, unit in enumerate(network.changing)})
+
+
 def compare(
     static: DynamicNetwork, dynamic: DynamicNetwork, decide: Decide, backend: str, batch: int, seconds: float
 ) -> tuple[str, float]:
     """One line of the table, and how many cores others used."""
     choices = decide(dynamic, INPUTS * batch)
-    macs = exit_costs(dynamic).executed(torch.zeros(len(choices), dtype=torch.int64).numpy(), choices.numpy(), [])
+    macs = exit_costs(dynamic).executed(forced(dynamic, choices).forced, len(choices))
     whole = float(exit_costs(static).cumulative()[-1])
     ratio = float(macs.mean()) / whole
     compiled, plain = dz.compile_network(dynamic, backend), dz.compile_network(static, backend)
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(batch, *SHAPE, generator=generator) for _ in range(INPUTS)]
-    forced = {id(images): choices[i * batch : (i + 1) * batch] for i, images in enumerate(inputs)}
-    last = torch.tensor([len(unit.path_macs) - 1 for unit in dynamic.units])
+    decided = {id(images): forced(dynamic, some) for images, some in zip(inputs, choices.split(batch), strict=True)}
+    last = torch.tensor([len(unit.path_macs) - 1 for unit in dynamic.changing])
+    whole_way = forced(dynamic, last.expand(batch, -1))
     contenders = {
         "static": plain,
-        "dynamic": lambda images: compiled.run(images, forced[id(images)]).logits,
-        "open": lambda images: compiled.run(images, last.expand(len(images), -1)).logits,
+        "dynamic": lambda images: compiled.run(images, decided[id(images)]).logits,
+        "open": lambda images: compiled.run(images, whole_way).logits,
     }
     times = interleave(contenders, inputs, CPU, seconds)
     speedup = times.speedup("static", "dynamic")

@@ -7,7 +7,7 @@ import typer
 from typer.core import TyperGroup
 
 from dynamize import __version__
-from dynamize.cli import artifacts, catalogue, look, run
+from dynamize.cli import artifacts, catalogue, look, runs
 from dynamize.cli.console import complain
 from dynamize.errors import DynamizeError
 
@@ -63,7 +63,7 @@ def program(
     """
 
 
-app.command()(run.run)
+app.command()(runs.run)
 app.command()(look.inspect)
 app.command()(look.report)
 app.command()(artifacts.bench)

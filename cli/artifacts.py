@@ -29,7 +29,7 @@ def bench(
     """
     sizes = counts(batches, "--batches")
     with reporting(quiet) as progress:
-        from dynamize.benchmark import benchmark
+        from dynamize.verbs.bench import benchmark
 
         found = benchmark(
             out,
@@ -71,7 +71,7 @@ def calibrate(
     Example: dynamize calibrate runs/quickstart --macs-ratio 0.5
     """
     with reporting(quiet):
-        from dynamize.recalibration import budget, recalibrate
+        from dynamize.verbs.solve import budget, recalibrate
 
         step = budget(max_drop=max_drop, macs_ratio=macs_ratio, macs=macs, latency_ms=latency_ms)
         network, notes = recalibrate(out, step, data=data, checkpoint=checkpoint, device=device, trust_code=trust_code)
@@ -106,9 +106,9 @@ def predict(
     Example: dynamize predict runs/quickstart photos/ --budget 0.5
     """
     with reporting(quiet=False):
-        from dynamize.data.files import find_images
+        from dynamize.data.image_files import find_images
         from dynamize.devices import choose_device
-        from dynamize.prediction import Predictor
+        from dynamize.verbs.predict import Predictor
 
         where = choose_device("cpu" if backend != "eager" and device == "auto" else device)
         predictor = Predictor(out, backend=backend, device=where, trust_code=trust_code)

@@ -26,8 +26,8 @@ def inspect(
     Example: dynamize inspect torchvision:resnet50 --input 3,224,224
     """
     wanted = shape(input_shape)
-    from dynamize.inspection import inspect_artifact, inspect_source
     from dynamize.sources import parse
+    from dynamize.verbs.inspect import inspect_artifact, inspect_source
 
     if Path(source).is_dir():
         if wanted or checkpoint:

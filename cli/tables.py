@@ -16,14 +16,14 @@ from rich.tree import Tree
 from dynamize.report.cells import ABSENT, count, point_columns, shares, three_digits
 
 if TYPE_CHECKING:
-    from dynamize.benchmark import Benchmark, Comparison
     from dynamize.calibration.points import OperatingPoint
     from dynamize.graph.gateable import GateableBlock
     from dynamize.graph.tree import Block, NetworkTree, Stage
-    from dynamize.inspection import DecisionFacts, Inspection
-    from dynamize.prediction import Prediction
     from dynamize.run import Failure
     from dynamize.transform import Transform
+    from dynamize.verbs.bench import Benchmark, Comparison
+    from dynamize.verbs.inspect import DecisionFacts, Inspection
+    from dynamize.verbs.predict import Prediction
 
 _ALL = -1e300  # a threshold below which no score lies
 _NAME_WIDTH = 34  # with the tree's own lines and the figures: 80 columns

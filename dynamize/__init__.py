@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dynamize.artifact import load as load
     from dynamize.artifact import save as save
-    from dynamize.calibration.gates import calibrate as calibrate
+    from dynamize.calibration.offsets import calibrate as calibrate
     from dynamize.conversion import convert as convert
     from dynamize.errors import DynamizeError as DynamizeError
     from dynamize.nn.network import DynamicNetwork as DynamicNetwork
@@ -54,7 +54,7 @@ _HOMES = {
     "Quantize": "transforms",
     "Recalibrate": "transforms",
     "SkipGates": "transforms",
-    "calibrate": "calibration.gates",
+    "calibrate": "calibration.offsets",
     "compile_network": "runtime.compiled",
     "convert": "conversion",
     "load": "artifact",

@@ -41,7 +41,6 @@ from dynamize.folders import (
     clear,
 )
 from dynamize.nn.network import DynamicNetwork
-from dynamize.pictures import report_data
 from dynamize.recipe import Bound, Recipe
 from dynamize.report import Ledger, ReportData, Row, html, markdown
 from dynamize.report.folder import OF_OTHER_FILES
@@ -49,6 +48,7 @@ from dynamize.runtime.engine import default_backend
 from dynamize.sources import load_source
 from dynamize.transform import Context, Progress, Transform, quiet
 from dynamize.upgrade import upgraded
+from dynamize.verbs.pictures import report_data
 
 log = logging.getLogger("dynamize")
 

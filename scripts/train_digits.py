@@ -16,7 +16,7 @@ import dynamize as dz
 from dynamize.checkpoints import save_state_dict
 from dynamize.conversion import apply, wrap
 from dynamize.data import DataSpec, load_data
-from dynamize.measure.accuracy import answers
+from dynamize.measure.accuracy import top_answers
 from dynamize.models import create
 from dynamize.transform import Context
 from dynamize.transforms import Distill
@@ -38,13 +38,11 @@ def main(
     untrained = wrap(create("digits_resnet"), INPUT_SHAPE)
     step = Distill(epochs=epochs, batch_size=64, lr=0.1, alpha=0.0, precision="float32")
     trained, _ = apply(untrained, step, Context(data=splits, seed=seed))
-    state = {name.removeprefix("segments.0."): value for name, value in trained.state_dict().items()}
-    state.pop("temperatures")
-    save_state_dict(state, out)
+    save_state_dict(trained.plain.state_dict(), out)
 
     network = dz.source("dynamize:digits_resnet", checkpoint=out)
     for images in (splits.calibration, splits.test):
-        found, labels = answers(network, images, torch.device("cpu"))
+        found, labels = top_answers(network, images, torch.device("cpu"))
         print(f"{images.name}: {(found == labels).double().mean():.2%} of {len(labels)} images")
     print(f"{out}: {out.stat().st_size / 1000:.0f} kB")
 

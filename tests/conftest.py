@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+torch.set_num_threads(1)  # for fixtures that are made before the first test
+
 
 @pytest.fixture(autouse=True)
 def same_start() -> None:

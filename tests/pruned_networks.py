@@ -8,8 +8,8 @@ from networks import conv_block, randomise_norms
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dynamize.compression.channels import ChannelGroup, Member
 from dynamize.compression.layers import layers
+from dynamize.compression.removal import ChannelGroup, Member
 from dynamize.nn.gates import ALL_OPEN
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.piece import Setting

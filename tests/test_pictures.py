@@ -18,9 +18,9 @@ from dynamize.measure.costs import exit_costs
 from dynamize.models import create
 from dynamize.nn.network import DynamicNetwork, record_routing
 from dynamize.nn.piece import LEAVES, Setting
-from dynamize.pictures import report_data
 from dynamize.report import Ledger, ReportData, Usage, markdown
 from dynamize.transforms import ChannelGates, Exits, SkipGates
+from dynamize.verbs.pictures import report_data
 
 EXITS = Exits(at=["layer1.1", "layer2.1"], head="conv", share=1.0, size=[16, 16])
 SKIPS = SkipGates(blocks=[["layer1.1"], ["layer2.0"], ["layer3.1"]])

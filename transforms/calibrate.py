@@ -12,7 +12,7 @@ from dynamize.calibration import (
     point_for_drop,
 )
 from dynamize.calibration.collect import TableMaker
-from dynamize.calibration.gates import OffsetTables, best_point, curve
+from dynamize.calibration.offsets import OffsetTables, best_point, curve
 from dynamize.errors import DynamizeError
 from dynamize.measure.controls import adaptivity
 from dynamize.nn.network import DynamicNetwork

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import nn
 
-from dynamize.data.files import with_unlabelled
+from dynamize.data.image_files import with_unlabelled
 from dynamize.errors import DynamizeError
 from dynamize.graph.macs import count_macs
 from dynamize.graph.trace import blank

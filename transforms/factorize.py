@@ -8,9 +8,9 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, PositiveInt, model_validator
 from torch import nn
 
-from dynamize.compression.costs import Stopwatch, layer_ratio, whole_macs
+from dynamize.compression.bisection import least
+from dynamize.compression.comparison import Stopwatch, layer_ratio, whole_macs
 from dynamize.compression.factors import Ranks, can_factorize, factor_costs, factorized, ranks_at, spectra
-from dynamize.compression.search import least
 from dynamize.errors import DynamizeError, closest
 from dynamize.graph.trace import annotate
 from dynamize.nn.network import DynamicNetwork

@@ -6,9 +6,9 @@ from pydantic import Field
 from torch import nn
 
 from dynamize.errors import DynamizeError, closest
-from dynamize.graph.branches import ParallelBranches, fuse, parallel_branches
 from dynamize.graph.macs import annotated_macs
 from dynamize.graph.nodes import positions
+from dynamize.graph.parallel import ParallelBranches, fuse, parallel_branches
 from dynamize.graph.replace import check_same, every_module
 from dynamize.graph.trace import annotate
 from dynamize.nn.branches import BranchBlock

@@ -9,12 +9,12 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
-from dynamize.compression.channels import ChannelGroup, faithful, remove
-from dynamize.compression.costs import Stopwatch, whole_macs
+from dynamize.compression.bisection import bracket, least
+from dynamize.compression.comparison import Stopwatch, whole_macs
 from dynamize.compression.coupling import channel_groups
 from dynamize.compression.importance import Criterion, add_gradients, importance
 from dynamize.compression.layers import resize, sizes
-from dynamize.compression.search import bracket, least
+from dynamize.compression.removal import ChannelGroup, faithful, remove
 from dynamize.compression.sensitivity import RATIOS, Sensitivity, scan
 from dynamize.compression.widths import (
     Widths,

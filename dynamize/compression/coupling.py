@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from dynamize.compression.channels import ChannelGroup, Member, faithful
 from dynamize.compression.layers import is_depthwise, layers, sizes
+from dynamize.compression.removal import ChannelGroup, Member, faithful
 from dynamize.errors import DynamizeError, closest
 from dynamize.graph.nodes import nodes_by_name
 from dynamize.graph.trace import blank

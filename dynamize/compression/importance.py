@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from dynamize.compression.channels import ChannelGroup, Member
 from dynamize.compression.layers import dimensions, layers, place
+from dynamize.compression.removal import ChannelGroup, Member
 from dynamize.nn.gates import ALL_OPEN
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.piece import Setting

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dynamize.compression.channels import ChannelGroup, silenced
+from dynamize.compression.removal import ChannelGroup, silenced
 from dynamize.nn.gates import ALL_OPEN
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.piece import Setting

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from dynamize.compression.channels import ChannelGroup, remove
+from dynamize.compression.removal import ChannelGroup, remove
 from dynamize.compression.sensitivity import Sensitivity
 from dynamize.nn.network import DynamicNetwork
 from dynamize.rewrite.exchange import count_again

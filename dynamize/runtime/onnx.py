@@ -18,8 +18,8 @@ from dynamize.graph.trace import blank
 from dynamize.nn.gates import pool_map
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.quantized import is_quantized
+from dynamize.runtime.byte_borders import exchange_bytes
 from dynamize.runtime.engine import Border, Engine
-from dynamize.runtime.integers import exchange_bytes
 from dynamize.runtime.layout import BLOCK
 
 FEATURES, CONTEXT, NEXT, NEXT_CONTEXT, MEANS = "features", "context", "next_features", "next_context", "means"

@@ -9,10 +9,10 @@ from networks import SmallResNet, ThreeLayer, close, randomise_norms, small_resn
 from pruned_networks import ConcatNet, NormedNet, SqueezeNet, made, masked_answers
 from torch import nn
 
-from dynamize.compression.channels import ChannelGroup, faithful, remove, silenced
-from dynamize.compression.costs import whole_macs
+from dynamize.compression.comparison import whole_macs
 from dynamize.compression.coupling import channel_groups
 from dynamize.compression.layers import layers, resize, sizes
+from dynamize.compression.removal import ChannelGroup, faithful, remove, silenced
 from dynamize.conversion import convert, wrap
 from dynamize.errors import DynamizeError
 from dynamize.models import create

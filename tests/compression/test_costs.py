@@ -7,7 +7,7 @@ import torch
 from networks import SmallResNet, small_resnet
 from torch import nn
 
-from dynamize.compression.costs import Stopwatch, layer_ratio, whole_macs
+from dynamize.compression.comparison import Stopwatch, layer_ratio, whole_macs
 from dynamize.compression.factors import factorized
 from dynamize.conversion import convert
 from dynamize.nn.piece import Setting

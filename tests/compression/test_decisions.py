@@ -9,9 +9,9 @@ from networks import ThreeLayer
 from pruned_networks import made
 from torch import nn
 
-from dynamize.compression.channels import ChannelGroup, Member
+from dynamize.compression.bisection import bracket, least
 from dynamize.compression.importance import add_gradients, importance
-from dynamize.compression.search import bracket, least
+from dynamize.compression.removal import ChannelGroup, Member
 from dynamize.compression.sensitivity import Sensitivity, scan
 from dynamize.compression.widths import (
     between,

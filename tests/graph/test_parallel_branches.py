@@ -6,7 +6,7 @@ from networks import close, randomise_norms, small_resnet, torchvision_network
 from torch import Tensor, fx, nn
 
 from dynamize.errors import DynamizeError
-from dynamize.graph.branches import fuse, parallel_branches
+from dynamize.graph.parallel import fuse, parallel_branches
 from dynamize.graph.trace import annotate, trace
 
 SHAPE = (4, 9, 9)

@@ -15,8 +15,8 @@ from dynamize.nn.gates import ALL_OPEN
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.piece import Static
 from dynamize.nn.quantized import Quantizer
+from dynamize.runtime.byte_borders import exchange_bytes
 from dynamize.runtime.compiled import compile_network
-from dynamize.runtime.integers import exchange_bytes
 from dynamize.runtime.onnxruntime import OnnxRuntime
 
 

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from dynamize.conversion import apply, convert, wrap
 from dynamize.data import DataSpec, Splits, load_data
-from dynamize.data.files import with_unlabelled
+from dynamize.data.image_files import with_unlabelled
 from dynamize.errors import DynamizeError
 from dynamize.transform import Context
 from dynamize.transforms import Distill, Exits

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from dynamize import artifact
-from dynamize.compression.costs import whole_macs
+from dynamize.compression.comparison import whole_macs
 from dynamize.compression.factors import Ranks
 from dynamize.conversion import apply, convert, wrap
 from dynamize.errors import DynamizeError, InfeasibleError

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from dynamize import artifact
-from dynamize.compression.costs import whole_macs
+from dynamize.compression.comparison import whole_macs
 from dynamize.compression.layers import sizes
 from dynamize.conversion import apply, convert, replay, wrap
 from dynamize.errors import DynamizeError, InfeasibleError

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dynamize import artifact
 from dynamize.data import ImageSet
-from dynamize.data.files import files_as_images
+from dynamize.data.image_files import files_as_images
 from dynamize.data.storage import UnreadableImage
 from dynamize.errors import DynamizeError
 from dynamize.measure.costs import Costs, exit_costs
