@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+torch.set_num_threads(1)  # before fixtures of a whole session, which are made ahead of those of a test
+
 
 @pytest.fixture(autouse=True)
 def same_start() -> None:
