@@ -3,10 +3,14 @@
 A traced network reshapes where it was written with ``view``, which channels-last values do not allow.
 """
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor, nn
 
 from dynamize.nn.network import DynamicNetwork
+
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
 def images_for(network: nn.Module, images_NCHW: Tensor) -> Tensor:
@@ -16,8 +20,8 @@ def images_for(network: nn.Module, images_NCHW: Tensor) -> Tensor:
     return images_NCHW.contiguous()
 
 
-def lay_out(network: DynamicNetwork) -> DynamicNetwork:
-    """Lay out the weights of its convolutions channels last, in place.
+def lay_out(network: AnyModule) -> AnyModule:
+    """Lay out the weights of convolutions channels last, in place.
 
     Other tensors of four dimensions stay as they are, and so do the weights of subclasses: their code may call
     ``view``.
