@@ -3,11 +3,7 @@
 import pytest
 import torch
 
-<<<<<<< HEAD
-torch.set_num_threads(1)  # for fixtures that are made before the first test
-=======
 torch.set_num_threads(1)  # before fixtures of a whole session, which are made ahead of those of a test
->>>>>>> wt-e
 
 
 @pytest.fixture(autouse=True)

@@ -10,11 +10,7 @@ from torch import Tensor, nn
 
 from dynamize.nn.network import DynamicNetwork
 
-<<<<<<< HEAD
-Module = TypeVar("Module", bound=nn.Module)
-=======
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
->>>>>>> wt-e
 
 
 def images_for(network: nn.Module, images_NCHW: Tensor) -> Tensor:
@@ -24,13 +20,8 @@ def images_for(network: nn.Module, images_NCHW: Tensor) -> Tensor:
     return images_NCHW.contiguous()
 
 
-<<<<<<< HEAD
-def lay_out(network: Module) -> Module:
-    """Lay out the weights of the convolutions of something traced channels last, in place.
-=======
 def lay_out(network: AnyModule) -> AnyModule:
     """Lay out the weights of convolutions channels last, in place.
->>>>>>> wt-e
 
     Other tensors of four dimensions stay as they are, and so do the weights of subclasses: their code may call
     ``view``.
