@@ -15,7 +15,7 @@ from torch import nn
 
 from dynamize.calibration import collect
 from dynamize.conversion import apply, convert, wrap
-from dynamize.measure.accuracy import answers
+from dynamize.measure.accuracy import top_answers
 from dynamize.nn.channels_last import images_for, lay_out
 from dynamize.nn.network import DynamicNetwork
 from dynamize.runtime.compiled import compile_network
@@ -59,7 +59,7 @@ def test_learning_from_a_module_and_measuring_it(kind: type[Flattening], monkeyp
     trained, _ = apply(with_exit(network), step, context)
     calibrated, _ = apply(trained, Calibrate(macs_ratio=0.9), context)
     assert calibrated.operating_points
-    found, _ = answers(network, splits.test, torch.device("cpu"))
+    found, _ = top_answers(network, splits.test, torch.device("cpu"))
     images = torch.cat([batch for batch, _ in splits.test.batches(100)])
     with torch.no_grad():
         assert torch.equal(found, network(images).argmax(1))
@@ -80,9 +80,9 @@ def test_only_plain_convolutions_are_laid_out() -> None:
     for kind in (Fourier, Standard):
         network = lay_out(wrap(build(kind), SHAPE))
         last = {name for name, one in network.named_parameters() if one.dim() == 4 and not one.is_contiguous()}
-        wanted = {"segments.0.body.0.0.weight", "segments.0.body.1.0.weight", "segments.0.body.2.0.weight"}
-        unlike = {"segments.0.body.1.0.weight"} if kind is Standard else set()
-        assert last == wanted - unlike - {"segments.0.body.0.0.weight"}  # one input channel lies either way
+        wanted = {"nets.main.body.0.0.weight", "nets.main.body.1.0.weight", "nets.main.body.2.0.weight"}
+        unlike = {"nets.main.body.1.0.weight"} if kind is Standard else set()
+        assert last == wanted - unlike - {"nets.main.body.0.0.weight"}  # one input channel lies either way
 
 
 def test_a_module_is_handed_contiguous_images() -> None:

@@ -126,14 +126,14 @@ def test_marks_of_exits_count_what_gates_save() -> None:
 @pytest.mark.parametrize("steps", [(EXITS,), (EXITS, SKIPS)])
 def test_budgets_are_set_on_calibration_images_and_judged_on_test_images(steps: tuple[Exits | SkipGates, ...]) -> None:
     told = leaving(Told(*steps))
-    temperatures, thresholds = told.network.temperatures.clone(), list(told.network.thresholds)
+    before, setting = temperatures(told.network), told.network.setting
     report = told.report()
-    assert torch.equal(told.network.temperatures, temperatures)
-    assert told.network.thresholds == thresholds
+    assert torch.equal(temperatures(told.network), before)
+    assert told.network.setting == setting
     held_out = torch.cat([images for images, _ in told.splits.calibration.batches(100)])
     with torch.no_grad():
         logits = told.network.eval().all_exits(held_out)
-    scores = [told.network.scores(one, k).double().numpy() for k, one in enumerate(logits[:2])]
+    scores = [exit_scores(told.network, one, k).double().numpy() for k, one in enumerate(logits[:2])]
     seen = macs_table(
         told.network,
         everything(told.network, told.splits.test, torch.device("cpu")),
@@ -143,7 +143,7 @@ def test_budgets_are_set_on_calibration_images_and_judged_on_test_images(steps: 
     wanted = budgeted_batch(np.stack([*scores, np.zeros(len(held_out))]), seen, count=12)
     assert len(report.budgeted) == 12
     for mark, point in zip(report.budgeted, wanted, strict=True):
-        told.network.thresholds = point.thresholds
+        set_thresholds(told.network, point.thresholds)
         judged = told.evaluator.judge(told.network)  # where images really leave
         assert mark.accuracy == pytest.approx(judged.accuracy)
         assert mark.macs == pytest.approx(float(judged.macs.mean()))
