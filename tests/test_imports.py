@@ -34,8 +34,9 @@ def test_no_heavy_import(statement: str) -> None:
     assert not found & HEAVY
 
 
-def test_openvino_is_imported_when_it_is_used() -> None:
-    found = imported_by("import dynamize.runtime.compiled")
+def test_backends_are_imported_when_they_are_used() -> None:
+    assert not imported_by("import dynamize.runtime.compiled") & {"onnxruntime", "openvino"}
+    found = imported_by("from dynamize.runtime.engine import engine_class; engine_class('onnxruntime')")
     assert "onnxruntime" in found
     assert "openvino" not in found
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from digits import SHAPE, digit_splits
 from gated_networks import scatter
+from networks import exit_scores, set_thresholds, temperatures
 
 from dynamize.calibration import budgeted_batch
 from dynamize.calibration.collect import macs_table
