@@ -243,8 +243,19 @@ class DynamicNetwork(nn.Module):
         self.operating_point = point
         self.setting = Setting() if point is None else Setting(point.thresholds, point.offset)
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As any module's; what is assigned is computed with everywhere."""
+        with self._sharing():
+            return super().load_state_dict(state_dict, strict, assign)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DynamicNetwork":
-        """Move all that shares tensors together: graphs cut out of others hold some that those hold too."""
+        with self._sharing():
+            super()._apply(fn, recurse)
+        return self
+
+    @contextmanager
+    def _sharing(self) -> Iterator[None]:
+        """Exchange all that shares tensors together: graphs cut out of others hold some that those hold too."""
         registered = set(self.modules())
         owners = {
             id(tensor): (held, name)
@@ -260,10 +271,9 @@ class DynamicNetwork(nn.Module):
             for name, tensor in held.items()
             if tensor is not None and id(tensor) in owners
         ]
-        super()._apply(fn, recurse)
+        yield
         for held, name, owner, key in sharing:
             cast(dict[str, Any], held)[name] = owner[key]
-        return self
 
 
 @contextmanager

@@ -109,18 +109,14 @@ class CompiledNetwork:
 
     def _bound(self, active: Sequence[Piece]) -> list[tuple[Piece, Run]]:
         bound: list[tuple[Piece, Run]] = []
-        opens = True  # whether nothing before in this stretch parts images, so that a whole batch comes
-        following = [*active[1:], None]
-        skip = False
-        for piece, after in zip(active, following, strict=True):
-            if skip:
-                skip = False
-                continue
-            fused = self._fused(piece, after) if opens and after is not None else None
-            if fused is not None and after is not None:
-                bound.append((after, fused))
-                skip = True
-                opens = True
+        waiting = list(active)
+        opens = True  # whether whole batches come: nothing has parted images since some last left
+        while waiting:
+            piece = waiting.pop(0)
+            after = waiting[0] if waiting else None
+            both = self._fused(piece, after) if opens and after is not None else None
+            if both is not None:
+                bound.append((waiting.pop(0), both))
                 continue
             bound.append((piece, piece.bind(self.calls(piece, after))))
             opens = piece.effect == "leaves"
