@@ -137,7 +137,7 @@ def test_forced_options_for_other_images_are_refused(name: str, count: int) -> N
     network = gated_resnet({}, keep_first=False)
     assert name in {one.name for one in network.decisions()}
     setting = Setting(forced={name: torch.zeros(count, dtype=torch.int64)})
-    with pytest.raises(DynamizeError, match=f"{count} options are forced in `{name}`, for 5 images"):
+    with pytest.raises(DynamizeError, match=f"options of {count} images are forced at '{name}', but the batch has 5"):
         network.run(images(5), setting)
 
 
@@ -221,3 +221,14 @@ def settings_of(network: DynamicNetwork, batch: Tensor) -> list[Setting]:
     forced = {unit.name: torch.tensor([0, 1, 1, 0] * (len(batch) // 4)) for unit in network.changing}
     leaving = {piece.name: torch.tensor([1, 1, 1, 0] * (len(batch) // 4)) for piece in network.leaving}
     return [Setting(), Setting(forced=forced), Setting(forced={**forced, **leaving})]
+
+
+def test_settings_for_other_networks_are_refused() -> None:
+    network = gated_resnet({}, keep_first=False)
+    known = "Known: exit.1, exit.2, layer1.0"
+    with pytest.raises(DynamizeError, match=f"names 'exit.3', .*Did you mean exit.2.*{known}"):
+        network.run(images(2), Setting({"exit.3": 0.5}))
+    with pytest.raises(DynamizeError, match=f"names 'layer1.2', .*{known}"):
+        network.run(images(2), Setting(forced={"layer1.2": torch.zeros(2, dtype=torch.int64)}))
+    with pytest.raises(DynamizeError, match=f"names 'layer1.0', .*{known}"):  # at which nobody leaves
+        network.run(images(2), Setting({"layer1.0": 0.5}))

@@ -275,3 +275,32 @@ def test_a_compiled_network_is_not_trained() -> None:
     frozen.train()
     with pytest.raises(DynamizeError, match="train the network it was made of"):
         frozen(images(2))
+
+
+@pytest.mark.parametrize("left", ["nobody", "some", "all are answered"])
+def test_means_from_before_a_block_are_not_read_behind_it(left: str) -> None:
+    """A block that part of the images run hands on no means where an exit comes next; if nobody leaves there, the unit
+    behind reads the features, not what the gate of the block has read."""
+    network, batch = gated_resnet({"at": ["layer1"]}, keep_first=False), images(32)
+    names = [piece.name for piece in network.row]
+    place = names.index("exit.1")
+    before, behind = network.row[place - 1], network.row[place + 1]
+    assert (before.effect, behind.effect) == ("changes", "changes")
+    assert None in before.paths()
+    assert before.gate.pooled
+    assert behind.reads_means
+    split_exits(network, images(64))
+    if left != "some":
+        set_thresholds(network, [float("inf")])
+    wanted = masked(network, batch)
+    with torch.no_grad():
+        found = network.run(batch, everyone=left == "all are answered")
+    taken = found.taken
+    assert {0, 1} <= set(taken[before.name].tolist())
+    assert {0, 1} <= set(taken[behind.name].tolist())
+    if left == "all are answered":
+        network.setting = Setting()
+        wanted = masked(network, batch)
+    assert wanted.clear.float().mean() > 0.9
+    assert torch.equal(found.choices[wanted.clear], wanted.choices_NU[wanted.clear])
+    assert close(found.logits[wanted.clear], wanted.answers_NC[wanted.clear])

@@ -228,5 +228,19 @@ def test_forced_options_are_by_image_while_images_leave(backend: str, exits: dic
 def test_forced_options_for_other_images_are_refused(backend: str) -> None:
     network = gated_resnet({})
     compiled = compile_network(network, backend)
-    with pytest.raises(DynamizeError, match="9 options are forced in `layer1.1`, for 5 images"):
+    with pytest.raises(DynamizeError, match="options of 9 images are forced at 'layer1.1', but the batch has 5"):
         compiled.run(images(5), Setting(forced={"layer1.1": torch.zeros(9, dtype=torch.int64)}))
+
+
+@pytest.mark.parametrize("backend", FLOAT32)
+def test_means_from_before_a_block_are_not_read_behind_it(backend: str) -> None:
+    """As in tests/nn/test_units.py: a unit that may skip, an exit at which nobody leaves, a gate that reads means."""
+    network, batch = gated_resnet({"at": ["layer1"]}, keep_first=False), images(32)
+    compiled = compile_network(network, backend)
+    for values in ([float("inf")], [None]):
+        set_thresholds(network, values)
+        found, wanted = compiled.run(batch), masked(network, batch)
+        for name in ("layer1.1", "layer2.0"):
+            assert {0, 1} <= set(found.taken[name].tolist())
+        assert torch.equal(found.choices[wanted.clear], wanted.choices_NU[wanted.clear])
+        assert close(found.logits[wanted.clear], wanted.answers_NC[wanted.clear], 2e-5)
