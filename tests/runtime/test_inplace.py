@@ -6,7 +6,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from gated_networks import masked, scatter
-from networks import Residual, close, force, randomise_norms, torchvision_network
+from networks import Residual, close, dense, excite_heads, force, randomise_norms, split_at, torchvision_network
 from torch import Tensor, nn
 
 from dynamize.conversion import convert
@@ -18,7 +18,7 @@ from dynamize.runtime.inplace import InPlace, can_write_over
 from dynamize.runtime.layout import blocks, exchange_blocked
 from dynamize.runtime.onnx import export_onnx
 from dynamize.runtime.session import session_options
-from dynamize.transforms import SkipGates
+from dynamize.transforms import Exits, SkipGates
 
 pytestmark = pytest.mark.skipif(not blocks((16, 4, 4)), reason="ONNX Runtime computes in no blocks on this machine")
 
@@ -146,3 +146,22 @@ def test_a_gated_network(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         found = compiled.run(images, Setting(forced=forced))
         assert close(found.logits, wanted.answers_NC[: len(images)], 1e-4)
     assert torch.equal(batch, kept)
+
+
+@pytest.mark.parametrize("chain", [False, True])
+def test_blocks_between_exits_are_one_session_with_the_head_behind_them(chain: bool) -> None:
+    """Such a session takes a context and gives logits and a score too: it is run as any other."""
+    stem = nn.Sequential(nn.Conv2d(3, CHANNELS, 1), nn.ReLU())
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(CHANNELS, 5))
+    network = nn.Sequential(stem, *(Residual(CHANNELS, CHANNELS) for _ in range(3)), head)
+    exits = Exits(at=["1", "2"], head="linear", share=1.0, chain=chain)
+    dynamic, batch = convert(randomise_norms(network).eval(), [exits], (3, 64, 64)), torch.randn(8, 3, 64, 64)
+    assert batch[0, 0].numel() * CHANNELS * batch.element_size() >= inplace._WORTH
+    excite_heads(dynamic)
+    split_at(dynamic, batch, [0.3, 0.5])
+    compiled, wanted = compile_network(dynamic, "onnxruntime"), dense(dynamic, batch)
+    assert len(wanted.exits_N.unique()) == 3
+    for images in (batch, batch[:1]):
+        found = compiled.run(images)
+        assert torch.equal(found.exits, wanted.exits_N[: len(images)])
+        assert close(found.logits, wanted.answers_NC[: len(images)], 1e-4)
