@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from backends import FLOAT32
+from image_networks import ON_IMAGES, on_images, settings_of
 from networks import (
     SmallResNet,
     close,
@@ -182,3 +183,20 @@ def test_double_precision_runs_eagerly_and_is_refused_by_onnxruntime() -> None:
     assert close(found.logits, wanted.answers_NC)
     with pytest.raises(DynamizeError, match="ONNX Runtime refuses a segment: .*Use --backend eager"):
         compile_network(dynamic, "onnxruntime")
+
+
+@pytest.mark.parametrize("backend", FLOAT32)
+@pytest.mark.parametrize("kind", ON_IMAGES)
+def test_the_images_are_never_written_to(backend: str, kind: str) -> None:
+    network, batch = on_images(kind), images(16)
+    compiled = compile_network(network, backend)
+    for given in (batch, batch.contiguous(memory_format=torch.channels_last), batch.repeat(2, 1, 1, 1)[8:24]):
+        kept = given.clone()
+        for setting in settings_of(network, given):
+            with torch.no_grad():
+                wanted = network.run(given.clone(), setting)
+            for compiled.cache in (1, 2**16, 2**30):
+                found = compiled.run(given, setting)
+                assert torch.equal(given, kept)
+                assert torch.equal(found.exits, wanted.exits)
+                assert close(found.logits, wanted.logits, 2e-5)

@@ -7,14 +7,20 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from networks import Residual, randomise_norms
+from networks import Residual, close, randomise_norms, set_thresholds, torchvision_network
 from torch import Tensor, nn
 
-from dynamize.runtime import layout
+from dynamize.conversion import convert
+from dynamize.nn.gates import ALL_OPEN
+from dynamize.nn.piece import Setting
+from dynamize.runtime import layout, onnxruntime
+from dynamize.runtime.compiled import compile_network
 from dynamize.runtime.engine import Border
 from dynamize.runtime.layout import blocks, exchange_blocked
 from dynamize.runtime.onnx import export_onnx
 from dynamize.runtime.session import session_options
+from dynamize.transform import Transform
+from dynamize.transforms import Exits, SkipGates
 
 pytestmark = pytest.mark.skipif(not blocks((16, 4, 4)), reason="ONNX Runtime computes in no blocks on this machine")
 
@@ -117,3 +123,29 @@ def test_whole_blocks_of_channels_only(shape: tuple[int, ...], found: bool) -> N
 def test_a_machine_without_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layout, "_machine_has_blocks", lambda: False)
     assert not blocks((48, 4, 4))
+
+
+@pytest.mark.parametrize(
+    "step", [Exits(at=["layer1.0", "layer2.0"], share=0.3), SkipGates(group=1)], ids=["exits", "gates"]
+)
+def test_parts_of_a_network_hand_each_other_blocks(step: Transform, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the images, which come plain, and the logits."""
+    exchanged: list[set[str]] = []
+    kept = onnxruntime.exchange_blocked
+    monkeypatch.setattr(
+        onnxruntime,
+        "exchange_blocked",
+        lambda model, channels: (exchanged.append(set(channels)), kept(model, channels))[1],
+    )
+    dynamic = convert(torchvision_network("resnet18"), [step], (3, 64, 64))
+    set_thresholds(dynamic, [float("inf")] * len(dynamic.leaving))
+    compiled, batch = compile_network(dynamic, "onnxruntime"), torch.randn(3, 3, 64, 64)
+    borders = [(part.before, part.after) for part in compiled._frozen.parts() if part.role == "path"]
+    both = sum(before > 0 and dynamic.shapes[after] != (10,) for before, after in borders)
+    assert both >= 1
+    found = compiled.run(batch, Setting(dynamic.setting.thresholds, ALL_OPEN))
+    assert sum({"features", "next_features"} <= ends for ends in exchanged) >= both
+    assert {"next_features"} in [ends - {"means"} for ends in exchanged]  # the first part
+    assert {"features"} in exchanged  # the last one
+    with torch.no_grad():
+        assert close(found.logits, torchvision_network("resnet18")(batch), 2e-5)
