@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dynamize.devices import cache_bytes
-from dynamize.errors import DynamizeError
+from dynamize.errors import DynamizeError, closest
 from dynamize.nn.flow import Flow, Indices, join
 from dynamize.nn.piece import LEAVES, Effect, Piece, Run, Setting
 
@@ -119,18 +119,17 @@ def execute(
     """Run a batch at a setting.
 
     Args:
+        ran: what runs.
+        setting: thresholds and forced options for decisions that there are; one option for each image.
+        images_NCHW: the batch.
         everyone: nobody leaves: all places where images may leave answer all images.
         cache: bytes of the processor's last cache, by which images are grouped.
 
     Raises:
-        DynamizeError: options are forced for more or fewer images.
+        DynamizeError: the setting names other decisions, or forces options of more or fewer images.
     """
+    _check(setting, ran, len(images_NCHW))
     flow = Flow(images_NCHW, everyone)
-    for name, options in setting.forced.items():
-        if len(options) != len(flow):
-            raise DynamizeError(
-                f"{len(options)} options are forced in `{name}`, for {len(flow)} images: give one for each image"
-            )
     for stretch in ran.stretches:
         if stretch.grouped and len(flow) > 1:
             flow = join(_in_groups(stretch.runs, setting, [flow], cache))
@@ -142,6 +141,22 @@ def execute(
     if len(flow) or not flow.answered:
         flow.answered.append((flow.rows, flow.features))
     return Routed(flow, ran.leaving, ran.changing)
+
+
+def _check(setting: Setting, ran: Program, images: int) -> None:
+    unknown = [name for name in setting.thresholds if name not in ran.leaving]
+    unknown += [name for name in setting.forced if name not in ran.leaving and name not in ran.changing]
+    if unknown:
+        known = [*ran.leaving, *ran.changing]
+        raise DynamizeError(
+            f"the setting names '{unknown[0]}', which is no such decision of this network. "
+            f"{closest(unknown[0], known)}Known: {', '.join(known) or 'none'}."
+        )
+    for name, options in setting.forced.items():
+        if len(options) != images:
+            raise DynamizeError(
+                f"options of {len(options)} images are forced at '{name}', but the batch has {images}: give one for each"
+            )
 
 
 def _in_groups(runs: Sequence[Run], setting: Setting, flows: Sequence[Flow], cache: int) -> Sequence[Flow]:
