@@ -155,7 +155,8 @@ def _check(setting: Setting, ran: Program, images: int) -> None:
     for name, options in setting.forced.items():
         if len(options) != images:
             raise DynamizeError(
-                f"options of {len(options)} images are forced at '{name}', but the batch has {images}: give one for each"
+                f"options of {len(options)} images are forced at '{name}', but the batch has {images}: give one for "
+                "each image"
             )
 
 

@@ -16,7 +16,7 @@ from dynamize.nn.exits import CONTEXT, Leaving
 from dynamize.nn.flow import Flow
 from dynamize.nn.piece import Choose, Decision, Dense, Part, Piece, Point, Setting, eager_calls
 from dynamize.nn.routing import Routing
-from dynamize.nn.row import build_row
+from dynamize.nn.row import build_row, refuse_misplaced
 from dynamize.nn.units import Unit
 
 if TYPE_CHECKING:
@@ -127,10 +127,18 @@ class DynamicNetwork(nn.Module):
         Args:
             pieces: by the node of the original graph that a piece stands behind, or the two that it stands between. A
                 piece of the same name as one in the row takes its place.
+
+        Raises:
+            DynamizeError: a place is no node of the graph or pieces overlap; all that do are named.
         """
-        like = blank(self)
+        if self.frozen:
+            raise DynamizeError("a network in bytes takes no more pieces: put the step before `quantize`")
         for place, piece in pieces.items():
             piece.place = (place, place) if isinstance(place, str) else place
+        named = {piece.name: piece for piece in (*self._placed(), *pieces.values())}
+        refuse_misplaced(self.plain, list(named.values()))
+        like = blank(self)
+        for piece in pieces.values():
             self.pieces[key_of(piece.name)] = piece.to(like).train(self.training)
         self.rebuild()
 
@@ -142,11 +150,13 @@ class DynamicNetwork(nn.Module):
 
     def rebuild(self) -> None:
         """Cut the static pieces out of the original graph anew, and count MACs."""
-        placed = [cast(Piece, piece) for piece in self.pieces.values()]
-        self._row = build_row(self.nets[MAIN], placed)
+        self._row = build_row(self.nets[MAIN], self._placed())
         known = {id(piece): key for key, piece in self.pieces.items()}
         self.pieces = nn.ModuleDict({known[id(piece)]: piece for piece in self._row if id(piece) in known})
         self.count()
+
+    def _placed(self) -> list[Piece]:
+        return [cast(Piece, piece) for piece in self.pieces.values()]
 
     def count(self) -> None:
         """Count the MACs of all pieces on one blank image, as they stand, and note shapes."""

@@ -1,10 +1,12 @@
 """From the original graph to a row of pieces: those that were put into it, and the static ones between them."""
 
 from collections.abc import Sequence
+from itertools import combinations
 from typing import cast
 
 from torch import fx, nn
 
+from dynamize.errors import DynamizeError
 from dynamize.graph.extract import extract
 from dynamize.graph.nodes import output_value, placeholder, positions
 from dynamize.nn.piece import Piece, Static
@@ -63,6 +65,32 @@ def _mark_fresh(row: Sequence[Piece]) -> None:
         if isinstance(piece, Unit):
             piece.fresh = fresh
         fresh = piece.effect == "leaves" or (fresh and piece.effect is None)
+
+
+def refuse_misplaced(plain: fx.GraphModule, placed: Sequence[Piece]) -> None:
+    """Say of all pieces that cannot stand where they were put why not.
+
+    Raises:
+        DynamizeError: a place is no node, or regions overlap.
+    """
+    position = positions(plain.graph)
+    faults = [
+        f"'{piece.name}' is put at '{end}', which is no node of the network"
+        for piece in placed
+        for end in dict.fromkeys(piece.place)
+        if end not in position
+    ]
+    known = [piece for piece in placed if all(end in position for end in piece.place)]
+    ends = {piece.name: [position[end] for end in piece.place] for piece in known}
+    faults += [f"'{name}' ends before it starts" for name, (start, end) in ends.items() if end < start]
+    for (one, (start, end)), (other, (after, upto)) in combinations(ends.items(), 2):
+        if start < upto and after < end:
+            faults.append(f"'{one}' and '{other}' overlap")
+    if faults:
+        raise DynamizeError(
+            f"the pieces cannot stand where they were put: {'; '.join(faults)}. Pieces may touch but not overlap, and "
+            "`dynamize inspect` lists the cut points. Nothing was changed."
+        )
 
 
 def outside(position: dict[str, int], name: str, pieces: Sequence[Piece]) -> bool:
