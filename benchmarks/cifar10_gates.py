@@ -18,9 +18,11 @@ import typer
 from cifar10_images import CPU, JUDGING, SHAPE, halves
 
 import dynamize as dz
-from dynamize.calibration import ConfidenceTable, OperatingPoint, point_for_budget, point_for_drop
 from dynamize.calibration.collect import TableMaker
 from dynamize.calibration.offsets import OffsetTables, best_point
+from dynamize.calibration.operating import OperatingPoint
+from dynamize.calibration.points import point_for_budget, point_for_drop
+from dynamize.calibration.table import ConfidenceTable
 from dynamize.conversion import wrap
 from dynamize.data import Splits
 from dynamize.errors import InfeasibleError

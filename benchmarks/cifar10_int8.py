@@ -21,8 +21,9 @@ from cifar10_images import CPU, JUDGING, SHAPE, halves
 from torch import Tensor
 
 import dynamize as dz
-from dynamize.calibration import OperatingPoint, point_for_budget, point_for_drop
 from dynamize.calibration.collect import TableMaker
+from dynamize.calibration.operating import OperatingPoint
+from dynamize.calibration.points import point_for_budget, point_for_drop
 from dynamize.conversion import apply, wrap
 from dynamize.data import Images, Splits
 from dynamize.errors import InfeasibleError

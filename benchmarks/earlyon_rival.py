@@ -38,8 +38,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import dynamize as dz
 from dynamize import artifact
-from dynamize.calibration import OperatingPoint, point_for_budget, point_for_drop
 from dynamize.calibration.collect import TableMaker
+from dynamize.calibration.operating import OperatingPoint
+from dynamize.calibration.points import point_for_budget, point_for_drop
 from dynamize.conversion import wrap
 from dynamize.data import Images, Splits, set_epoch
 from dynamize.errors import DynamizeError

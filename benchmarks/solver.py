@@ -7,7 +7,8 @@ import time
 
 import numpy as np
 
-from dynamize.calibration import ConfidenceTable, solve_budget
+from dynamize.calibration.solver import solve_budget
+from dynamize.calibration.table import ConfidenceTable
 
 IMAGES, EXITS, BUDGETS = 50_000, 8, (0.4, 0.55, 0.7)
 

@@ -16,7 +16,7 @@ from rich.tree import Tree
 from dynamize.report.cells import ABSENT, count, point_columns, shares, three_digits
 
 if TYPE_CHECKING:
-    from dynamize.calibration.points import OperatingPoint
+    from dynamize.calibration.operating import OperatingPoint
     from dynamize.graph.gateable import GateableBlock
     from dynamize.graph.tree import Block, NetworkTree, Stage
     from dynamize.run import Failure

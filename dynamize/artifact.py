@@ -13,7 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
-from dynamize.calibration.points import OperatingPoint, OperatingPoints
+from dynamize.calibration.operating import OperatingPoint, OperatingPoints
 from dynamize.checkpoints import load_into, read_state_dict, save_state_dict
 from dynamize.conversion import replay
 from dynamize.data.spec import DataSpec

@@ -20,7 +20,7 @@ from accelerate import PartialState
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dynamize import artifact
-from dynamize.calibration.points import OperatingPoint, OperatingPoints
+from dynamize.calibration.operating import OperatingPoint, OperatingPoints
 from dynamize.checkpoints import load_into, read_state_dict, save_state_dict
 from dynamize.conversion import apply, replay, wrap
 from dynamize.data import Splits, load_data

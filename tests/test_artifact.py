@@ -43,7 +43,7 @@ def routed(one: DynamicNetwork, images: Tensor) -> tuple[Tensor, Tensor]:
 
 def save_at_its_thresholds(made: DynamicNetwork, folder: Path) -> None:
     """`save` stores an operating point, so the thresholds become one."""
-    from dynamize.calibration.points import OperatingPoint, OperatingPoints
+    from dynamize.calibration.operating import OperatingPoint, OperatingPoints
 
     point = OperatingPoint(
         name="here", thresholds=made.setting.thresholds, accuracy=0.5, accuracy_ci=(0, 1), accuracy_drop=0.0,

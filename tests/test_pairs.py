@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dynamize import artifact
 from dynamize.calibration import collect
-from dynamize.calibration.points import OperatingPoint, OperatingPoints
+from dynamize.calibration.operating import OperatingPoint, OperatingPoints
 from dynamize.conversion import apply, wrap
 from dynamize.data import DataSpec, load_data
 from dynamize.errors import DynamizeError

@@ -4,15 +4,11 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from dynamize.calibration import (
-    ConfidenceTable,
-    OperatingPoint,
-    OperatingPoints,
-    point_for_budget,
-    point_for_drop,
-)
 from dynamize.calibration.collect import TableMaker
 from dynamize.calibration.offsets import OffsetTables, best_point, curve
+from dynamize.calibration.operating import OperatingPoint, OperatingPoints
+from dynamize.calibration.points import point_for_budget, point_for_drop
+from dynamize.calibration.table import ConfidenceTable
 from dynamize.errors import DynamizeError
 from dynamize.measure.controls import adaptivity
 from dynamize.nn.network import DynamicNetwork

@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 
 from dynamize.calibration.collect import TableMaker
-from dynamize.calibration.points import OperatingPoint, OperatingPoints, operating_points
+from dynamize.calibration.operating import OperatingPoint, OperatingPoints
+from dynamize.calibration.points import operating_points
 from dynamize.calibration.table import ConfidenceTable
 from dynamize.data import LoaderSet
 from dynamize.errors import InfeasibleError

@@ -261,6 +261,8 @@ class DynamicNetwork(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DynamicNetwork":
         with self._sharing():
             super()._apply(fn, recurse)
+            for net in self._frozen:
+                net._apply(fn, recurse)
         return self
 
     @contextmanager

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dynamize.calibration.points import OperatingPoint
+from dynamize.calibration.operating import OperatingPoint
 from dynamize.report.data import DecisionUse, ReportData, Usage
 from dynamize.report.ledger import Interval, Ledger, Row
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from dynamize.calibration.points import OperatingPoint
+from dynamize.calibration.operating import OperatingPoint
 from dynamize.report import older
 from dynamize.report.ledger import Interval, Ledger, Positive, Share
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from dynamize.calibration.points import OperatingPoint
+from dynamize.calibration.operating import OperatingPoint
 from dynamize.report import cells
 from dynamize.report.data import DecisionUse, Network, ReportData, Usage
 from dynamize.report.ledger import Row, headline

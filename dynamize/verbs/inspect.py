@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from dynamize import artifact
-from dynamize.calibration.points import OperatingPoints
+from dynamize.calibration.operating import OperatingPoints
 from dynamize.graph.gateable import GateableBlock, gateable_blocks
 from dynamize.graph.trace import trace
 from dynamize.graph.tree import NetworkTree, network_tree

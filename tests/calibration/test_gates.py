@@ -8,10 +8,11 @@ import pytest
 import torch
 from gated_networks import scatter
 
-from dynamize.calibration import ConfidenceTable, point_for_budget, point_for_drop
 from dynamize.calibration import collect as collecting
 from dynamize.calibration.collect import TableMaker
 from dynamize.calibration.offsets import OFFSETS, OffsetTables, best_point, calibrate, curve
+from dynamize.calibration.points import point_for_budget, point_for_drop
+from dynamize.calibration.table import ConfidenceTable
 from dynamize.conversion import apply, convert
 from dynamize.data import DataSpec, Splits, load_data
 from dynamize.errors import DynamizeError

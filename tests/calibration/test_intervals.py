@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from calibration.tables import synthetic
-from dynamize.calibration import cross_fit, prediction_interval, solve_budget, wilson
+from dynamize.calibration.intervals import cross_fit, prediction_interval, wilson
+from dynamize.calibration.solver import solve_budget
 from dynamize.errors import DynamizeError
 
 

@@ -7,15 +7,9 @@ import pytest
 from pydantic import ValidationError
 
 from calibration.tables import synthetic
-from dynamize.calibration import (
-    ConfidenceTable,
-    OperatingPoint,
-    OperatingPoints,
-    operating_points,
-    point_for,
-    point_for_budget,
-    point_for_drop,
-)
+from dynamize.calibration.operating import OperatingPoint, OperatingPoints
+from dynamize.calibration.points import operating_points, point_for, point_for_budget, point_for_drop
+from dynamize.calibration.table import ConfidenceTable
 from dynamize.errors import DynamizeError
 
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from calibration.tables import synthetic
-from dynamize.calibration import ConfidenceTable, budgeted_batch
-from dynamize.calibration.protocols import share_thresholds
+from dynamize.calibration.protocols import budgeted_batch, share_thresholds
+from dynamize.calibration.table import ConfidenceTable
 from dynamize.errors import DynamizeError
 
 

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calibration.tables import brute_force, synthetic
-from dynamize.calibration import EVERYONE, ConfidenceTable, search, solve_budget
-from dynamize.calibration.solver import frontier_budgets
+from dynamize.calibration import search
+from dynamize.calibration.solver import frontier_budgets, solve_budget
+from dynamize.calibration.table import EVERYONE, ConfidenceTable
 from dynamize.errors import DynamizeError
 
 ABOVE = 1 + 1e-9

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from calibration.tables import synthetic
-from dynamize.calibration import EVERYONE, ConfidenceTable
+from dynamize.calibration.table import EVERYONE, ConfidenceTable
 from dynamize.errors import DynamizeError
 
 

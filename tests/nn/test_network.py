@@ -16,7 +16,7 @@ from networks import (
     with_exits,
 )
 
-from dynamize.calibration.points import OperatingPoint, OperatingPoints
+from dynamize.calibration.operating import OperatingPoint, OperatingPoints
 from dynamize.conversion import convert, wrap
 from dynamize.errors import DynamizeError
 from dynamize.nn.network import DynamicNetwork

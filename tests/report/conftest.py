@@ -7,7 +7,7 @@ import zlib
 import pytest
 from ledgers import leaving
 
-from dynamize.calibration.points import OperatingPoint
+from dynamize.calibration.operating import OperatingPoint
 from dynamize.report import DecisionUse, Gallery, GalleryImage, Ledger, Network, OptionUse, ReportData, Row, Usage
 
 STATIC_MACS = 126_550_000.0

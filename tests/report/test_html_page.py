@@ -15,7 +15,7 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
-from dynamize.calibration.points import OperatingPoint
+from dynamize.calibration.operating import OperatingPoint
 from dynamize.calibration.table import EVERYONE
 from dynamize.errors import DynamizeError
 from dynamize.report import Gallery, GalleryImage, Ledger, Network, ReportData, html

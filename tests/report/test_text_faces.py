@@ -8,7 +8,7 @@ import pytest
 from ledgers import leaving
 from rich.console import Console
 
-from dynamize.calibration.points import OperatingPoint
+from dynamize.calibration.operating import OperatingPoint
 from dynamize.errors import DynamizeError
 from dynamize.report import DecisionUse, Ledger, OptionUse, ReportData, Row, Usage, markdown, terminal
 

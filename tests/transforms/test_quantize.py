@@ -16,7 +16,8 @@ from networks import exit_scores, set_thresholds, thresholds
 from torch import Tensor, nn
 
 from dynamize import artifact
-from dynamize.calibration import EVERYONE, collect
+from dynamize.calibration import collect
+from dynamize.calibration.table import EVERYONE
 from dynamize.compression.neural_compressor import chosen_steps
 from dynamize.compression.quantization import sample
 from dynamize.compression.rounding import prepare

@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from dynamize import artifact
-from dynamize.calibration.points import OperatingPoint, OperatingPoints
+from dynamize.calibration.operating import OperatingPoint, OperatingPoints
 from dynamize.conversion import apply, convert, replay, wrap
 from dynamize.errors import DynamizeError
 from dynamize.measure.costs import exit_costs

@@ -9,8 +9,8 @@ from digits import SHAPE, digit_splits
 from gated_networks import scatter
 from networks import exit_scores, set_thresholds, temperatures
 
-from dynamize.calibration import budgeted_batch
 from dynamize.calibration.collect import macs_table
+from dynamize.calibration.protocols import budgeted_batch
 from dynamize.conversion import convert, wrap
 from dynamize.data import LoaderSet
 from dynamize.evaluation import Evaluator
