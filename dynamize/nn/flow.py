@@ -28,9 +28,10 @@ class Flow:
         seen: while nobody leaves: (decision, logits, score) of all images; None otherwise.
         shares: training: by decision, (N, P).
         ahead: training: how many answers are still to come, the network's own counted.
+        owned: whether the features are known not to lie in the user's images; whoever goes back to those says so.
     """
 
-    __slots__ = ("ahead", "answered", "extra", "features", "images", "log", "means", "rows", "seen", "shares")
+    __slots__ = ("ahead", "answered", "extra", "features", "images", "log", "means", "owned", "rows", "seen", "shares")
 
     def __init__(self, images_NCHW: Tensor, everyone: bool = False) -> None:
         self.images = self.features = images_NCHW
@@ -42,6 +43,7 @@ class Flow:
         self.seen: list[tuple[str, Tensor, Tensor | None]] | None = [] if everyone else None
         self.shares: dict[str, Tensor] = {}
         self.ahead = 1
+        self.owned = False
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -54,14 +56,14 @@ class Flow:
     @property
     def foreign(self) -> bool:
         """Whether the features are the user's images, some of them or a part of each, which nothing may write to."""
-        if self.features is self.images:
-            return True
-        return self.features.untyped_storage().data_ptr() == self.images.untyped_storage().data_ptr()
+        if not self.owned:
+            self.owned = self.features.untyped_storage().data_ptr() != self.images.untyped_storage().data_ptr()
+        return not self.owned
 
     def own(self) -> Tensor:
         """The features, which may be written over: the user's images are copied first."""
         if self.foreign:
-            self.features = self.features.clone()
+            self.features, self.owned = self.features.clone(), True
         return self.features
 
     def leave(self, leaving: Indices, logits: Tensor) -> None:
@@ -101,7 +103,7 @@ class Flow:
     def _slice(self, start: int, stop: int) -> "Flow":
         part = Flow.__new__(Flow)
         part.images, part.log, part.answered, part.seen = self.images, self.log, self.answered, self.seen
-        part.shares, part.ahead = self.shares, self.ahead
+        part.shares, part.ahead, part.owned = self.shares, self.ahead, self.owned
         part.features = self.features[start:stop]
         part.means = None if self.means is None else self.means[start:stop]
         part.extra = {name: values[start:stop] for name, values in self.extra.items()}

@@ -134,10 +134,12 @@ def test_slider_moves_everything(opened: Opened, report: ReportData) -> None:
 
 
 def test_thresholds_are_said_in_words(opened: Opened, report: ReportData) -> None:
-    point = report.operating_points[4].model_copy(update={"thresholds": [-1.7976931348623157e308, None]})
+    point = report.operating_points[4].model_copy(
+        update={"thresholds": {"exit.1": -1.7976931348623157e308, "exit.2": None}}
+    )
     driver = opened(report.model_copy(update={"operating_points": [point]}))
     assert text(driver, "thresholds") == "exit 1 (stage 1): all leave; exit 2 (stage 2): off"
-    point = point.model_copy(update={"thresholds": [None, 0.91237]})
+    point = point.model_copy(update={"thresholds": {"exit.1": None, "exit.2": 0.91237}})
     driver = opened(report.model_copy(update={"operating_points": [point]}))
     assert text(driver, "thresholds") == "exit 1 (stage 1): off; exit 2 (stage 2): leave at 0.9124 or surer"
 
