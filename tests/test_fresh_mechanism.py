@@ -1,4 +1,4 @@
-"""Mechanisms that the house has never heard of go all the way, in a process of their own: writing them registers them."""
+"""Mechanisms that the house has never heard of go all the way; in a process of their own, for they are registered."""
 
 import subprocess
 import sys
