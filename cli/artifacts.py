@@ -8,6 +8,7 @@ import typer
 
 from dynamize.cli.console import complain, reporting, show, show_json
 from dynamize.cli.options import BACKENDS, Artifact, AsJson, Data, Device, Quiet, TrustCode, counts, names
+from dynamize.runtime.engine import ANYWHERE
 
 
 def bench(
@@ -94,7 +95,7 @@ def predict(
     ] = None,
     point: Annotated[str | None, typer.Option(metavar="NAME", help="An operating point.")] = None,
     max_drop: Annotated[float | None, typer.Option(help="Largest expected accuracy drop, in points.")] = None,
-    backend: Annotated[str, typer.Option(help=f"{BACKENDS}.")] = "eager",
+    backend: Annotated[str, typer.Option(help=f"{BACKENDS}.")] = ANYWHERE,
     device: Device = "auto",
     trust_code: TrustCode = False,
     as_json: AsJson = False,
@@ -110,7 +111,7 @@ def predict(
         from dynamize.devices import choose_device
         from dynamize.verbs.predict import Predictor
 
-        where = choose_device("cpu" if backend != "eager" and device == "auto" else device)
+        where = choose_device("cpu" if backend != ANYWHERE and device == "auto" else device)
         predictor = Predictor(out, backend=backend, device=where, trust_code=trust_code)
         predictor.choose(point=point, macs_ratio=budget, max_drop=max_drop)
         found = list(predictor.predict(find_images(images)))

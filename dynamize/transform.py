@@ -15,6 +15,7 @@ from torch import nn
 
 from dynamize.errors import DynamizeError, unknown
 from dynamize.nn.network import DynamicNetwork
+from dynamize.runtime.engine import FASTEST
 from dynamize.usercode import load_entry_points
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class Context:
     teacher: nn.Module | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     seed: int = 0
-    backend: str = "onnxruntime"
+    backend: str = FASTEST["cpu"]
     work: Path | None = None
     resume: bool = False
     progress: Progress = quiet

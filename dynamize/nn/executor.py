@@ -37,11 +37,13 @@ class Program:
         stretches: in order.
         leaving: names of the decisions at which images may leave, in order, idle ones too.
         changing: names of the others.
+        options: how many options each decision has.
     """
 
     stretches: tuple[Stretch, ...]
     leaving: tuple[str, ...]
     changing: tuple[str, ...]
+    options: Mapping[str, int]
 
 
 def program(bound: Iterable[tuple[Piece, Run]], row: Sequence[Piece]) -> Program:
@@ -58,7 +60,8 @@ def program(bound: Iterable[tuple[Piece, Run]], row: Sequence[Piece]) -> Program
         runs.append(run)
         grouped = grouped or piece.effect is not None
     stretches += [Stretch(tuple(runs), grouped)] if runs else []
-    return Program(tuple(stretches), names(row, "leaves"), names(row, "changes"))
+    options = {piece.name: piece.option_count for piece in row if piece.effect is not None}
+    return Program(tuple(stretches), names(row, "leaves"), names(row, "changes"), options)
 
 
 def names(row: Iterable[Piece], effect: Effect) -> tuple[str, ...]:
@@ -158,6 +161,9 @@ def _check(setting: Setting, ran: Program, images: int) -> None:
                 f"options of {len(options)} images are forced at '{name}', but the batch has {images}: give one for "
                 "each image"
             )
+        most = ran.options[name] - 1
+        if images and not (int(options.min()) >= -1 and int(options.max()) <= most):
+            raise DynamizeError(f"an option of '{name}' is forced that it does not have: give 0 to {most}")
 
 
 def _in_groups(runs: Sequence[Run], setting: Setting, flows: Sequence[Flow], cache: int) -> Sequence[Flow]:

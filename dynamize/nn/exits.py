@@ -113,7 +113,7 @@ class Leaving(Answering):
             return NOBODY
         if len(flow) == 1:  # a single image waits for every microsecond between two sessions
             return ONLY if score_N.item() >= threshold else NOBODY
-        scores = score_N.detach().cpu().numpy().astype(np.float64)  # in float32 the threshold would be rounded
+        scores = score_N.detach().cpu().double().numpy()  # in float32 the threshold would be rounded
         return np.flatnonzero(scores >= threshold)
 
     def dense(self, flow: Flow, choose: Choose) -> None:

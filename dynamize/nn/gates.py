@@ -18,7 +18,7 @@ _MEMORY = 10  # size of the recurrent gate's state (SkipNet, sec. 4.1)
 
 State = tuple[Tensor, Tensor] | None
 Paths = Callable[[Tensor, object, float], list[int]]
-"""Description (N, D), what images carry with them (unused) and offset -> the path of each image."""
+"""Description (N, D), the flow and offset -> the path of each image."""
 
 
 class Gate(nn.Module, ABC):
@@ -65,19 +65,21 @@ class Gate(nn.Module, ABC):
     def quick_paths(self, costs_P: Tensor) -> Paths | None:
         """Decisions of a folded gate on the CPU in numpy, which between two sessions costs half of what torch does.
 
-        None for a gate that hands something to the next one.
+        None for a gate that decides in another way than by one linear layer.
         """
-        if not self.alone:
-            return None
-        weight, bias = (value.detach().numpy().T.copy() for value in (self.linear.weight, self.linear.bias))
-        costs = costs_P.numpy()
-        shifted = cache(lambda offset: bias + np.float32(offset) * costs)
+        return None
 
-        def paths(described: Tensor, _: object, offset: float) -> list[int]:
-            found: list[int] = (described.numpy() @ weight + shifted(offset)).argmax(1).tolist()
-            return found
 
-        return paths
+def _linear_paths(linear: nn.Linear, costs_P: Tensor) -> Paths:
+    weight, bias = (value.detach().numpy().T.copy() for value in (linear.weight, linear.bias))
+    costs = costs_P.numpy()
+    shifted = cache(lambda offset: bias + np.float32(offset) * costs)
+
+    def paths(described: Tensor, flow: object, offset: float) -> list[int]:
+        found: list[int] = (described.numpy() @ weight + shifted(offset)).argmax(1).tolist()
+        return found
+
+    return paths
 
 
 class LinearGate(Gate):
@@ -93,6 +95,9 @@ class LinearGate(Gate):
 
     def fold(self) -> None:
         self.norm, self.linear = nn.Identity(), _folded(self.norm, self.linear)
+
+    def quick_paths(self, costs_P: Tensor) -> Paths | None:
+        return _linear_paths(self.linear, costs_P)
 
 
 class ConvGate(Gate):
@@ -112,6 +117,9 @@ class ConvGate(Gate):
 
     def decide(self, described_ND: Tensor, state: State = None) -> tuple[Tensor, State]:
         return self.linear(described_ND.to(self.linear.weight.dtype)), state
+
+    def quick_paths(self, costs_P: Tensor) -> Paths | None:
+        return _linear_paths(self.linear, costs_P)
 
 
 def make_memory() -> nn.LSTMCell:
@@ -211,7 +219,7 @@ def sample_paths(scores_NP: Tensor, noise: float) -> Tensor:
 
 def choose(scores_NP: Tensor, costs_P: Tensor, offset: float) -> Tensor:
     """Path index of each image, (N,): the best score after ``offset`` times the path's relative cost is added."""
-    return (scores_NP + offset * costs_P if offset else scores_NP).argmax(1)
+    return (scores_NP.float() + offset * costs_P.float() if offset else scores_NP).argmax(1)
 
 
 def make_gate(kind: str, channels: int, paths: int, memory: nn.LSTMCell | None) -> Gate:

@@ -135,17 +135,30 @@ class DynamicNetwork(nn.Module):
             raise DynamizeError("a network in bytes takes no more pieces: put the step before `quantize`")
         for place, piece in pieces.items():
             piece.place = (place, place) if isinstance(place, str) else place
-        named = {piece.name: piece for piece in (*self._placed(), *pieces.values())}
-        refuse_misplaced(self.plain, list(named.values()))
-        like = blank(self)
-        for piece in pieces.values():
-            self.pieces[key_of(piece.name)] = piece.to(like).train(self.training)
-        self.rebuild()
+        new = {key_of(piece.name): piece for piece in pieces.values()}
+        kept = {key: cast(Piece, piece) for key, piece in self.pieces.items() if key not in new}
+        refuse_misplaced(self.plain, [*kept.values(), *pieces.values()])
+        like, before = blank(self), dict(self.pieces.items())
+        for key, piece in new.items():
+            self.pieces[key] = piece.to(like).train(self.training)
+        try:
+            self.rebuild()
+        except Exception as error:
+            self.pieces = nn.ModuleDict(before)
+            self.rebuild()
+            raise DynamizeError(
+                f"{', '.join(piece.name for piece in pieces.values())} cannot run where they were put: "
+                f"{str(error).splitlines()[0]}. Put them at cut points, and give them the channels of the features "
+                "there. Nothing was changed."
+            ) from error
 
     def remove(self, decisions: Iterable[str]) -> None:
         """Take pieces out of the row, by their names; what they stood for is static again."""
-        for name in decisions:
+        gone = set(decisions)
+        for name in gone:
             del self.pieces[key_of(name)]
+        kept = {name: threshold for name, threshold in self.setting.thresholds.items() if name not in gone}
+        self.setting = replace(self.setting, thresholds=kept)
         self.rebuild()
 
     def rebuild(self) -> None:
@@ -164,12 +177,14 @@ class DynamicNetwork(nn.Module):
         self.eval()
         flow = Flow(blank(self, 1, *self.input_shape))
         self.shapes, self.contexts = [tuple(flow.features.shape[1:])], {}
-        with torch.no_grad():
-            for piece in self._row:
-                self.contexts[piece.name] = flow.extra[CONTEXT].shape[1] if CONTEXT in flow.extra else 0
-                piece.count(flow)
-                self.shapes += [] if piece.passes else [tuple(flow.features.shape[1:])]
-        self.train(training)
+        try:
+            with torch.no_grad():
+                for piece in self._row:
+                    self.contexts[piece.name] = flow.extra[CONTEXT].shape[1] if CONTEXT in flow.extra else 0
+                    piece.count(flow)
+                    self.shapes += [] if piece.passes else [tuple(flow.features.shape[1:])]
+        finally:
+            self.train(training)
 
     def freeze(self) -> None:
         """Give each piece its parts for itself, so that each can be exchanged (:meth:`Part.put`) and saved; the graphs

@@ -16,6 +16,8 @@ from dynamize.nn.flow import Flow
 from dynamize.nn.gates import pool, sample_paths
 
 Effect = Literal["leaves", "changes"]
+"""What a decision does (:class:`Decision`). Steps that train, fix or quantise ways ask those of :class:`Unit` of all
+that change, and those of :class:`Leaving` of all that leave."""
 Role = Literal["path", "gate", "head"]
 Call = Callable[..., Any]
 """A part as a backend runs it. path: features -> (features, their channel means if they are handed on, else None);
@@ -54,7 +56,8 @@ class Setting:
     Attributes:
         thresholds: by decision that ``leaves``, the score from which an image leaves; None, or no entry, is off.
         offset: added to the score of each option of what ``changes`` times its relative cost.
-        forced: by decision, the option of each image of the batch (N,), whatever is decided.
+        forced: by decision, the option of each image of the batch (N,), whatever is decided; -1, as
+            :class:`~dynamize.nn.executor.Routed` has it for images that do not come there, is the last one.
     """
 
     thresholds: Mapping[str, float | None] = field(default_factory=dict)
@@ -134,11 +137,14 @@ class Piece(nn.Module, ABC):
         reads_means: whether it reads nothing but channel means, which the piece before can hand on.
         passes: whether features may pass it unchanged, so that both sides are one border.
         answers: whether it is a classifier, which may be trained alone.
+        straight: whether running it means running its one path and nothing else, so that a path and the head behind it
+            can be one call, and be exported.
         effect: of its decision, if it takes one.
         macs: per image, of a static piece; of the gate or head, if it decides.
     """
 
     answers: ClassVar[bool] = False
+    straight = False
     effect: ClassVar[Effect | None] = None
 
     def __init__(self) -> None:
@@ -157,6 +163,11 @@ class Piece(nn.Module, ABC):
         return None
 
     @property
+    def option_count(self) -> int:
+        """How many options its decision has."""
+        return 2
+
+    @property
     def reads_means(self) -> bool:
         """Whether it reads nothing but channel means, which the piece before can hand on."""
         return False
@@ -173,6 +184,8 @@ class Piece(nn.Module, ABC):
     @abstractmethod
     def bind(self, calls: Mapping[str, Call]) -> Run:
         """What the executor runs in eval mode, which really skips.
+
+        Who sets the features of a flow sets their means too, to None where they are not known.
 
         Args:
             calls: by name of the part.
@@ -220,6 +233,10 @@ class Static(Piece):
         super().__init__()
         self.module = module
         self.overwrites = False
+
+    @property
+    def straight(self) -> bool:  # type: ignore[override]
+        return type(self).bind is Static.bind
 
     @property
     def name(self) -> str:

@@ -74,7 +74,9 @@ def refuse_misplaced(plain: fx.GraphModule, placed: Sequence[Piece]) -> None:
         DynamizeError: a place is no node, or regions overlap.
     """
     position = positions(plain.graph)
-    faults = [
+    names = [piece.name for piece in placed]
+    faults = [f"'{name}' is the name of {names.count(name)}" for name in dict.fromkeys(names) if names.count(name) > 1]
+    faults += [
         f"'{piece.name}' is put at '{end}', which is no node of the network"
         for piece in placed
         for end in dict.fromkeys(piece.place)

@@ -71,6 +71,10 @@ class Unit(Piece):
         return Decision(self.label, self.kind, tuple(self.options()), self.path_macs, self.macs, self.effect)
 
     @property
+    def option_count(self) -> int:
+        return len(self.path_macs)
+
+    @property
     def reads_means(self) -> bool:
         return self.gate.pooled
 
@@ -128,7 +132,8 @@ class Unit(Piece):
             described = means if means is not None and pooled else describe(flow.features)
             taken = decide(described, flow, setting.offset)
             if name in setting.forced:
-                taken = setting.forced[name][torch.from_numpy(flow.rows)].tolist()
+                forced = setting.forced[name][torch.from_numpy(flow.rows)]
+                taken = torch.where(forced < 0, len(ways) - 1, forced).tolist()
             flow.log.append((name, flow.rows, taken))
             _dispatch(ways, taken, flow, described if pooled else None)
 
@@ -253,7 +258,8 @@ def _dispatch(ways: Sequence[Call | None], taken: Sequence[int], flow: Flow, mea
         rows = np.array([row for row, one in enumerate(taken) if one == path])
         found, found_means = way(take_rows(source, rows))
         if target is None:
-            target = source if found.shape[1:] == source.shape[1:] else found.new_empty(len(taken), *found.shape[1:])
+            alike = found.shape[1:] == source.shape[1:] and found.dtype == source.dtype
+            target = source if alike else found.new_empty(len(taken), *found.shape[1:])
         put_rows(target, rows, found)
         known = known and found_means is not None
         if known:

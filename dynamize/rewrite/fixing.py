@@ -1,13 +1,12 @@
 """Making decisions static: one option for all images."""
 
 from collections.abc import Mapping
-from typing import cast
 
 import torch
 from torch import fx, nn
 
 from dynamize.graph.splice import splice
-from dynamize.graph.trace import annotate
+from dynamize.graph.trace import NetworkTracer, annotate
 from dynamize.nn.network import DynamicNetwork
 
 
@@ -28,10 +27,17 @@ def fix_options(network: DynamicNetwork, options: Mapping[str, int]) -> None:
             way = ways[option]
             if way is not None and unit.slices:
                 way = _own(way)
-            splice(network.plain, unit.place[0], unit.place[1], cast(fx.GraphModule | None, way))
+            splice(network.plain, unit.place[0], unit.place[1], None if way is None else _traced(way))
     annotate(network.plain, network.input_shape)
     network.remove(options)
     network.train(training)
+
+
+def _traced(way: nn.Module) -> fx.GraphModule:
+    if isinstance(way, fx.GraphModule):
+        return way
+    whole = nn.Sequential(way)  # a layer by itself is a leaf
+    return fx.GraphModule(whole, NetworkTracer().trace(whole))
 
 
 def _own(way: nn.Module) -> nn.Module:

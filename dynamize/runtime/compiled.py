@@ -39,7 +39,7 @@ class CompiledNetwork:
             self._parts.setdefault(part.owner, []).append(part)
         self._made: dict[tuple[object, ...], Call] = {}
         self._programs: dict[tuple[bool, ...], Program] = {}
-        self._last: tuple[Setting | None, Program | None] = (None, None)
+        self._last: tuple[Setting, Program] | None = None
         self._program(Setting({piece.name: 0.0 for piece in self.row}))  # what the backend cannot take is refused now
 
     def __call__(self, images_NCHW: Tensor) -> Tensor:
@@ -48,10 +48,10 @@ class CompiledNetwork:
     def run(self, images_NCHW: Tensor, setting: Setting | None = None) -> Routed:
         """Logits (N, classes) and the options that each image took, at a setting, by default the network's own."""
         setting = self.network.setting if setting is None else setting
-        if self._last[0] is not setting:
-            self._last = setting, self._program(setting)
-        found = self._last[1]
-        assert found is not None
+        last = self._last  # read once: another thread may run at another setting
+        if last is None or last[0] is not setting:
+            last = self._last = setting, self._program(setting)
+        found = last[1]
         with torch.inference_mode(), one_torch_thread() if self.engine.one_torch_thread else nullcontext():
             return execute(found, setting, images_NCHW, cache=self.cache)
 
@@ -125,7 +125,8 @@ class CompiledNetwork:
     def _fused(self, piece: Piece, head: Piece) -> Run | None:
         """A path and the head behind it in one call, where the engine has such."""
         first, second = self._parts.get(piece.name, []), self._parts.get(head.name, [])
-        if [part.role for part in (*first, *second)] != ["path", "head"] or piece.effect is not None:
+        roles = [part.role for part in (*first, *second)]
+        if not piece.straight or not head.answers or roles != ["path", "head"]:
             return None
         path, reader = first[0], second[0]
         takes, gives = self._border(path.before, may_overwrite=path.before > 0), self._border(path.after)

@@ -39,7 +39,7 @@ def predict(images: np.ndarray, point: str = PLAN["operating_point"]) -> tuple[n
         found = run(stage["without_exit"] if off and stage["without_exit"] else stage["file"], feed)
         leaves = np.zeros(len(waiting), bool)
         if not off:
-            leaves = found["score"] >= np.float32(max(threshold, -3e38)) if "score" in found else ~leaves
+            leaves = found["score"].astype(np.float64) >= threshold if "score" in found else ~leaves
             logits[waiting[leaves]], exits[waiting[leaves]] = found["logits"][leaves], k
         feed = {name[5:]: found[name][~leaves] for name in ("next_features", "next_context") if name in found}
         waiting = waiting[~leaves]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from threading import Lock
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dynamize.errors import DynamizeError, closest
@@ -24,7 +25,10 @@ _HOMES = {
     "openvino": "openvino",
     "openvino-bf16": "openvino",
 }
-FASTEST = {"cpu": "onnxruntime"}  # as measured; eager elsewhere
+ANYWHERE = "eager"  # the backend that runs on any device
+_LOCK = Lock()
+_HELD: list[int] = []  # torch's own number of threads, then one entry for each call that holds it at one
+FASTEST = {"cpu": "onnxruntime"}  # as measured; that one elsewhere
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ class Engine(ABC):
         if self.devices and device.type not in self.devices:
             raise DynamizeError(
                 f"backend {self.name} runs on the {' or '.join(self.devices).upper()} here, not on {device}: use "
-                "--backend eager"
+                f"--backend {ANYWHERE}"
             )
         self.device = device
         self.byte_borders: set[int] = set()  # numbers of those at which features are handed on as bytes
@@ -120,7 +124,7 @@ def backend_names() -> list[str]:
 
 def default_backend(device: "torch.device") -> str:
     """The fastest backend on a device that was measured to be."""
-    return FASTEST.get(device.type, "eager")
+    return FASTEST.get(device.type, ANYWHERE)
 
 
 def _loaded() -> dict[str, type[Engine]]:
@@ -135,12 +139,18 @@ def _loaded() -> dict[str, type[Engine]]:
 
 @contextmanager
 def one_torch_thread() -> Iterator[None]:
-    """For the small products between sessions."""
+    """For the small products between sessions; what several threads set at a time is put back by the last of them."""
     import torch
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    with _LOCK:
+        if not _HELD:
+            _HELD.append(torch.get_num_threads())
+            torch.set_num_threads(1)
+        _HELD.append(1)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        with _LOCK:
+            _HELD.pop()
+            if len(_HELD) == 1:
+                torch.set_num_threads(_HELD.pop())

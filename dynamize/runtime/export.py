@@ -1,5 +1,6 @@
 """A converted network as ONNX files, a plan of the routing between them, and a driver without torch."""
 
+import copy
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -49,6 +50,11 @@ def export(
             "a network with gates cannot be exported yet: its sessions live inside dynamize. Use `dynamize predict`, "
             "or dz.compile_network in Python"
         )
+    if own := [piece.name for piece in network.row if not (piece.answers or piece.straight)]:
+        raise DynamizeError(
+            f"{', '.join(own)} run(s) by code of its own, which no driver has: such a network cannot be exported. Use "
+            "`dynamize predict`, or dz.compile_network in Python. Nothing was changed."
+        )
     if folder.exists() and (not folder.is_dir() or not _replaceable(folder)):
         raise DynamizeError(f"{folder} is not an empty folder: export to a new one. Nothing was changed.")
     stages = _export_stages(network)
@@ -73,8 +79,7 @@ class _Stage:
 
 def _export_stages(network: DynamicNetwork) -> list[_Stage]:
     """A path and the head behind it each; the last one has none, or one that adds what the exits saw."""
-    training = network.training
-    network.cpu().eval()
+    network = copy.deepcopy(network).cpu().eval()
     stages, border = [], 0
     for number, (path, head) in enumerate(_pairs(network.row), start=1):
         module: nn.Module = nn.Identity() if path is None else path.parts()[0].module
@@ -90,7 +95,6 @@ def _export_stages(network: DynamicNetwork) -> list[_Stage]:
         if early and not head.chained:
             files[f"stage-{number}-without-exit.onnx"] = export_onnx(module, takes, 0, [NEXT])
         stages.append(_Stage(files, INPUTS[: 2 if context else 1], outputs))
-    network.train(training)
     return stages
 
 

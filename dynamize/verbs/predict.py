@@ -15,6 +15,7 @@ from dynamize.errors import DynamizeError
 from dynamize.measure.costs import Costs, exit_costs
 from dynamize.nn.network import DynamicNetwork
 from dynamize.runtime.compiled import CompiledNetwork, compile_network
+from dynamize.runtime.engine import ANYWHERE
 
 _BATCH = 64
 
@@ -50,7 +51,7 @@ class Predictor:
         self,
         path: Path,
         *,
-        backend: str = "eager",
+        backend: str = ANYWHERE,
         device: torch.device | str = "cpu",
         trust_code: bool = False,
     ) -> None:
