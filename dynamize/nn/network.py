@@ -146,10 +146,10 @@ class DynamicNetwork(nn.Module):
         except Exception as error:
             self.pieces = nn.ModuleDict(before)
             self.rebuild()
+            reason = (str(error) or type(error).__name__).splitlines()[0]
             raise DynamizeError(
-                f"{', '.join(piece.name for piece in pieces.values())} cannot run where they were put: "
-                f"{str(error).splitlines()[0]}. Put them at cut points, and give them the channels of the features "
-                "there. Nothing was changed."
+                f"{', '.join(piece.name for piece in pieces.values())} cannot run where they were put: {reason}. Put "
+                "them at cut points, and give them the channels of the features there. Nothing was changed."
             ) from error
 
     def remove(self, decisions: Iterable[str]) -> None:

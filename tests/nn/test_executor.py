@@ -166,3 +166,11 @@ def test_settings_for_other_networks_are_refused() -> None:
         network.run(images(2), Setting(forced={"layer1.2": torch.zeros(2, dtype=torch.int64)}))
     with pytest.raises(DynamizeError, match=f"names 'layer1.0', .*{known}"):  # at which nobody leaves
         network.run(images(2), Setting({"layer1.0": 0.5}))
+
+
+@pytest.mark.parametrize("option", [-2, 2, 7])
+def test_an_option_that_a_decision_does_not_have_is_refused(option: int) -> None:
+    network, batch = gated_resnet({}), images(4)
+    for name in [decision.name for decision in network.decisions()]:
+        with pytest.raises(DynamizeError, match=f"'{name}' .*give 0 to 1"):
+            run(network, batch, setting=Setting(forced={name: torch.full((4,), option)}))
