@@ -5,6 +5,7 @@ gathered where a gate parts them; of smaller ones a few go together. A piece tak
 cache holds before the next piece does: its weights are there. How images are grouped changes no answer.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -69,13 +70,43 @@ def names(row: Iterable[Piece], effect: Effect) -> tuple[str, ...]:
     return tuple(piece.name for piece in row if piece.effect == effect)
 
 
-class Routed:
+class Taken(ABC):
+    """The options that images took, and what follows from them.
+
+    Attributes:
+        leaving: names of the decisions at which images may leave, in order.
+        changing: names of the others.
+        images: N.
+    """
+
+    leaving: Sequence[str]
+    changing: Sequence[str]
+    images: int
+
+    @property
+    @abstractmethod
+    def taken(self) -> dict[str, Tensor]:
+        """By decision, the option of each image in order, (N,), int64; -1 where it was not reached."""
+
+    @property
+    def exits(self) -> Tensor:
+        """Where each image left, (N,), int64: the number of that decision among those that leave; the end is last."""
+        return exits_of(self.taken, self.leaving, self.images)
+
+    @property
+    def choices(self) -> Tensor:
+        """Options of what changes side by side, (N, U), int64; -1 where the image left before."""
+        taken = self.taken
+        columns = [taken[name] for name in self.changing]
+        return torch.stack(columns, 1) if columns else torch.zeros(self.images, 0, dtype=torch.int64)
+
+
+class Routed(Taken):
     """The outcome for a batch.
 
     Attributes:
         logits: (N, classes).
         seen: where nobody leaves: (decision, logits, score) of each place where images may.
-        images: N.
     """
 
     def __init__(self, flow: Flow, leaving: Sequence[str], changing: Sequence[str]) -> None:
@@ -86,21 +117,10 @@ class Routed:
 
     @property
     def taken(self) -> dict[str, Tensor]:
-        """By decision, the option of each image (N,), int64; -1 where it was not reached."""
         found = {name: np.full(self.images, -1) for name in (*self.leaving, *self.changing)}
         for name, rows, options in self._log:
             found[name][rows] = options
         return {name: torch.from_numpy(options) for name, options in found.items()}
-
-    @property
-    def exits(self) -> Tensor:
-        """Where each image left, (N,), int64: the number of that decision among those that leave; the end is last."""
-        return exits_of(self.taken, self.leaving, self.images)
-
-    @property
-    def choices(self) -> Tensor:
-        """Options of what changes side by side, (N, U), int64; -1 where the image left before."""
-        return side_by_side(self.taken, self.changing, self.images)
 
 
 def exits_of(taken: Mapping[str, Tensor], leaving: Sequence[str], images: int) -> Tensor:
@@ -109,11 +129,6 @@ def exits_of(taken: Mapping[str, Tensor], leaving: Sequence[str], images: int) -
     for k, name in reversed(list(enumerate(leaving))):
         exits[taken[name] == LEAVES] = k
     return exits
-
-
-def side_by_side(taken: Mapping[str, Tensor], changing: Sequence[str], images: int) -> Tensor:
-    """The options of some decisions as columns, (N, U)."""
-    return torch.stack([taken[name] for name in changing], 1) if changing else torch.zeros(images, 0, dtype=torch.int64)
 
 
 def execute(
