@@ -31,6 +31,11 @@ ON_REQUEST = {
 }
 
 
+def test_what_the_owner_named_comes_with_a_plain_install() -> None:
+    assert {"torch", "torchvision", "torch-pruning", "neural-compressor", "fvcore", "thop", "rich", "typer"} <= ALWAYS
+    assert not {"prune", "quantize"} & set(PROJECT["optional-dependencies"])
+
+
 def imports(node: ast.AST, later: bool = False) -> Iterator[tuple[str, bool]]:
     """Top-level names of what is imported, and whether only when a function is called."""
     for child in ast.iter_child_nodes(node):

@@ -9,6 +9,7 @@ import pytest
 import dynamize
 
 HEAVY = {"torch", "torchvision", "onnxruntime", "accelerate", "sklearn", "timm", "matplotlib", "openvino"}
+HEAVY |= {"torch_pruning", "neural_compressor", "fvcore", "thop"}
 
 
 def imported_by(statement: str) -> set[str]:

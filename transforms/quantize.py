@@ -47,7 +47,7 @@ class Quantize(Transform):
     ranges: RangeName | Literal["neural-compressor"] = Field(
         "mse",
         description="what chooses the range of a tensor: mse: least squared error; percentile: nearly all values; "
-        "minmax: all values; neural-compressor: its own observers (needs dynamize[quantize])",
+        "minmax: all values; neural-compressor: its own observers",
     )
     images: PositiveInt = Field(512, description="calibration images that ranges are taken from")
     percentile: Annotated[float, Field(gt=50, le=100)] = Field(

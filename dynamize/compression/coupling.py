@@ -2,7 +2,6 @@
 2023, DepGraph) over everything that the network can compute, heads and gates included."""
 
 import copy
-import importlib
 import math
 import warnings
 from collections import defaultdict
@@ -40,7 +39,7 @@ def channel_groups(network: DynamicNetwork, keep: Sequence[str] = ()) -> tuple[l
         The groups, and the names of those that failed.
 
     Raises:
-        DynamizeError: torch-pruning is missing or fails on this network, or `keep` has an unknown path.
+        DynamizeError: torch-pruning fails on this network, or `keep` has an unknown path.
     """
     groups = _groups(network, keep)
     halves = {group.name: range(group.channels // 2, group.channels) for group in groups}
@@ -51,7 +50,8 @@ def channel_groups(network: DynamicNetwork, keep: Sequence[str] = ()) -> tuple[l
 
 
 def _groups(network: DynamicNetwork, keep: Sequence[str]) -> list[ChannelGroup]:
-    pruning = _torch_pruning()
+    import torch_pruning as pruning
+
     dense = _Dense(copy.deepcopy(network))
     kept = _kept(dense, keep)
     graph = pruning.DependencyGraph()
@@ -75,16 +75,6 @@ def _groups(network: DynamicNetwork, keep: Sequence[str]) -> list[ChannelGroup]:
     found = [_group(graph, one, dense) for one in every]
     groups = [group for group in found if group is not None and group.channels > 1]
     return sorted(groups, key=lambda group: dense.position(group.name))
-
-
-def _torch_pruning() -> Any:
-    try:
-        return importlib.import_module("torch_pruning")
-    except ImportError as error:
-        raise DynamizeError(
-            "prune follows channels through the network with torch-pruning, which is not installed: "
-            "pip install 'dynamize[prune]'. Networks that were pruned already load without it."
-        ) from error
 
 
 class _Dense(nn.Module):

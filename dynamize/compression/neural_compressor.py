@@ -29,7 +29,7 @@ def chosen_steps(network: DynamicNetwork, batches: Sequence[Tensor]) -> dict[Key
     """Steps of the tensors that layers read, for a prepared network; each part sees the images that reach it.
 
     Raises:
-        DynamizeError: neural-compressor is not installed or fails on a part.
+        DynamizeError: neural-compressor fails on a part.
     """
     engine = _engine()
     whole = list(enumerate(rounded_parts(network, [])))
@@ -121,11 +121,6 @@ def _engine() -> Any:
         with _quietly():
             from neural_compressor.torch import quantization
             from neural_compressor.torch.export import export
-    except ImportError as error:
-        raise DynamizeError(
-            "quantize: ranges: neural-compressor, which is not installed: pip install 'dynamize[quantize]', or use "
-            "ranges: mse. Networks that were quantised already load without it."
-        ) from error
     finally:
         if level is None:
             del os.environ["LOGLEVEL"]

@@ -21,8 +21,6 @@ from dynamize.nn.piece import Setting
 from dynamize.rewrite.exchange import count_again
 from dynamize.transforms import Exits, SkipGates
 
-pytest.importorskip("torch_pruning", reason="channels are followed with torch-pruning: pip install 'dynamize[prune]'")
-
 
 def with_exits() -> DynamicNetwork:
     step = Exits(at=["layer1", "layer2"], share=1.0, size=[16, 16], chain=True)
@@ -203,8 +201,6 @@ def test_sizes_come_back_without_torch_pruning(monkeypatch: pytest.MonkeyPatch) 
     images = torch.randn(3, *SmallResNet.shape)
     with torch.no_grad():
         assert torch.equal(fresh(images), network(images))
-    with pytest.raises(DynamizeError, match=r"pip install 'dynamize\[prune\]'"):
-        channel_groups(fresh)
 
 
 @pytest.mark.parametrize("wanted", [{"stem.0": [9, 3]}, {"stem.0": [0, 3]}, {"stem.0": [4]}, {"stom.0": [4, 3]}])

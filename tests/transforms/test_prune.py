@@ -28,8 +28,6 @@ from dynamize.training.objectives import exit_logits
 from dynamize.transform import Context, check_order
 from dynamize.transforms import ChannelGates, Exits, Prune, SkipGates, prune
 
-pytest.importorskip("torch_pruning", reason="channels are followed with torch-pruning: pip install 'dynamize[prune]'")
-
 
 def pruned(network: nn.Module, shape: tuple[int, ...], *before: Any, **fields: Any) -> DynamicNetwork:
     return convert(network, [*before, Prune.model_validate({"round_to": 2} | fields)], shape).eval()

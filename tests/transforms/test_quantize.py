@@ -4,7 +4,6 @@ import copy
 import json
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -302,7 +301,6 @@ def test_needs_images() -> None:
         convert(DigitNet().eval(), [Quantize()], SHAPE)
 
 
-@pytest.mark.skipif(find_spec("neural_compressor") is None, reason="neural-compressor is not installed")
 def test_neural_compressor(trained: DynamicNetwork, data: Splits) -> None:
     """Of one batch it takes the least and largest values, as `minmax` does; of several a moving average."""
     prepared = prepare(trained)
@@ -320,9 +318,3 @@ def test_neural_compressor(trained: DynamicNetwork, data: Splits) -> None:
     assert all(any(one.scale == pytest.approx(scale) for scale, _ in found) for one in theirs.values())
     before, after = (exit_accuracies(one, data.test, CPU) for one in (trained, network))
     assert max(abs(old - new) for old, new in zip(before, after, strict=True)) <= 0.03
-
-
-def test_neural_compressor_is_missing(trained: DynamicNetwork, data: Splits, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "neural_compressor.torch", None)
-    with pytest.raises(DynamizeError, match=r"pip install 'dynamize\[quantize\]'"):
-        apply(copy.deepcopy(trained), Quantize(ranges="neural-compressor"), context(data))
