@@ -19,6 +19,7 @@ from dynamize.conversion import replay
 from dynamize.data.spec import DataSpec
 from dynamize.errors import DynamizeError
 from dynamize.files import write_text
+from dynamize.fingerprint import Answers
 from dynamize.folders import CODE, MANIFEST, WEIGHTS, code_files
 from dynamize.nn.network import DynamicNetwork
 from dynamize.sources import SourceSpec, build
@@ -32,7 +33,8 @@ class Manifest(BaseModel):
 
     ``source`` is None for a network that came from Python; it is then given again when loading. ``temperatures``, by
     name of the decision, stand here and win over the buffers in the weights, because the thresholds hold for them only:
-    calibrating again replaces this one file.
+    calibrating again replaces this one file. ``answers`` tell whether the source is still the same code; artifacts that
+    were written before have none.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -41,6 +43,7 @@ class Manifest(BaseModel):
     source: SourceSpec | None
     input: tuple[int, ...]
     history: list[dict[str, Any]]
+    answers: Answers | None = None
     temperatures: dict[str, float] | None = None
     operating_points: OperatingPoints | None = None
     operating_point: OperatingPoint | None = None
@@ -81,6 +84,7 @@ def save(
         source=None if source is None else source.structure(),
         input=network.input_shape,
         history=network.history,
+        answers=Answers.of(network),
         temperatures=temperatures(network),
         operating_points=network.operating_points,
         operating_point=network.operating_point,
@@ -106,8 +110,8 @@ def load(path: str | os.PathLike[str], *, network: nn.Module | None = None, trus
             imported.
 
     Raises:
-        DynamizeError: a file is missing or damaged, the source needs ``network`` or ``trust_code``, or a step needs a
-            transform that is not here.
+        DynamizeError: a file is missing or damaged, the source needs ``network`` or ``trust_code``, a step needs a
+            transform that is not here, or the network answers otherwise than the one that was converted.
 
     Example:
         >>> net = dz.source("dynamize:digits_resnet", pretrained=True)
@@ -133,12 +137,34 @@ def load(path: str | os.PathLike[str], *, network: nn.Module | None = None, trus
         ) from error
     state = upgraded(read_state_dict(Path(path) / WEIGHTS), rebuilt)
     load_into(rebuilt, state, f"the network in {path}", Path(path) / WEIGHTS)
+    _refuse_other_code(rebuilt, manifest, Path(path), type(network).__name__)
     if manifest.temperatures is not None:
         _set_temperatures(rebuilt, manifest.temperatures, Path(path) / MANIFEST)
     rebuilt.source = manifest.source
     rebuilt.operating_points = manifest.operating_points
     rebuilt.set_operating_point(manifest.operating_point)
     return rebuilt.eval()
+
+
+def _refuse_other_code(network: DynamicNetwork, manifest: Manifest, folder: Path, name: str) -> None:
+    """Refuse a network that has the shapes of the converted one and computes something else."""
+    if manifest.answers is None:
+        return
+    try:
+        distance = manifest.answers.distance(network)
+        how = f"its answers to fixed noise differ by {distance:.2g} of their spread"
+    except (RuntimeError, TypeError, ValueError) as error:
+        distance, how = float("inf"), f"it does not run as that one did ({_first_line(error)})"
+    if distance <= manifest.answers.tolerance:
+        return
+    now = versions()
+    other = [f"{key} {old} (here {now[key]})" for key, old in manifest.versions.items() if now.get(key, old) != old]
+    other = [one for one in other if not one.startswith("threads")]
+    written = f"; it was written with {', '.join(other)}" if other else ""
+    raise DynamizeError(
+        f"{folder} was converted from another network than {name}: with the same weights {how}. Its code, a constant "
+        f"or a buffer that is not saved is another one: give the network that was converted{written}."
+    )
 
 
 def _find_transforms(manifest: Manifest, folder: Path, trust_code: bool) -> None:
