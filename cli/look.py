@@ -16,6 +16,9 @@ def inspect(
     input_shape: Annotated[
         str | None, typer.Option("--input", metavar="C,H,W", help="By default what such networks are trained on.")
     ] = None,
+    operators: Annotated[
+        bool, typer.Option("--operators", help="MACs by module and by operator, beside those of fvcore and thop.")
+    ] = False,
     trust_code: TrustCode = False,
     as_json: AsJson = False,
 ) -> None:
@@ -36,11 +39,12 @@ def inspect(
     else:
         found = inspect_source(parse(source, checkpoint), wanted)
     if as_json:
-        show_json(found.to_dict())
+        show_json(found.to_dict(operators=operators))
         return
+    from dynamize.cli import counters
     from dynamize.cli.tables import inspection
 
-    show(inspection(found))
+    show(inspection(found), *(counters.tables(found.counts) if operators else []), *counters.doubts(found.counts))
 
 
 def report(

@@ -33,6 +33,7 @@ def test_different_networks_keep_all_promises(library: str, names: list[str], tm
     code, rows, printed = run(library, names, tmp_path / "coverage.md")
     assert [row[0] for row in rows] == names
     assert [row[4:7] for row in rows] == [["yes"] * 3] * len(names), printed
+    assert all(cell.endswith(" %") for row in rows for cell in row[7:9]), printed
     assert f"{len(names)} of {len(names)} networks (100%)" in printed
     assert code == 0
 
@@ -41,7 +42,7 @@ def test_different_networks_keep_all_promises(library: str, names: list[str], tm
 def test_a_network_that_cannot_be_converted_fails_and_says_why(tmp_path: Path) -> None:
     code, rows, printed = run("torchvision", ["vit_b_16", "squeezenet1_1"], tmp_path / "coverage.md")
     assert rows[0][4:7] == ["-", "-", "-"]
-    assert rows[0][8]
+    assert rows[0][10]
     assert rows[1][4:7] == ["yes"] * 3
     assert "1 of 2 networks (50%)" in printed
     assert code == 1

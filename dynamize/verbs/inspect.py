@@ -13,6 +13,7 @@ from dynamize.graph.gateable import GateableBlock, gateable_blocks
 from dynamize.graph.trace import trace
 from dynamize.graph.tree import NetworkTree, network_tree
 from dynamize.measure.costs import exit_costs
+from dynamize.measure.counters import Count, Counts, count_three_ways
 from dynamize.nn.piece import Decision, Effect, Piece, Setting
 from dynamize.sources import SourceSpec, build, load_source
 
@@ -51,10 +52,12 @@ class DecisionFacts:
 @dataclass(frozen=True)
 class Inspection:
     """A network, and what was made of it. The tree is that of the original network, with the gates that it can take;
-    ``decisions`` are those that an artifact takes, and ``macs_to_end`` what an image costs that never leaves before."""
+    ``counts`` are what three libraries count in it; ``decisions`` are those that an artifact takes, and ``macs_to_end``
+    what an image costs that never leaves before."""
 
     source: str
     tree: NetworkTree
+    counts: Counts
     gates: list[GateableBlock] = field(default_factory=list)
     decisions: list[DecisionFacts] = field(default_factory=list)
     macs_to_end: float | None = None
@@ -62,8 +65,8 @@ class Inspection:
     operating_points: OperatingPoints | None = None
     operating_point: str | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        """The same as plain data."""
+    def to_dict(self, operators: bool = False) -> dict[str, Any]:
+        """The same as plain data; with ``operators`` also each count by module and by kind of operator."""
         tree = {"input": list(self.tree.input_shape), "macs": self.tree.macs, "params": self.tree.params}
         stages = [
             {
@@ -82,6 +85,8 @@ class Inspection:
             "gates": [_gate(block) for block in self.gates],
             "decisions": [asdict(one) for one in self.decisions],
             "macs_to_end": self.macs_to_end,
+            "counters": [_count(self.counts, one, operators) for one in self.counts.every],
+            "disagreements": self.counts.disagreements(),
             "history": self.history,
             "operating_points": points,
             "operating_point": self.operating_point,
@@ -93,7 +98,8 @@ def inspect_source(spec: SourceSpec, input_shape: Sequence[int] | None = None) -
     network = load_source(spec, trust_code=True)
     shape = tuple(input_shape or usual_input(spec, network))
     traced = trace(network, shape)
-    return Inspection(spec.source, network_tree(traced, shape), gateable_blocks(traced))
+    counts = count_three_ways(network, shape)
+    return Inspection(spec.source, network_tree(traced, shape), counts, gateable_blocks(traced))
 
 
 def inspect_artifact(path: Path, *, trust_code: bool = False) -> Inspection:
@@ -101,13 +107,15 @@ def inspect_artifact(path: Path, *, trust_code: bool = False) -> Inspection:
     manifest = artifact.read_manifest(path)
     converted = artifact.load(path, trust_code=trust_code)
     assert manifest.source is not None  # load refuses an artifact without one
-    traced = trace(build(manifest.source, trust_code=trust_code), manifest.input)
+    original = build(manifest.source, trust_code=trust_code)
+    traced = trace(original, manifest.input)
     *to_leave, to_end = map(float, exit_costs(converted).cumulative(converted.setting))
     macs = dict(zip(converted.decision_names[0], to_leave, strict=True))
     point = manifest.operating_point
     return Inspection(
         source=manifest.source.source,
         tree=network_tree(traced, manifest.input),
+        counts=count_three_ways(original, manifest.input),
         decisions=[
             _facts(piece, piece.decision, macs.get(piece.name), converted.setting)
             for piece in converted.row
@@ -131,6 +139,13 @@ def usual_input(spec: SourceSpec, network: nn.Module) -> tuple[int, int, int]:
         height = width = next((size for part, size in _USUAL_SIZES.items() if part in name), _USUAL_SIZE)
     first = next((one for one in network.modules() if isinstance(one, nn.Conv2d)), None)
     return (first.in_channels if first else channels), height, width
+
+
+def _count(counts: Counts, one: Count, operators: bool) -> dict[str, Any]:
+    totals = {"counter": one.counter, "macs": one.total, "difference": counts.difference(one), "failure": one.failure}
+    if one.failure:
+        totals |= {"macs": None, "difference": None}
+    return totals | {"modules": one.modules, "unsupported": one.unsupported} if operators else totals
 
 
 def _gate(block: GateableBlock) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """`dynamize inspect`, `report`, `transforms` and `recipes`."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,24 @@ def test_inspect_takes_an_input_shape(cli: Cli) -> None:
     small = json.loads(cli("inspect", "torchvision:resnet18", "--input", "3,64,64", "--json").stdout)
     assert small["input"] == [3, 64, 64]
     assert small["stages"][-2]["shape"] == [512, 2, 2]
+    assert small["disagreements"] == []
+
+
+def test_inspect_shows_three_counters(cli: Cli) -> None:
+    text = cli("inspect", "dynamize:cifar_resnet20", "--operators").stdout
+    assert re.search(r"the network +40\.8M +41\.2M +41\.3M", text)
+    assert re.search(r"matrix product +640 +640 +640", text)
+    assert "fvcore has no rule for: add (9)." in text
+    assert "dynamize.PadShortcut (2)" in text
+    assert re.search(r"thop counts \+1\.2 %: it adds normalisation \(1\.8 %\)", text)
+    assert widest(text) <= 80
+
+    found = json.loads(cli("inspect", "dynamize:cifar_resnet20", "--json", "--operators").stdout)
+    ours, fvcore, thop = found["counters"]
+    assert ours["macs"] == found["macs"] == sum(ours["modules"][""].values())
+    assert fvcore["modules"]["conv1"] == ours["modules"]["conv1"]
+    assert thop["difference"] == pytest.approx(thop["macs"] / ours["macs"] - 1)
+    assert [one.split()[0] for one in found["disagreements"]] == ["fvcore", "thop"]
 
 
 def test_inspect_artifact_shows_exits_and_points(finished_run: Path, cli: Cli) -> None:
