@@ -130,7 +130,7 @@ def summarise(folds: list[Fold], budget: float | None = None, drop: float | None
             point = point_for_budget(fold.calibration, budget * fold.calibration.static_cost["macs"])
         else:
             assert drop is not None
-            point = point_for_drop(fold.calibration, drop)
+            point = point_for_drop(fold.calibration, 100 * drop)
         points.append(point)
         rows.append(fold.achieved(point))
     return {

@@ -49,7 +49,7 @@ class Asked:
 
     def solve(self, table: ConfidenceTable) -> OperatingPoint:
         if self.figure == "drop":
-            return point_for_drop(table, self.value / 100)
+            return point_for_drop(table, self.value)
         return point_for_budget(table, self.value * table.static_cost["macs"])
 
 

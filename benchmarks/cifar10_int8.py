@@ -110,7 +110,7 @@ def dynamic_candidates(folder: Path, splits: Splits, context: Context, max_drop:
     found = maker.table(0.0)
     points: dict[str, OperatingPoint] = {}
     try:
-        points[f"drop {max_drop:g}"] = point_for_drop(found, max_drop / 100)
+        points[f"drop {max_drop:g}"] = point_for_drop(found, max_drop)
     except InfeasibleError as error:
         print(f"{folder.name}: {error}", flush=True)
     points |= {f"{ratio:g}": point_for_budget(found, ratio * found.static_cost["macs"]) for ratio in BUDGETS}

@@ -150,7 +150,7 @@ def our_contenders(network: DynamicNetwork, teacher: nn.Module, data: Splits) ->
     network, points = copy.deepcopy(network), dict[str, OperatingPoint]()
     table = TableMaker(network, data.calibration, teacher, CPU, "onnxruntime").table(0.0)
     static = table.static_cost["macs"]
-    solvers = {f"drop {drop:g}": partial(point_for_drop, table, drop / 100) for drop in DROPS}
+    solvers = {f"drop {drop:g}": partial(point_for_drop, table, drop) for drop in DROPS}
     solvers |= {f"compute {share:g}": partial(point_for_budget, table, share * static) for share in BUDGETS}
     for name, solve in solvers.items():
         try:

@@ -91,7 +91,10 @@ def predict(
     out: Artifact,
     images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.", show_default=False)],
     budget: Annotated[
-        float | None, typer.Option(metavar="RATIO", help="Mean MACs at most this share of the original's.")
+        float | None,
+        typer.Option(
+            "--budget", "--macs-ratio", metavar="RATIO", help="Mean MACs at most this share of the original's."
+        ),
     ] = None,
     point: Annotated[str | None, typer.Option(metavar="NAME", help="An operating point.")] = None,
     max_drop: Annotated[float | None, typer.Option(help="Largest expected accuracy drop, in points.")] = None,

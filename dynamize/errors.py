@@ -12,11 +12,31 @@ class DynamizeError(Exception):
 
 
 class InfeasibleError(DynamizeError):
-    """A budget that cannot be met. ``nearest`` is the least value that could be asked for instead."""
+    """A budget that cannot be met.
 
-    def __init__(self, message: str, nearest: float) -> None:
-        super().__init__(message)
-        self.nearest = nearest
+    Attributes:
+        nearest: the least value that could be asked for instead, as it is counted inside.
+        instead: the same as a recipe writes it, ``("max_drop", "32.8")``; None where no field says it.
+    """
+
+    def __init__(self, message: str, nearest: float, instead: tuple[str, str] | None = None, other: str = "") -> None:
+        self.fact, self.nearest, self.instead, self.other = message, nearest, instead, other
+        super().__init__(message if instead is None else f"{message} Ask for {': '.join(instead)} or more{other}.")
+
+    def asking(self, field: str, value: str) -> "InfeasibleError":
+        """The same refusal for a budget that was given in another field."""
+        return InfeasibleError(self.fact, self.nearest, (field, value), self.other)
+
+
+def rounded_up(value: float) -> str:
+    """Four significant digits, never below the value, so that typing it works."""
+    from math import ceil, floor, log10
+
+    if value <= 0:
+        return "0"
+    step = 10.0 ** (floor(log10(value)) - 3)
+    text = f"{ceil(value / step - 1e-9) * step:.6g}"
+    return text if float(text) >= value else repr(value)
 
 
 def closest(name: str, known: list[str]) -> str:

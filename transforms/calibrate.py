@@ -2,14 +2,14 @@
 
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from dynamize.calibration.collect import TableMaker
-from dynamize.calibration.offsets import OffsetTables, best_point, curve
-from dynamize.calibration.operating import OperatingPoint, OperatingPoints
+from dynamize.calibration.offsets import OffsetTables, best_point, curve, with_chosen
+from dynamize.calibration.operating import OperatingPoint, no_ratio
 from dynamize.calibration.points import point_for_budget, point_for_drop
 from dynamize.calibration.table import ConfidenceTable
-from dynamize.errors import DynamizeError
+from dynamize.errors import DynamizeError, InfeasibleError, rounded_up
 from dynamize.measure.controls import adaptivity
 from dynamize.nn.network import DynamicNetwork
 from dynamize.transform import Applied, Context, Kind, Transform, gates_are_fused
@@ -57,6 +57,13 @@ class Calibrate(Transform):
             raise ValueError(f"{' and '.join(given)} are budgets both; give one of them")
         return self
 
+    @field_validator("macs_ratio")
+    @classmethod
+    def _is_a_share(cls, ratio: float | None) -> float | None:
+        if ratio is not None and (fault := no_ratio(ratio)):
+            raise ValueError(f"{fault} (given: {ratio:g})")
+        return ratio
+
     def apply(self, network: DynamicNetwork, context: Context) -> Applied:
         if not network.decisions():
             if gates_are_fused(network):
@@ -70,12 +77,10 @@ class Calibrate(Transform):
         maker = TableMaker(network, data.calibration, teacher, context.device, context.backend, self.latency_batch)
         tables = OffsetTables(maker)
         resolved = self if self._given() else self.model_copy(update={"max_drop": _DEFAULT_DROP})
-        chosen = best_point(
-            tables, lambda table: resolved._solve(table, context.seed), cheapest=resolved.max_drop is not None
-        )
+        cheapest = resolved.max_drop is not None
+        solved = best_point(tables, lambda table: resolved._solve(table, context.seed), cheapest)
         along = curve(tables, self.points, context.seed)
-        points = OperatingPoints(tuple(sorted([*along, chosen], key=lambda point: point.macs)))
-        network.operating_points = points
+        network.operating_points, chosen = with_chosen(along, solved, resolved._allows, cheapest)
         network.set_operating_point(chosen)
         notes = [*data.warnings, _promise(chosen)]
         if network.changing:
@@ -87,12 +92,22 @@ class Calibrate(Transform):
 
     def _solve(self, table: ConfidenceTable, seed: int) -> OperatingPoint:
         if self.max_drop is not None:
-            return point_for_drop(table, self.max_drop / 100, name="chosen", seed=seed)
+            return point_for_drop(table, self.max_drop, seed=seed)
         if self.latency_ms is not None:
-            return point_for_budget(table, self.latency_ms, "ms", name="chosen", seed=seed)
+            return point_for_budget(table, self.latency_ms, "ms", seed=seed)
         macs = self.macs if self.macs_ratio is None else self.macs_ratio * table.static_cost["macs"]
         assert macs is not None
-        return point_for_budget(table, macs, name="chosen", seed=seed)
+        try:
+            return point_for_budget(table, macs, seed=seed)
+        except InfeasibleError as error:
+            raise error if self.macs is None else error.asking("macs", rounded_up(error.nearest)) from None
+
+    def _allows(self, point: OperatingPoint) -> bool:
+        """Whether a point keeps the budget."""
+        if self.max_drop is not None:
+            return 100 * point.accuracy_drop <= self.max_drop
+        limits = ((self.macs_ratio, point.macs_ratio), (self.macs, point.macs), (self.latency_ms, point.latency_ms))
+        return all(limit is None or (found is not None and found <= limit) for limit, found in limits)
 
 
 def _promise(point: OperatingPoint) -> str:

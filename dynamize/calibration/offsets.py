@@ -3,13 +3,13 @@
 Under each offset images take other paths, so each has a table of its own; exits are solved within each table.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from dynamize.calibration.collect import TableMaker
-from dynamize.calibration.operating import OperatingPoint, OperatingPoints
+from dynamize.calibration.operating import OperatingPoint, OperatingPoints, named_by_cost, undominated
 from dynamize.calibration.points import operating_points
 from dynamize.calibration.table import ConfidenceTable
 from dynamize.data import LoaderSet
@@ -105,27 +105,38 @@ def curve(tables: OffsetTables, count: int, seed: int) -> OperatingPoints:
     if len(offsets) == 1:
         return operating_points(tables.at(offsets[0]), count, seed=seed)
     every = [
-        point.model_copy(update={"offset": offset})
+        point.model_copy(update={"offset": offset, "name": "macs"})
         for offset in offsets
         for point in operating_points(tables.at(offset), _POINTS_EACH, seed=seed)
     ]
-    front = _front(every)
-    picked = [front[round(i * (len(front) - 1) / max(1, count - 1))] for i in range(count)] if front else []
-    names: dict[str, OperatingPoint] = {}
-    for point in picked:
-        names.setdefault(f"macs-{point.macs_ratio:.2f}", point)
-    return OperatingPoints(tuple(point.model_copy(update={"name": name}) for name, point in names.items()))
+    front = undominated(every)
+    picked = sorted({round(i * (len(front) - 1) / max(1, count - 1)) for i in range(count)})
+    static = tables.at(offsets[0]).static_cost["macs"]
+    return OperatingPoints(tuple(named_by_cost([front[place] for place in picked], static)))
 
 
-def _front(points: Sequence[OperatingPoint]) -> list[OperatingPoint]:
-    front: list[OperatingPoint] = []
-    for point in sorted(points, key=lambda one: (one.macs, -one.accuracy)):
-        if not front or point.accuracy > front[-1].accuracy:
-            front.append(point)
-    return front
+def with_chosen(
+    along: OperatingPoints, chosen: OperatingPoint, within: Callable[[OperatingPoint], bool], cheapest: bool
+) -> tuple[OperatingPoints, OperatingPoint]:
+    """The curve with the point that was solved for among it, as "chosen-0.48", and without those that it beats; and
+    that point.
+
+    Solving for one limit looks at other settings than making the curve, so a point of the curve that is ``within`` the
+    limit and better takes its place.
+    """
+    met: dict[float, OperatingPoint] = dict(enumerate([chosen, *filter(within, along)]))
+    best = met[_best(met, cheapest)]
+    others = [point.model_copy(update={"name": point.name.partition("-")[0]}) for point in along if point is not best]
+    best = best.model_copy(update={"name": "chosen"})
+    kept = undominated([best, *others])
+    if best not in kept:  # it is there for its milliseconds
+        kept = sorted([*kept, best], key=lambda point: point.macs)
+    place = kept.index(best)
+    points = OperatingPoints(tuple(named_by_cost(kept, best.macs / best.macs_ratio)))
+    return points, points[place]
 
 
-def _best(found: dict[float, OperatingPoint], cheapest: bool) -> float:
+def _best(found: Mapping[float, OperatingPoint], cheapest: bool) -> float:
     if cheapest:
         return min(found, key=lambda offset: (found[offset].macs, -found[offset].accuracy))
     return max(found, key=lambda offset: (found[offset].accuracy, -found[offset].macs))

@@ -1,11 +1,9 @@
 """Finding operating points: along the whole curve, or for one explicit budget, with what to expect on fresh images."""
 
 import math
-from collections.abc import Sequence
-from typing import Literal
 
 from dynamize.calibration.intervals import CrossFit, Interval, Solve, apply_folds, cross_fit, folds_of
-from dynamize.calibration.operating import OperatingPoint, OperatingPoints, Pair
+from dynamize.calibration.operating import OperatingPoint, OperatingPoints, Pair, named_by_cost, undominated
 from dynamize.calibration.solver import frontier_budgets, solve_budget
 from dynamize.calibration.table import ConfidenceTable, Thresholds
 from dynamize.errors import DynamizeError, InfeasibleError
@@ -18,23 +16,19 @@ SLACK = 1 + 1e-9
 
 
 def operating_points(table: ConfidenceTable, count: int = 20, measure: str = "macs", seed: int = 0) -> OperatingPoints:
-    """Up to `count` points along the whole curve, costs evenly spread, the cheapest first.
+    """Up to `count` points along the whole curve, costs about evenly spread, the cheapest first.
 
-    "cheapest" lets every image leave at the cheapest exit, "full" has all exits off, and the others are
-    named after the budget they keep in expectation, as a ratio to the static network: "macs-0.50".
+    Each is named after what it is expected to cost, as a ratio to the static network: "macs-0.50". At "cheapest-0.21"
+    every image leaves at the cheapest exit, at "full-1.08" all exits are off. None is dearer than another one and no
+    more accurate, so that "full" is missing where exits answer better.
     """
     budgets = frontier_budgets(table, measure, count)
-    static = table.static_cost[measure]
-    ratios = _distinct_ratios([budget / static for budget in budgets[1:]])
-    points = [point_for(table, "cheapest", _budget_solver(budgets[0], measure), seed=seed)]
-    for label, ratio in ratios.items():
-        if ratio * static > budgets[0]:
-            points.append(point_for_budget(table, ratio * static, measure, f"{measure}-{label}", seed))
-    full = point_for(table, "full", lambda part: [None] * (part.exits - 1), seed=seed)
-    if points[0].thresholds == full.thresholds:
-        points = points[1:]
-    inner = [point for i, point in enumerate(points) if point.thresholds not in [p.thresholds for p in points[:i]]]
-    return OperatingPoints((*(point for point in inner if point.thresholds != full.thresholds), full))
+    off: Thresholds = [None] * (table.exits - 1)
+    points = [point_for(table, "full", lambda part: off, seed=seed)]
+    if points[0].thresholds:
+        points.append(point_for(table, "cheapest", _budget_solver(budgets[0], measure), seed=seed))
+    points += [point_for_budget(table, budget, measure, measure, seed) for budget in budgets[1:]]
+    return OperatingPoints(tuple(named_by_cost(undominated(points, measure), table.static_cost[measure], measure)))
 
 
 def point_for(table: ConfidenceTable, name: str, solve: Solve, folds: int = FOLDS, seed: int = 0) -> OperatingPoint:
@@ -59,41 +53,40 @@ def point_for_budget(
         if excess <= budget * (SLACK - 1):
             break
         fitted = cheapest if tightening == TIGHTENINGS - 1 else max(cheapest, fitted - excess * 1.1 * 2**tightening)
-    label = name or f"{measure}-{budget / table.static_cost[measure]:.2f}"
-    return _point(table, label, thresholds, fit)
+    return _named(_point(table, name or measure, thresholds, fit), name, table, measure)
 
 
 def point_for_drop(
     table: ConfidenceTable, max_drop: float, measure: str = "macs", name: str | None = None, seed: int = 0
 ) -> OperatingPoint:
-    """The cheapest point whose cross-fitted expected accuracy drop is at most max_drop (a fraction).
+    """The cheapest point whose cross-fitted expected accuracy drop is at most max_drop, in points.
 
     Found by bisection of the budget. InfeasibleError naming the least expected drop where none is small enough.
     """
-    if not 0 <= max_drop <= 1:
+    if not 0 <= max_drop <= 100:
         raise DynamizeError(
-            f"max_drop={max_drop!r} is not a loss of accuracy: give a fraction from 0 to 1, "
-            "for example 0.002 for 0.2 points."
+            f"max_drop={max_drop!r} is no loss of accuracy: give points from 0 to 100, for example 0.2."
         )
-    label = name or f"drop-{max_drop:g}"
+    limit = max_drop / 100
     off: Thresholds = [None] * (table.exits - 1)
     tried = [(off, apply_folds(table, off, [off] * FOLDS, FOLDS, seed))]
-    tried += _around_drop(table, max_drop, measure, seed)
-    met = [found for found in tried if found[1].drop.mean() <= max_drop * SLACK + 1e-12]
+    tried += _around_drop(table, limit, measure, seed)
+    met = [found for found in tried if found[1].drop.mean() <= limit * SLACK + 1e-12]
     if not met:
         nearest = min(float(fit.drop.mean()) for _, fit in tried)
         raise InfeasibleError(
-            f"no thresholds are expected to lose at most {max_drop:g} of accuracy: the least expected drop "
-            f"is {nearest:.4f} ({100 * nearest:.2f} points). "
-            f"Ask for max_drop={math.ceil(nearest * 1e4) / 1e4:g} or more, or distil the exits further first.",
+            f"no thresholds are expected to lose at most {max_drop:g} points of accuracy: the least expected drop is "
+            f"{100 * nearest:.2f} points.",
             nearest,
+            ("max_drop", f"{math.ceil(nearest * 1e4 - 1e-9) / 1e2:g}"),
+            ", or distil further first",
         )
     thresholds, fit = min(met, key=lambda found: float(found[1].costs[measure].mean()))
-    return _point(table, label, thresholds, fit)
+    return _named(_point(table, name or measure, thresholds, fit), name, table, measure)
 
 
-def _around_drop(table: ConfidenceTable, max_drop: float, measure: str, seed: int) -> list[tuple[Thresholds, CrossFit]]:
-    """Settings of several budgets, among them about the least whose expected drop is at most ``max_drop``.
+def _around_drop(table: ConfidenceTable, limit: float, measure: str, seed: int) -> list[tuple[Thresholds, CrossFit]]:
+    """Settings of several budgets, among them about the least whose expected drop is at most ``limit``, a fraction.
 
     The most accurate setting is also the one most fitted to the table: where it is expected to lose too much, cheaper
     ones may still do.
@@ -102,7 +95,7 @@ def _around_drop(table: ConfidenceTable, max_drop: float, measure: str, seed: in
 
     def keeps(budget: float) -> bool:
         tried.append(_fit(table, budget, measure, seed))
-        return bool(tried[-1][1].drop.mean() <= max_drop)
+        return bool(tried[-1][1].drop.mean() <= limit)
 
     cheapest, *inner, dearest = frontier_budgets(table, measure, DROP_SCAN)
     if keeps(cheapest):
@@ -150,11 +143,9 @@ def _point(table: ConfidenceTable, name: str, thresholds: Thresholds, fit: Cross
     )
 
 
+def _named(point: OperatingPoint, name: str | None, table: ConfidenceTable, measure: str) -> OperatingPoint:
+    return named_by_cost([point], table.static_cost[measure], measure)[0] if name is None else point
+
+
 def _ends(interval: Interval) -> Pair:
     return interval.low, interval.high
-
-
-def _distinct_ratios(ratios: Sequence[float]) -> dict[str, float]:
-    """Names of two digits, or three where two would not tell them apart, each with the ratio it says."""
-    digits: Literal[2, 3] = 2 if len({f"{ratio:.2f}" for ratio in ratios}) == len(ratios) else 3
-    return {name: float(name) for name in (f"{ratio:.{digits}f}" for ratio in ratios)}

@@ -8,7 +8,7 @@ import numpy as np
 from dynamize.calibration.problem import WithinCost
 from dynamize.calibration.search import Search
 from dynamize.calibration.table import ConfidenceTable, Thresholds
-from dynamize.errors import DynamizeError, InfeasibleError
+from dynamize.errors import DynamizeError, InfeasibleError, rounded_up
 
 
 def solve_budget(table: ConfidenceTable, budget: float, measure: str = "macs") -> Thresholds:
@@ -19,21 +19,22 @@ def solve_budget(table: ConfidenceTable, budget: float, measure: str = "macs") -
     rounding of their sum. DynamizeError where the budget is not a positive number or below the cheapest
     possible cost.
     """
-    cheapest = float(table.cost(measure).min())
+    cheapest, static = float(table.cost(measure).min()), table.static_cost[measure]
     if not (isinstance(budget, (int, float, np.number)) and math.isfinite(budget) and budget > 0):
         raise DynamizeError(
-            f"budget={budget!r} is not a cost: give the mean {measure} per image as a positive number, from "
-            f"{_rounded_up(cheapest)} (every image leaves at the cheapest exit) upwards."
+            f"{budget!r} is no budget: give the mean {measure} per image as a positive number, from "
+            f"{rounded_up(cheapest)} (every image leaves at the cheapest exit) upwards."
         )
     search = _search(table, measure)
     found = search.solve(WithinCost(float(budget) / search.unit * table.images))
     if found is None:
-        static = table.static_cost[measure]
+        ratio = "macs_ratio", rounded_up(cheapest / static)
         raise InfeasibleError(
-            f"a mean of {budget:g} {measure} per image cannot be reached: every image leaving at the "
-            f"cheapest exit costs {cheapest:g} ({cheapest / static:.3f} of the static network). "
-            f"Ask for budget={_rounded_up(cheapest)} or more, or insert an earlier exit.",
+            f"a mean of {budget:g} {measure} per image ({budget / static:.3g} of the original network's) cannot be "
+            f"reached: with every image on the cheapest path it is {cheapest:g} ({cheapest / static:.3g}).",
             cheapest,
+            ratio if measure == "macs" else ("latency_ms", rounded_up(cheapest)),
+            ", or put an exit earlier",
         )
     return search.thresholds(found.positions)
 
@@ -57,12 +58,3 @@ def _search(table: ConfidenceTable, measure: str) -> Search:
         table.cache[key] = Search(table, measure)
     search: Search = table.cache[key]
     return search
-
-
-def _rounded_up(value: float) -> str:
-    """Four significant digits, never below the value, so that typing it works."""
-    if value <= 0:
-        return "0"
-    step = 10.0 ** (math.floor(math.log10(value)) - 3)
-    text = f"{math.ceil(value / step - 1e-9) * step:.6g}"
-    return text if float(text) >= value else repr(value)

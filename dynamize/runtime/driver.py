@@ -26,9 +26,18 @@ def run(file: str, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return dict(zip(names, SESSIONS[file].run(names, feed), strict=True))
 
 
+def thresholds_at(point: str) -> list[Any]:
+    """Those of "chosen-0.48", or of "chosen", which is one point's beginning."""
+    points: dict[str, list[Any]] = PLAN["operating_points"]
+    named = [point] if point in points else [name for name in points if name.partition("-")[0] == point]
+    if len(named) != 1:
+        sys.exit(f"there is no operating point {point!r}: choose one of {', '.join(points)}")
+    return points[named[0]]
+
+
 def predict(images: np.ndarray, point: str = PLAN["operating_point"]) -> tuple[np.ndarray, np.ndarray]:
     """Logits (N, classes) and the exit each image left at (N,), counted from 0."""
-    thresholds = [*PLAN["operating_points"][point], -np.inf]  # who reaches the last exit leaves there
+    thresholds = [*thresholds_at(point), -np.inf]  # who reaches the last exit leaves there
     logits = np.zeros((len(images), PLAN["classes"]), np.float32)
     exits, waiting = np.zeros(len(images), int), np.arange(len(images))
     feed = {"features": np.asarray(images, np.float32)}

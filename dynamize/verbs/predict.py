@@ -85,7 +85,7 @@ class Predictor:
         elif macs_ratio is not None:
             self.network.set_operating_point(points.at(macs_ratio=macs_ratio))
         elif max_drop is not None:
-            self.network.set_operating_point(points.at(accuracy_drop=max_drop / 100))
+            self.network.set_operating_point(points.at(max_drop=max_drop))
 
     def predict(self, files: Sequence[str]) -> Iterator[Prediction]:
         """One prediction a file, in order; a file that cannot be read gets one with an ``error``.

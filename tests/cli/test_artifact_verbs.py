@@ -135,7 +135,8 @@ def test_predict_at_other_operating_points(finished_run: Path, pictures: Path, c
         (["--point", "fastest"], "'fastest'"),
         (["--budget", "0.00001"], "0.00001"),
         (["--budget", "0.5", "--point", "full"], "give one of them"),
-        (["--max-drop", "-50"], "accuracy_drop"),
+        (["--max-drop", "-50"], "max_drop"),
+        (["--budget", "50"], "write 0.5 for 50 %"),
         (["--backend", "tensorrt"], "no backend"),
     ],
 )

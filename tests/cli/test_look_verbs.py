@@ -83,7 +83,7 @@ def test_inspect_shows_three_counters(cli: Cli) -> None:
 
 def test_inspect_artifact_shows_exits_and_points(finished_run: Path, cli: Cli) -> None:
     result = cli("inspect", finished_run)
-    for part in ("Steps", "Exits", "layer1_1_relu2", "Operating points", "It stands at chosen."):
+    for part in ("Steps", "Exits", "layer1_1_relu2", "Operating points", "It stands at chosen-0."):
         assert part in result.stdout
     assert widest(result.stdout) <= 80
     found = json.loads(cli("inspect", finished_run, "--json").stdout)
@@ -134,7 +134,9 @@ def test_report_faces(finished_run: Path, tmp_path: Path, cli: Cli) -> None:
     assert page.read_text() == (finished_run / "report.html").read_text()
     found = json.loads(cli("report", finished_run, "--json").stdout)
     assert [row["transform"] for row in found["ledger"]["rows"]] == [r["transform"] for r in ledger_of(finished_run)]
-    assert ReportData.model_validate(found).selected == "chosen"
+    selected = ReportData.model_validate(found).selected
+    assert selected is not None
+    assert selected.startswith("chosen-0.")
     assert cli("report", finished_run, "--json", "--markdown").exit_code == 2
 
 
