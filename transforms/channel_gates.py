@@ -1,5 +1,6 @@
 """`channel_gates`: channels in groups, of which each image computes the first few."""
 
+import math
 from collections.abc import Iterable
 from typing import Annotated, ClassVar, Literal
 
@@ -8,7 +9,7 @@ from pydantic import Field, PositiveInt
 from torch import fx
 
 from dynamize.errors import DynamizeError, closest
-from dynamize.graph.chains import Chain, private_chains
+from dynamize.graph.chains import Chain, private_chains, why_whole
 from dynamize.graph.cuts import cut_points
 from dynamize.graph.extract import extract
 from dynamize.graph.macs import annotated_macs
@@ -22,6 +23,7 @@ from dynamize.nn.units import GateMaker, gate_maker, unique_names
 from dynamize.transform import Applied, Context, Kind, Transform
 
 _LEAST = 0.005  # of the network's MACs: a unit with fewer is not worth a gate
+_LISTED = 3  # reasons
 
 Groups = Annotated[int, Field(ge=2, le=8)]
 
@@ -62,11 +64,7 @@ class ChannelGates(Transform):
         if self.blocks != "auto":
             found = {region: found[region] for region in (_find(plain, found, name) for name in self.blocks)}
         if not found:
-            raise DynamizeError(
-                "channel_gates: the network has no private channels wide enough to be split, that is, channels that "
-                f"only convolutions after them read, at least two times {self.multiple} of them. "
-                "`dynamize inspect MODEL` lists them; a smaller `multiple` finds more."
-            )
+            raise DynamizeError(f"channel_gates: the network has no channels that can be split. {self._why(plain)}")
         with torch.random.fork_rng():  # initialising layers draws from the global generator
             torch.manual_seed(0)
             gates = gate_maker(self.gate, network.changing)
@@ -113,9 +111,30 @@ class ChannelGates(Transform):
             ordered.pop(next(iter(ordered)))
         return ordered
 
+    def _why(self, plain: fx.GraphModule) -> str:
+        """What stands in the way of a gate, in words."""
+        chains = private_chains(plain)
+        narrow = [chain for chain in chains if len(self._widths(chain)) < 2]
+        if narrow:
+            widest = max(narrow, key=lambda chain: chain.channels)
+            step = math.lcm(self.multiple, widest.together)
+            return (
+                f"Those that only convolutions behind them read are too few: {widest.channels} at `{widest.name}`, of "
+                f"which a multiple of {step} has to be left out. A smaller `multiple` finds more."
+            )
+        if chains:
+            return (
+                f"Only `{chains[0].name}` and the like have channels of their own, before the first or behind the last "
+                f"place to stand at, or with less than {_LEAST:.1%} of the MACs: `skip_gates` and `exits` may fit."
+            )
+        reasons = list(why_whole(plain).items())
+        few = "; ".join(f"those of `{name}`: {reason}" for name, reason in reasons[:_LISTED])
+        more = f"; and {len(reasons) - _LISTED} more" if len(reasons) > _LISTED else ""
+        return f"Only convolutions behind them may read them. {few}{more}. Use `skip_gates` or `exits`."
+
     def _widths(self, chain: Chain) -> list[int]:
         """Ascending widths of a chain, the last one whole."""
-        step = self.multiple
+        step = math.lcm(self.multiple, chain.together)
         wanted = {-(-chain.channels * m // (self.groups * step)) * step for m in range(1, self.groups + 1)}
         return sorted({min(width, chain.channels) for width in wanted})
 

@@ -4,18 +4,34 @@ They can be left out, sample by sample, without any other part of the network no
 (Lin et al. 2017) and slimmable networks narrow.
 """
 
-import copy
 import math
 import operator
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.nn import functional as F
-from torchvision.ops import StochasticDepth, stochastic_depth
+from torchvision.ops import StochasticDepth
+
+from dynamize.graph.channelwise import (
+    ACTIVATION_MODULES,
+    DROPOUTS,
+    PAD_MODULES,
+    POOL_MODULES,
+    POOLS,
+    PRODUCTS,
+    REDUCTIONS,
+    SHAPES,
+    SUMS,
+    is_drop_path,
+    is_elementwise,
+    is_one_channel,
+    is_per_channel_call,
+    is_scalar,
+    operator_name,
+)
+from dynamize.graph.slices import blocks_of, can_slice
 
 
 @dataclass(frozen=True)
@@ -27,10 +43,13 @@ class Chain:
         channels: how many there are.
         producers: paths of the modules whose output channels they are: the convolution, and the last layer of a
             squeeze-and-excitation that is multiplied into them.
-        per_channel: paths of modules on the way with parameters for each channel by itself: batch norms, depthwise
-            convolutions, PReLU.
+        per_channel: paths on the way of modules with parameters for each channel, or each group of them, by itself
+            (batch norms, depthwise and grouped convolutions, group norms, PReLU) and of single tensors with a value for
+            each channel.
         consumers: paths of the modules whose input channels they are.
         macs: MACs per image, at full width, of all of these: what shrinks with the width.
+        together: how many neighbouring channels only go together: those of a group, where a grouped convolution or
+            norm is among them. Behind a convolution with more outputs than inputs there are more of them.
     """
 
     name: str
@@ -39,14 +58,22 @@ class Chain:
     per_channel: tuple[str, ...]
     consumers: tuple[str, ...]
     macs: float
+    together: int = 1
+
+    @property
+    def units(self) -> int:
+        """How many parts can be left out by themselves: channels, or groups of them."""
+        return self.channels // self.together
 
 
 def private_chains(region: fx.GraphModule) -> list[Chain]:
     """All private chains of an annotated graph (`trace`, or `extract` from it) in order of execution.
 
     From a convolution (groups=1) the channels may run through anything that treats each by itself: batch norms,
-    activations, pooling, padding, dropout, depthwise convolutions, sums and products among themselves, and
-    multiplication by a gate computed from them. All readers must be convolutions with groups=1 or linear layers. Sums
+    activations, pooling, padding, dropout, depthwise convolutions, sums and products among themselves or with a
+    parameter for each, and multiplication by a gate computed from them. Through grouped convolutions and group norms
+    they run in whole groups, of which there have to be two. All readers must be convolutions with groups=1 or linear
+    layers. Sums
     with other channels, concatenations, permutations and whatever is not known end the search, and so do modules that
     the region calls twice or that share a parameter. Vectors, such as those inside of a squeeze-and-excitation, are
     left whole. A module is at most once a producer and at most once a consumer.
@@ -54,70 +81,37 @@ def private_chains(region: fx.GraphModule) -> list[Chain]:
     search = _Search(region)
     for node in region.graph.nodes:
         search.visit(node)
-    return [_chain(group) for group in search.groups if group.private and group.consumers and search.is_map(group)]
+    return [_chain(group) for group in search.groups if search.why_whole(group) is None]
+
+
+def why_whole(region: fx.GraphModule) -> dict[str, str]:
+    """Why the channels of a convolution (groups=1) are no private chain, in plain words, by the layer's path."""
+    search = _Search(region)
+    for node in region.graph.nodes:
+        search.visit(node)
+    found = [(group, search.why_whole(group)) for group in search.groups if search.is_map(group)]
+    return {str(min(group.producers).target): reason for group, reason in found if reason is not None}
 
 
 def _chain(group: "_Group") -> Chain:
     parts = [group.producers, group.per_channel, group.consumers]
     nodes = {node for part in parts for node in part}
     producers, per_channel, consumers = (tuple(str(node.target) for node in sorted(part)) for part in parts)
-    macs = sum(node.meta["macs"] for node in nodes)
-    return Chain(min(group.producers).name, group.channels, producers, per_channel, consumers, macs)
-
-
-_Op = Callable[..., Any]
-_ACTIVATIONS = (
-    *(
-        "relu",
-        "relu_",
-        "relu6",
-        "hardtanh",
-        "hardtanh_",
-        "sigmoid",
-        "sigmoid_",
-        "tanh",
-        "tanh_",
-        "silu",
-        "mish",
-        "gelu",
-    ),
-    *("hardswish", "hardsigmoid", "elu", "elu_", "selu", "selu_", "celu", "leaky_relu", "leaky_relu_", "softplus"),
-    *("softsign", "logsigmoid", "clamp", "clamp_", "abs", "exp", "neg", "square", "sqrt", "pow"),
-    *("contiguous", "clone", "float", "double", "half"),
-)
-_DROPOUTS = ("dropout", "alpha_dropout", "dropout1d", "dropout2d", "feature_alpha_dropout")
-_POOLS = ("max_pool2d", "avg_pool2d", "lp_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d")
-_REDUCTIONS = ("mean", "sum", "amax")
-_PRODUCTS = ("mul", "mul_", "imul")
-_SUMS = ("add", "add_", "iadd", "sub", "sub_", "isub", "div", "div_", "truediv", "itruediv")
-_SHAPES = ("flatten", "squeeze", "unsqueeze")
-_OTHERS = ("interpolate", "pad", "view", "reshape", "expand_as", "getitem")
-
-_FUNCTIONS: dict[_Op, str] = {
-    getattr(home, name): name
-    for home in (torch, F, operator)
-    for name in [*_ACTIVATIONS, *_DROPOUTS, *_POOLS, *_REDUCTIONS, *_PRODUCTS, *_SUMS, *_SHAPES, *_OTHERS]
-    if hasattr(home, name)
-} | {getattr: "getattr", stochastic_depth: "dropout"}
-
-_ACTIVATION_MODULES = (
-    *(nn.ReLU, nn.Hardtanh, nn.Sigmoid, nn.Tanh, nn.SiLU, nn.Mish, nn.Hardswish, nn.Hardsigmoid, nn.GELU, nn.ELU),
-    *(nn.SELU, nn.CELU, nn.LeakyReLU, nn.RReLU, nn.LogSigmoid, nn.Softplus, nn.Softsign, nn.Tanhshrink),
-    *(nn.Hardshrink, nn.Softshrink, nn.Threshold),
-)
-_POOL_MODULES = (nn.MaxPool2d, nn.AvgPool2d, nn.LPPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
-_PAD_MODULES = (nn.ConstantPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.CircularPad2d, nn.Upsample)
+    macs = sum(node.meta.get("macs", 0.0) for node in nodes)
+    first = min(group.producers)
+    channels = first.meta["shape"][1]
+    return Chain(first.name, channels, producers, per_channel, consumers, macs, channels // group.units)
 
 
 @dataclass(eq=False)
 class _Group:
-    """Channels that have to be kept or left out together."""
+    """Channels that have to be kept or left out together; ``units`` of them, or of blocks of neighbours, at will."""
 
-    channels: int
+    units: int
     producers: list[fx.Node]
     per_channel: list[fx.Node] = field(default_factory=list)
     consumers: list[fx.Node] = field(default_factory=list)
-    private: bool = True
+    seen_by: fx.Node | None = None  # the first node that is not understood
 
 
 class _Search:
@@ -131,16 +125,54 @@ class _Search:
         self.sizes: dict[fx.Node, _Group] = {}  # shapes of such tensors
         self.counts: dict[fx.Node, _Group] = {}  # numbers of channels taken from such a shape
         self.vectors: set[fx.Node] = set()  # pooled to 1 x 1, and what is computed from nothing else
+        self.constants: dict[fx.Node, set[fx.Node]] = {}  # computed from these tensors of the network only
         self.holders = Counter(id(tensor) for node in region.graph.nodes for tensor in self._tensors(node))
 
     def visit(self, node: fx.Node) -> None:
+        if self._is_constant(node):
+            sources = [self.constants[source] for source in node.all_input_nodes]
+            self.constants[node] = set().union(*sources) if sources else {node}
+            return
         if not self._understood(node):
             for source in node.all_input_nodes:
                 for table in (self.of, self.sizes, self.counts):
                     if source in table:
-                        table[source].private = False
+                        table[source].seen_by = table[source].seen_by or node
         if self._is_vector(node):
             self.vectors.add(node)
+
+    def why_whole(self, group: _Group) -> str | None:
+        """Why channels are no private chain; None if they are one."""
+        stranger = group.seen_by or self._stranger(group)
+        if stranger is not None:
+            return f"`{stranger.name}` ({self._kind(stranger)}) sees them, or shares its weights"
+        if group.units < 2:
+            mixing = [self._kind(node) for node in group.per_channel if self._is_one_block(node)]
+            return f"they go through groups that have no common border ({', '.join(mixing) or 'of several sizes'})"
+        return None if group.consumers and self.is_map(group) else "no layer behind them reads them alone"
+
+    def _stranger(self, group: _Group) -> fx.Node | None:
+        """Who else reads a tensor that has a value for each of the channels."""
+        waiting = [node for node in group.per_channel if node.op == "get_attr"]
+        while waiting:
+            for user in waiting.pop().users:
+                if user in self.constants:
+                    waiting.append(user)
+                elif self.of.get(user) is not group:
+                    return user
+        return None
+
+    def _kind(self, node: fx.Node) -> str:
+        return type(self._module(node)).__name__ if node.op == "call_module" else operator_name(node) or str(node.op)
+
+    def _is_one_block(self, node: fx.Node) -> bool:
+        return node.op == "call_module" and blocks_of(self._module(node), node.meta["shape"][1]) == 1
+
+    def _is_constant(self, node: fx.Node) -> bool:
+        sources = node.all_input_nodes
+        if node.op == "get_attr":
+            return isinstance(self._tensors(node)[0], torch.Tensor)
+        return bool(sources) and all(one in self.constants for one in sources) and is_elementwise(node)
 
     def is_map(self, group: _Group) -> bool:
         """Whether the channels begin at a convolution of a feature map."""
@@ -151,7 +183,7 @@ class _Search:
         if node.op == "call_module":
             return len(node.args) == 1 and not node.kwargs and self._layer(node, self._module(node))
         if node.op in ("call_function", "call_method") and node.args and "out" not in node.kwargs:
-            return self._operator(node, _name(node))
+            return self._operator(node, operator_name(node))
         return False
 
     def _module(self, node: fx.Node) -> nn.Module:
@@ -163,10 +195,10 @@ class _Search:
             return [*module.parameters(), *module.buffers()]
         return [operator.attrgetter(str(node.target))(self.region)] if node.op == "get_attr" else []
 
-    def _may_slice(self, node: fx.Node, role: str) -> bool:
+    def _may_slice(self, node: fx.Node, role: str, units: int) -> bool:
         only = all(self.holders[id(tensor)] == 1 for tensor in self._tensors(node))
         shape: Any = node.all_input_nodes[0].meta["shape"]
-        return only and _slices(self._module(node), role, shape)
+        return only and can_slice(self._module(node), role, units, shape)
 
     # modules
 
@@ -177,44 +209,52 @@ class _Search:
         group = self.of.get(source)
         if group is None:
             return False
-        if isinstance(module, (nn.Identity, nn.modules.dropout._DropoutNd, StochasticDepth)) or _is_drop_path(module):
+        if isinstance(module, (nn.Identity, nn.modules.dropout._DropoutNd, StochasticDepth)) or is_drop_path(module):
             return self._same(node, source)
         if source in self.blocked:
             return False
-        if _is_per_channel(module, group.channels):
-            group.per_channel.append(node)
-            return self._may_slice(node, "each") and self._carry(node, group)
+        blocks = blocks_of(module, source.meta["shape"][1])
+        if blocks is not None:
+            return self._in_blocks(node, group, blocks)
         if isinstance(module, nn.Flatten):
-            return self._reshape(node, source, group)
-        if isinstance(module, (*_POOL_MODULES, *_PAD_MODULES)):
-            return len(source.meta["shape"]) == 4 and self._carry(node, group)
-        return isinstance(module, (*_ACTIVATION_MODULES, nn.PReLU)) and self._carry(node, group)
+            return self._reshape(node, source)
+        if isinstance(module, (*POOL_MODULES, *PAD_MODULES)):
+            return len(source.meta["shape"]) == 4 and self._carry(node, source)
+        return isinstance(module, (*ACTIVATION_MODULES, nn.PReLU)) and self._carry(node, source)
+
+    def _in_blocks(self, node: fx.Node, group: _Group, blocks: int) -> bool:
+        """A layer whose channels come in blocks, each by itself: from now on they go in parts that hold whole ones."""
+        group.per_channel.append(node)
+        group.units = math.gcd(group.units, blocks)
+        self.of[node] = group
+        return group.units == 1 or self._may_slice(node, "each", blocks)
 
     def _mix(self, node: fx.Node, source: fx.Node, linear: bool) -> bool:
         """A layer in which every output channel is a sum over all input channels: old ones end, new ones begin."""
         group, shape = self.of.get(source), node.meta["shape"]
         vector = len(shape) == 2
-        if self._may_slice(node, "out") and shape[1] > 1 and (vector or not linear):
+        if shape[1] > 1 and (vector or not linear) and self._may_slice(node, "out", shape[1]):
             self.of[node] = _Group(shape[1], [node])
             self.groups.append(self.of[node])
         if group is None:
             return False
         group.consumers.append(node)
-        return self._may_slice(node, "in") and (vector if linear else source not in self.blocked)
+        inputs = source.meta["shape"][1]
+        return (vector if linear else source not in self.blocked) and self._may_slice(node, "in", inputs)
 
     # functions and methods
 
     def _operator(self, node: fx.Node, name: str) -> bool:
         source: Any = node.args[0]
-        if name in _PRODUCTS or name in _SUMS or name == "expand_as":
-            return self._combine(node, gate=name not in _SUMS)
+        if name in PRODUCTS or name in SUMS or name == "expand_as":
+            return self._combine(node, gate=name not in SUMS)
         if source in self.sizes and name == "getitem":
             return self._count(node, node.args[1], self.sizes[source], len(source.args[0].meta["shape"]))
         group = self.of.get(source)
         if group is None:
             return False
-        alone = node.all_input_nodes == [source]
-        if name in _DROPOUTS:
+        alone = all(one is source or is_scalar(one) for one in node.all_input_nodes)
+        if name in DROPOUTS:
             return alone and self._same(node, source)
         if source in self.blocked:
             return False
@@ -227,15 +267,15 @@ class _Search:
         if name == "size" or (name == "getattr" and node.args[1] == "shape"):
             self.sizes[node] = group
             return True
-        if name in _SHAPES:
-            return self._reshape(node, source, group)
-        return _is_per_channel_call(node, name, source.meta["shape"]) and self._carry(node, group)
+        if name in SHAPES:
+            return self._reshape(node, source)
+        return is_per_channel_call(node, name, source.meta["shape"]) and self._carry(node, source)
 
-    def _carry(self, node: fx.Node, group: _Group) -> bool:
+    def _carry(self, node: fx.Node, source: fx.Node) -> bool:
         shape = node.meta["shape"]
-        if shape is None or shape[:2] != (1, group.channels):
+        if shape is None or shape[:2] != (1, source.meta["shape"][1]):
             return False
-        self.of[node] = group
+        self.of[node] = self.of[source]
         return True
 
     def _same(self, node: fx.Node, source: fx.Node) -> bool:
@@ -244,17 +284,13 @@ class _Search:
             self.blocked.add(node)
         return True
 
-    def _reshape(self, node: fx.Node, source: fx.Node, group: _Group) -> bool:
-        shape = node.meta["shape"]
-        if (
-            len(source.meta["shape"]) > 2
-            and shape == (1, math.prod(source.meta["shape"]))
-            and shape[1] > group.channels
-        ):
-            self.of[node] = group
+    def _reshape(self, node: fx.Node, source: fx.Node) -> bool:
+        shape, before = node.meta["shape"], source.meta["shape"]
+        if len(before) > 2 and shape == (1, math.prod(before)) and shape[1] > before[1]:
+            self.of[node] = self.of[source]
             self.blocked.add(node)
             return True
-        return self._carry(node, group)
+        return self._carry(node, source)
 
     def _view(self, node: fx.Node, source: fx.Node, group: _Group) -> bool:
         """Only with the number of channels left open or read from the tensor: a constant would stay as it is."""
@@ -265,10 +301,9 @@ class _Search:
             wanted = self.counts.get(sizes[1])
             if wanted is None or (wanted is not group and not self._join(wanted, group, source)):
                 return False
-            group = wanted
         elif sizes[1] != -1:
             return False
-        return self._reshape(node, source, group)
+        return self._reshape(node, source)
 
     def _count(self, node: fx.Node, index: Any, group: _Group, dimensions: int) -> bool:
         if isinstance(index, slice):
@@ -285,14 +320,31 @@ class _Search:
         carriers = [one for one in tensors if one in self.of]
         for other in tensors:
             first = carriers[0] if carriers else other
-            if other is first or _is_one_channel(other, first):
+            if other is first or is_one_channel(other, first):
                 continue
-            if other not in self.of or len(other.meta["shape"]) != len(first.meta["shape"]):
+            if other in self.constants:
+                if not carriers or not self._adopt(other, first):
+                    return False
+                continue
+            if other not in self.of or other.meta["shape"][:2] != first.meta["shape"][:2]:
+                return False
+            if len(other.meta["shape"]) != len(first.meta["shape"]):
                 return False
             one, two = self.of[first], self.of[other]
             if one is not two and not (gate and (self._join(one, two, other) or self._join(two, one, first))):
                 return False
-        return bool(carriers) and self._carry(node, self.of[carriers[0]])
+        return bool(carriers) and self._carry(node, carriers[0])
+
+    def _adopt(self, constant: fx.Node, carrier: fx.Node) -> bool:
+        """A value for each channel, computed from tensors that have one each: they belong to the channels."""
+        group, shape = self.of[carrier], carrier.meta["shape"]
+        aligned = (1,) * (len(shape) - len(constant.meta["shape"])) + constant.meta["shape"]
+        if len(aligned) != len(shape) or aligned[1] != shape[1] or math.prod(aligned) != shape[1]:
+            return False
+        leaves = [leaf for leaf in self.constants[constant] if math.prod(leaf.meta["shape"]) > 1]
+        group.per_channel += [leaf for leaf in leaves if leaf not in group.per_channel]
+        single = all(math.prod(leaf.meta["shape"]) == max(leaf.meta["shape"]) == shape[1] for leaf in leaves)
+        return single and all(self.holders[id(tensor)] == 1 for leaf in leaves for tensor in self._tensors(leaf))
 
     def _join(self, group: _Group, other: _Group, value: fx.Node) -> bool:
         """Make the channels of ``other`` those of ``group`` if ``value``, which carries them, is computed from it."""
@@ -301,12 +353,13 @@ class _Search:
             new = set(stack.pop().all_input_nodes) - seen
             seen |= new
             stack.extend(new)
-        if not stack or group.channels != other.channels:
+        if not stack:
             return False
+        group.units = math.gcd(group.units, other.units)
         group.producers += other.producers
         group.per_channel += other.per_channel
         group.consumers += other.consumers
-        group.private &= other.private
+        group.seen_by = group.seen_by or other.seen_by
         self.groups.remove(other)
         for table in (self.of, self.sizes, self.counts):
             table.update({node: group for node, held in table.items() if held is other})
@@ -317,84 +370,7 @@ class _Search:
         if not shape or len(shape) < 2 or math.prod(shape[2:]) > 1 or node.op in ("placeholder", "get_attr"):
             return False
         module = self._module(node) if node.op == "call_module" else None
-        if isinstance(module, _POOL_MODULES) or _name(node) in (*_POOLS, *_REDUCTIONS):
+        if isinstance(module, POOL_MODULES) or operator_name(node) in (*POOLS, *REDUCTIONS):
             return True
         sources = [one for one in node.all_input_nodes if one.meta["shape"] and one.op != "get_attr"]
         return bool(sources) and all(one in self.vectors for one in sources)
-
-
-def _name(node: fx.Node) -> str:
-    """Of a known operator; a method is called like the function."""
-    if node.op == "call_method":
-        return str(node.target)
-    return _FUNCTIONS.get(node.target, "") if callable(node.target) else ""
-
-
-def _is_drop_path(module: nn.Module) -> bool:
-    return "DropPath" in type(module).__name__
-
-
-def _is_per_channel(module: nn.Module, channels: int) -> bool:
-    """Whether it has parameters or statistics for each channel by itself."""
-    if isinstance(module, nn.Conv2d):
-        return module.groups == module.in_channels == module.out_channels
-    several = isinstance(module, nn.PReLU) and module.num_parameters == channels
-    return several or isinstance(module, nn.modules.batchnorm._BatchNorm)
-
-
-def _is_per_channel_call(node: fx.Node, name: str, shape: tuple[int, ...]) -> bool:
-    if name in _ACTIVATIONS:
-        return True
-    if name in _POOLS or name == "interpolate":
-        return len(shape) == 4
-    argument: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("pad" if name == "pad" else "dim")
-    if name == "pad":
-        return isinstance(argument, (tuple, list)) and len(argument) <= 2 * (len(shape) - 2)
-    if name in _REDUCTIONS:
-        dimensions = argument if isinstance(argument, (tuple, list)) else [argument]
-        return all(isinstance(one, int) and one % len(shape) > 1 for one in dimensions)
-    if name == "getitem" and isinstance(argument, tuple):
-        everything = (slice(None), None, Ellipsis)
-        return argument[:2] == (slice(None), slice(None)) and all(one in everything for one in argument)
-    return False
-
-
-def _is_one_channel(value: fx.Node, carrier: fx.Node) -> bool:
-    """Whether a value is the same for all channels of the carrier."""
-    shape, wanted = value.meta["shape"], carrier.meta["shape"]
-    if value.op == "get_attr":
-        return math.prod(shape) == 1
-    return shape == () or (len(shape) == len(wanted) and shape[1] == 1)
-
-
-_PLAIN = (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.PReLU)
-_TENSORS = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
-
-
-def _slices(module: nn.Module, role: str, shape: tuple[int, ...]) -> bool:
-    """Whether leaving out input channels ("in"), output channels ("out") or both ("each") leaves the others alone.
-
-    Subclasses are tried out: one that standardises its weights, as in timm's BiT, mixes what it is given.
-    """
-    names = {name for name, _ in [*module.named_parameters(), *module.named_buffers()]}
-    return names <= _TENSORS and (type(module) in _PLAIN or _tried(module, role, shape))
-
-
-@torch.no_grad()
-def _tried(module: nn.Module, role: str, shape: tuple[int, ...]) -> bool:
-    generator = torch.Generator().manual_seed(0)
-    whole = copy.deepcopy(module).cpu().float().eval()
-    for parameter in whole.parameters():
-        parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    part, images = copy.deepcopy(whole), torch.randn(shape, generator=generator)
-    fewer = images.clone()
-    fewer[:, shape[1] // 2 :] = 0
-    for parameter in part.parameters():
-        if role == "in" and parameter.ndim > 1:
-            parameter[:, shape[1] // 2 :] = 0
-        elif role != "in":
-            parameter[len(parameter) // 2 :] = 0
-    wanted = whole(fewer if role == "in" else images.clone())
-    found = part(fewer if role == "each" else images)
-    kept = None if role == "in" else wanted.shape[1] // 2
-    return torch.allclose(found[:, :kept], wanted[:, :kept], rtol=0, atol=1e-4 * float(wanted.abs().max()))

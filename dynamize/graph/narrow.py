@@ -4,56 +4,62 @@ The channels that stay are always a prefix, so that a narrower layer is a slice 
 """
 
 import copy
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from dynamize.errors import DynamizeError, closest
 from dynamize.graph.chains import Chain, private_chains
 from dynamize.graph.macs import counting_macs
 from dynamize.graph.nodes import placeholder
+from dynamize.graph.slices import held, keep_first, scale_of, taken
 from dynamize.graph.trace import blank
 
 
 def importance(region: fx.GraphModule, chain: Chain) -> Tensor:
-    """How much each channel is worth, (channels,) in float64.
+    """How much each unit of the chain is worth, (units,) in float64: a channel, or those that go together.
 
-    The L2 norm of all weights that read it, times the magnitude of the last batch norm's scale as in Network Slimming
-    (Liu et al. 2017, section 3); where the chain has no batch norm with a scale, times the norm of the producer's
-    filter.
+    The L2 norm of all weights that read it, times the magnitude of the last norm's scale as in Network Slimming (Liu
+    et al. 2017, section 3); where the chain has no norm with a scale, times the norm of the producer's filter.
     """
-    squares = torch.zeros(chain.channels, dtype=torch.float64)
+    squares = torch.zeros(chain.units, dtype=torch.float64)
     for target in chain.consumers:
-        weight = region.get_parameter(f"{target}.weight").detach().cpu().double()
-        blocks = weight.reshape(len(weight), chain.channels, -1)
-        squares += blocks.square().sum((0, 2))
-    norms = [region.get_submodule(target) for target in chain.per_channel]
-    scales = [norm.weight for norm in norms if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.affine]
-    if scales:
-        strength = scales[-1].detach().cpu().double().abs()
-    else:
-        filters = region.get_parameter(f"{chain.producers[0]}.weight").detach().cpu().double()
-        strength = filters.flatten(1).norm(dim=1)
-    return squares.sqrt() * strength
+        weight = _double(region.get_parameter(f"{target}.weight"))
+        squares += weight.unflatten(1, (chain.units, -1)).square().flatten(2).sum((0, 2))
+    norms = [region.get_submodule(target) for target in chain.per_channel if _is_module(region, target)]
+    scales = [scale for norm in norms if (scale := scale_of(norm)) is not None]
+    strengths = scales[-1] if scales else region.get_parameter(f"{chain.producers[0]}.weight").flatten(1)
+    return squares.sqrt() * _double(strengths).unflatten(0, (chain.units, -1)).flatten(1).norm(dim=1)
+
+
+def _double(values: Tensor) -> Tensor:
+    return values.detach().cpu().double()
+
+
+def _is_module(region: fx.GraphModule, target: str) -> bool:
+    return target in dict(region.named_modules())
 
 
 def reorder(region: fx.GraphModule, chain: Chain, order: Tensor | Sequence[int]) -> None:
-    """Sort the channels in place: channel i becomes what ``order[i]`` was. The region's output stays the same.
+    """Sort the units of a chain in place: unit i becomes what ``order[i]`` was. The region's output stays the same.
 
     Raises:
-        DynamizeError: ``order`` does not have each channel once. Nothing was changed.
+        DynamizeError: ``order`` does not have each unit once. Nothing was changed.
     """
     index = torch.as_tensor(order)
-    if sorted(index.tolist()) != list(range(chain.channels)):
+    if sorted(index.tolist()) != list(range(chain.units)):
         raise DynamizeError(
-            f"the order for `{chain.name}` does not name each of its {chain.channels} channels once: "
+            f"the order for `{chain.name}` does not name each of its {chain.units} "
+            f"{'channels' if chain.together == 1 else 'groups of channels'} once: "
             "give a permutation such as importance(region, chain).argsort(descending=True)."
         )
     with torch.no_grad():
-        for module, role in _layers(region, chain):
-            for name, chosen in _chosen(module, role, chain.channels, index).items():
-                getattr(module, name).copy_(chosen)
+        for target, role in _layers(chain):
+            for holder, name, dim in held(region, target, role):
+                tensor = getattr(holder, name)
+                tensor.copy_(taken(tensor, dim, chain.units, index))
 
 
 def narrow(region: fx.GraphModule, widths: Mapping[str, int]) -> fx.GraphModule:
@@ -63,18 +69,19 @@ def narrow(region: fx.GraphModule, widths: Mapping[str, int]) -> fx.GraphModule:
     memory with the region, and its nodes are annotated with its own shapes and MACs.
 
     Args:
-        widths: how many channels remain, by the names of `private_chains`.
+        widths: how many channels remain, by the names of `private_chains`; where channels go together, a multiple.
 
     Raises:
-        DynamizeError: a name is no private chain of the region, or its width is not from 1 to its channels.
+        DynamizeError: a name is no private chain of the region, or it cannot have this width.
     """
     chains = {chain.name: chain for chain in private_chains(region)}
     for name, width in widths.items():
         _check(name, width, chains)
     narrowed = copy.deepcopy(region)
     for name, width in widths.items():
-        for module, role in _layers(narrowed, chains[name]):
-            _keep(module, role, chains[name].channels, width)
+        chain = chains[name]
+        for target, role in _layers(chain):
+            keep_first(narrowed, target, role, chain.units, width // chain.together)
     _annotate(narrowed)
     return narrowed
 
@@ -89,15 +96,17 @@ def mask_points(region: fx.GraphModule, chains: Sequence[Chain]) -> dict[str, tu
     nodes = {str(node.target): node for node in region.graph.nodes if node.op == "call_module"}
     points: dict[str, tuple[str, ...]] = {}
     for chain in chains:
-        read = {_unflattened(nodes[target].all_input_nodes[0], chain.channels) for target in chain.consumers}
+        read = {_unflattened(nodes[target].all_input_nodes[0], chain) for target in chain.consumers}
         points[chain.name] = tuple(node.name for node in sorted(read))
     return points
 
 
-def _unflattened(node: fx.Node, channels: int) -> fx.Node:
-    while node.meta["shape"][1] != channels:
+def _unflattened(read: fx.Node, chain: Chain) -> fx.Node:
+    """The feature map that was flattened to what a linear layer reads, or what is read itself."""
+    node = read
+    while len(node.meta["shape"]) == 2 and node.target not in chain.producers:
         node = node.all_input_nodes[0]
-    return node
+    return node if len(node.meta["shape"]) > 2 and math.prod(node.meta["shape"][2:]) > 1 else read
 
 
 def _check(name: str, width: int, chains: Mapping[str, Chain]) -> None:
@@ -110,46 +119,17 @@ def _check(name: str, width: int, chains: Mapping[str, Chain]) -> None:
         raise DynamizeError(
             f"`{name}` cannot keep {width!r} channels: give a whole number from 1 to {chains[name].channels}."
         )
+    if width % chains[name].together:
+        raise DynamizeError(
+            f"`{name}` cannot keep {width} channels: they go in groups, so give a multiple of {chains[name].together}."
+        )
 
 
-def _layers(region: fx.GraphModule, chain: Chain) -> Iterator[tuple[nn.Module, str]]:
+def _layers(chain: Chain) -> Iterator[tuple[str, str]]:
     """Every layer with parameters for these channels, and on which side: "out", "each" or "in"."""
     for targets, role in ((chain.producers, "out"), (chain.per_channel, "each"), (chain.consumers, "in")):
         for target in targets:
-            yield region.get_submodule(target), role
-
-
-def _chosen(module: nn.Module, role: str, channels: int, index: Tensor) -> dict[str, Tensor]:
-    """Copies of a layer's parameters and statistics for the channels of this index only."""
-    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    if role == "in":
-        weight = tensors["weight"]
-        blocks = weight.unflatten(1, (channels, -1))  # several columns for each channel behind a flattened map
-        return {"weight": blocks.index_select(1, index.to(weight.device)).flatten(1, 2).contiguous()}
-    return {
-        name: tensor.index_select(0, index.to(tensor.device)).contiguous()
-        for name, tensor in tensors.items()
-        if tensor.ndim
-    }
-
-
-_SIZES = {
-    "out": ("out_channels", "out_features"),
-    "in": ("in_channels", "in_features"),
-    "each": ("in_channels", "out_channels", "groups", "num_features", "num_parameters"),
-}
-
-
-@torch.no_grad()
-def _keep(module: nn.Module, role: str, channels: int, width: int) -> None:
-    chosen = _chosen(module, role, channels, torch.arange(width))
-    for name, tensor in chosen.items():
-        old = getattr(module, name)
-        setattr(module, name, nn.Parameter(tensor, old.requires_grad) if isinstance(old, nn.Parameter) else tensor)
-    size = chosen["weight"].shape[1] if role == "in" else width
-    for name in _SIZES[role]:
-        if hasattr(module, name):
-            setattr(module, name, size)
+            yield target, role
 
 
 class _Measure(fx.Interpreter):

@@ -45,8 +45,9 @@ class ChannelUnit(Unit):
         self.widths = {name: tuple(each) for name, each in widths.items()}
         self._masked = (masked(region, list(self.widths)),)
         self._narrowed: tuple[_Narrowed, ...] | None = None
-        for index, each in enumerate(self.widths.values()):
-            kept = torch.arange(each[-1]) < torch.tensor(each)[:, None]
+        together = {chain.name: chain.together for chain in private_chains(region)}
+        for index, (name, each) in enumerate(self.widths.items()):
+            kept = torch.arange(0, each[-1], together[name]) < torch.tensor(each)[:, None]
             self.register_buffer(f"masks_{index}", kept.float(), persistent=False)
 
     def __getstate__(self) -> dict[str, object]:
@@ -103,7 +104,7 @@ class ChannelUnit(Unit):
         return self.get_buffer(name)[path]
 
     def masks(self, shares_NP: Tensor) -> list[Tensor]:
-        """What the channels of each chain are multiplied by, (N, channels) each."""
+        """What the units of each chain are multiplied by, (N, units) each."""
         return [shares_NP @ self.get_buffer(f"masks_{index}") for index in range(len(self.widths))]
 
     def blend(self, features_NCHW: Tensor, shares_NP: Tensor) -> Tensor:
@@ -159,7 +160,7 @@ def _running(region: nn.Module) -> list[str]:
 
 
 def masked(region: fx.GraphModule, chains: Sequence[str]) -> fx.GraphModule:
-    """The region with a further input (N, channels) for each named chain, multiplied in where the chain is read.
+    """The region with a further input (N, units) for each named chain, multiplied in where the chain is read.
 
     It shares its modules with the region.
     """
@@ -168,6 +169,7 @@ def masked(region: fx.GraphModule, chains: Sequence[str]) -> fx.GraphModule:
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     masks: dict[str, fx.Node] = {}
+    units = {chain.name: chain.units for chain in found}
     at = {node: name for name, nodes in points.items() for node in nodes}
     for node in region.graph.nodes:
         if node.op == "output":
@@ -178,6 +180,9 @@ def masked(region: fx.GraphModule, chains: Sequence[str]) -> fx.GraphModule:
             masks = {name: graph.placeholder(f"mask_{index}") for index, name in enumerate(chains)}
         elif node.name in at:
             mask = masks[at[node.name]]
+            together = node.meta["shape"][1] // units[at[node.name]]
+            if together > 1:
+                mask = graph.call_method("repeat_interleave", (mask, together, 1))
             for _ in range(len(node.meta["shape"]) - 2):
                 mask = graph.call_method("unsqueeze", (mask, -1))
             copies[node] = graph.call_method("mul", (copies[node], mask))

@@ -8,8 +8,9 @@ from networks import randomise_norms, torchvision_network
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import vgg
+from torchvision.ops import FrozenBatchNorm2d
 
-from dynamize.graph.chains import Chain, private_chains
+from dynamize.graph.chains import Chain, private_chains, why_whole
 from dynamize.graph.cuts import cut_points
 from dynamize.graph.extract import extract
 from dynamize.graph.trace import trace
@@ -31,6 +32,17 @@ class Net(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.body(self, x)
         return self.last(x.mean((2, 3)) if self.pooled else x)
+
+
+class Affine(nn.Module):
+    """A scale and a shift of each channel by itself, as parameters that no layer holds."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.scale, self.shift = nn.Parameter(torch.rand(shape) + 0.5), nn.Parameter(torch.rand(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale + self.shift
 
 
 def conv(inputs: int, outputs: int, size: int = 1, **more: int) -> nn.Conv2d:
@@ -197,13 +209,13 @@ def test_channels_that_something_else_sees_are_not_private(forward: Callable) ->
 @pytest.mark.parametrize(
     "between",
     [
-        nn.GroupNorm(2, 6),
+        nn.GroupNorm(1, 6),
+        nn.Sequential(nn.GroupNorm(2, 6), nn.GroupNorm(3, 6)),
         nn.Softmax(1),
-        conv(6, 6, groups=2),
-        nn.Conv2d(6, 12, 1, groups=6),
         nn.ConvTranspose2d(6, 6, 1),
-        nn.InstanceNorm2d(6),
+        nn.LocalResponseNorm(2),
         nn.Softmax2d(),
+        nn.ChannelShuffle(2),
     ],
     ids=repr,
 )
@@ -211,6 +223,50 @@ def test_layers_that_mix_channels_end_a_chain(between: nn.Module) -> None:
     net = Net(lambda n, x: n.b(n.between(n.a(x))).sin(), 5, a=conv(3, 6), between=between, b=nn.LazyConv2d(5, 1))
     net(torch.zeros(1, *SHAPE))
     assert chains(net) == []
+
+
+@pytest.mark.parametrize(
+    ("between", "together"),
+    [
+        (nn.GroupNorm(2, 6), 3),
+        (nn.GroupNorm(3, 6, affine=False), 2),
+        (conv(6, 6, 3, groups=2), 3),
+        (nn.Conv2d(6, 12, 1, groups=6), 1),
+        (nn.Conv2d(6, 3, 1, groups=3), 2),
+        (nn.Sequential(conv(6, 6, groups=6), nn.GroupNorm(3, 6), nn.Conv2d(6, 6, 1, groups=3)), 2),
+        (nn.InstanceNorm2d(6), 1),
+        (nn.InstanceNorm2d(6, affine=True, track_running_stats=True), 1),
+        (Affine((6, 1, 1)), 1),
+        (Affine((1, 6, 1, 1)), 1),
+        (FrozenBatchNorm2d(6), 1),
+    ],
+    ids=repr,
+)
+def test_channels_go_together_where_layers_group_them(between: nn.Module, together: int) -> None:
+    net = Net(lambda n, x: n.b(n.between(n.a(x))).sin(), 5, a=conv(3, 6), between=between, b=nn.LazyConv2d(5, 1))
+    net(torch.zeros(1, *SHAPE))
+    (chain,) = chains(net)
+    assert (chain.name, chain.channels, chain.together) == ("a", 6, together)
+
+
+def test_a_parameter_that_others_read_too_ends_a_chain() -> None:
+    def forward(n: Net, x: Tensor) -> Tensor:
+        return n.b(n.between(n.a(x))).sin() + n.between.scale.sum()
+
+    assert chains(Net(forward, 5, a=conv(3, 6), between=Affine((6, 1, 1)), b=conv(6, 5))) == []
+
+
+@pytest.mark.parametrize(
+    ("between", "reason"),
+    [
+        (nn.Softmax2d(), "`between` (Softmax2d) sees them"),
+        (nn.GroupNorm(1, 6), "no common border (GroupNorm)"),
+    ],
+    ids=repr,
+)
+def test_why_channels_are_no_chain(between: nn.Module, reason: str) -> None:
+    net = Net(lambda n, x: n.b(n.between(n.a(x))).sin(), 5, a=conv(3, 6), between=between, b=conv(6, 5))
+    assert reason in why_whole(trace(net, SHAPE))["a"]
 
 
 def test_a_tied_weight_is_left_alone() -> None:
@@ -292,7 +348,8 @@ COUNTS = {
     "squeezenet1_1": 9,  # the stem and 8 squeezes with two readers each
     "googlenet": 21,  # 3 of the stem, 2 in each of 9 modules
     "densenet121": 58,  # the bottleneck of each layer
-    "regnet_y_400mf": 1,  # grouped convolutions, and a stem that two convolutions read
+    "regnet_y_400mf": 17,  # one in each block, through its grouped convolution, and the stem
+    "resnext50_32x4d": 17,  # likewise
     "shufflenet_v2_x0_5": 18,  # 16 units, the stem and the head
     "convnext_tiny": 0,  # layer norms see all channels
     "inception_v3": 50,  # 5 of the stem, 3 * 3 (A), 2 (B), 4 * 6 (C), 4 (D), 2 * 3 (E)

@@ -6,9 +6,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from networks import close, randomise_norms, torchvision_network
-from test_chains import SHAPE, SQUEEZES, Net, conv, small_vgg
+from test_chains import SHAPE, SQUEEZES, Affine, Net, conv, small_vgg
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torchvision.ops import FrozenBatchNorm2d
 
 from dynamize.errors import DynamizeError
 from dynamize.graph.chains import private_chains
@@ -29,7 +30,8 @@ def masked(region: fx.GraphModule, widths: dict[str, int]) -> fx.GraphModule:
     for chain in chains:
         for i, point in enumerate(points[chain.name]):
             node = nodes[point]
-            mask = (torch.arange(chain.channels) < widths[chain.name]).float()
+            mask = (torch.arange(chain.units) < widths[chain.name] // chain.together).float()
+            mask = mask.repeat_interleave(node.meta["shape"][1] // chain.units)
             name = f"mask_{chain.name}_{i}"
             region.register_buffer(name, mask.reshape(1, -1, *[1] * (len(node.meta["shape"]) - 2)))
             with region.graph.inserting_after(node):
@@ -52,12 +54,12 @@ def assert_narrow_is_masked(region: fx.GraphModule, shape: tuple[int, ...], widt
 
 
 def halves(region: fx.GraphModule) -> dict[str, int]:
-    return {chain.name: chain.channels // 2 for chain in private_chains(region)}
+    return {chain.name: chain.units // 2 * chain.together for chain in private_chains(region)}
 
 
 def shuffled(region: fx.GraphModule) -> None:
     for chain in private_chains(region):
-        reorder(region, chain, torch.randperm(chain.channels))
+        reorder(region, chain, torch.randperm(chain.units))
 
 
 def alter_norms(network: nn.Module) -> fx.GraphModule:
@@ -90,13 +92,56 @@ def flattened() -> Net:
     return Net(forward, 6 * 4, pooled=False, a=conv(3, 6), norm=nn.BatchNorm2d(6), dropout=nn.Dropout())
 
 
-@pytest.mark.parametrize("network", [plain, separable, flattened])
+def grouped() -> Net:
+    """A grouped convolution with half as many outputs and one with twice as many, and norms of groups."""
+
+    def forward(n: Net, x: Tensor) -> Tensor:
+        x = F.relu(n.norm1(n.a(x)))
+        x = F.relu(n.norm2(n.group1(x)))
+        return n.b(n.affine(n.frozen(n.norm3(n.group2(x)))))
+
+    layers = {"norm1": nn.BatchNorm2d(16), "norm2": nn.GroupNorm(4, 8), "norm3": nn.InstanceNorm2d(16, affine=True)}
+    layers |= {"group1": conv(16, 8, 3, groups=8), "group2": conv(8, 16, 3, groups=4), "b": conv(16, 5)}
+    return Net(forward, 5, a=conv(3, 16), affine=Affine((16, 1, 1)), frozen=FrozenBatchNorm2d(16), **layers)
+
+
+@pytest.mark.parametrize("network", [plain, separable, flattened, grouped])
 def test_narrowed_is_masked_behind_norms_with_biases(network: Callable) -> None:
     region = alter_norms(network())
     widths = halves(region)
     assert_narrow_is_masked(region, SHAPE, widths)
-    for name in widths:
-        assert_narrow_is_masked(region, SHAPE, {name: 1})
+    for chain in private_chains(region):
+        assert_narrow_is_masked(region, SHAPE, {chain.name: chain.together})
+
+
+def test_groups_go_whole() -> None:
+    region = alter_norms(grouped())
+    narrowed = narrow(region, {"a": 4})
+    assert repr(narrowed.a) == repr(conv(3, 4))
+    assert repr(narrowed.norm1) == repr(nn.BatchNorm2d(4))
+    assert repr(narrowed.group1) == repr(conv(4, 2, 3, groups=2))
+    assert repr(narrowed.norm2) == repr(nn.GroupNorm(1, 2))
+    assert repr(narrowed.group2) == repr(conv(2, 4, 3))
+    assert repr(narrowed.b) == repr(conv(4, 5))
+    assert [chain.channels for chain in private_chains(narrowed)] == [4, 5]
+    with pytest.raises(DynamizeError, match="they go in groups, so give a multiple of 4"):
+        narrow(region, {"a": 6})
+
+
+@pytest.mark.parametrize("side", [1, 2])
+def test_a_square_layer_behind_a_flattened_map_is_masked_by_itself(side: int) -> None:
+    width = 6 * side * side
+    region = trace(
+        Net(
+            lambda n, x: F.relu(n.square(F.adaptive_avg_pool2d(n.a(x), side).flatten(1))),
+            width,
+            pooled=False,
+            a=conv(3, 6),
+            square=nn.Linear(width, width),
+        ),
+        SHAPE,
+    )
+    assert_narrow_is_masked(region, SHAPE, {"a": 2})
 
 
 @pytest.mark.parametrize(("forward", "layer"), SQUEEZES)
@@ -109,7 +154,7 @@ def test_narrowed_is_masked_around_squeeze_and_excitation(forward: Callable, lay
     assert [tuple(narrowed.get_parameter(f"{name}.weight").shape[:2]) for name in ("fc1", "fc2")] == [(2, 3), (3, 2)]
 
 
-@pytest.mark.parametrize("network", [plain, separable, flattened])
+@pytest.mark.parametrize("network", [plain, separable, flattened, grouped])
 def test_reordering_changes_nothing(network: Callable) -> None:
     region = alter_norms(network())
     images = torch.randn(4, *SHAPE)
@@ -205,7 +250,16 @@ def test_orders_that_lose_a_channel_are_refused(order: list[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["resnet18", "mobilenet_v3_small", "efficientnet_b0", "shufflenet_v2_x0_5", "squeezenet1_1", "googlenet"]
+    "name",
+    [
+        "resnet18",
+        "mobilenet_v3_small",
+        "efficientnet_b0",
+        "shufflenet_v2_x0_5",
+        "squeezenet1_1",
+        "googlenet",
+        "regnet_y_400mf",
+    ],
 )
 def test_torchvision_networks(name: str) -> None:
     region = trace(torchvision_network(name), (3, 64, 64))
