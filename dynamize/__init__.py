@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from dynamize.artifact import load as load
     from dynamize.artifact import save as save
     from dynamize.calibration.offsets import calibrate as calibrate
+    from dynamize.calibration.predictions import PredictionTable as PredictionTable
     from dynamize.conversion import convert as convert
     from dynamize.errors import DynamizeError as DynamizeError
     from dynamize.nn.network import DynamicNetwork as DynamicNetwork
@@ -49,6 +50,7 @@ _HOMES = {
     "FuseGates": "transforms",
     "HybridGates": "transforms",
     "MultiExitLoss": "training.objectives",
+    "PredictionTable": "calibration.predictions",
     "Prune": "transforms",
     "QGates": "transforms",
     "Quantize": "transforms",

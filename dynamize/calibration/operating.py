@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, RootModel, model_validator
 
@@ -15,13 +15,30 @@ _MOST_RATIO = 2.0  # with all heads and gates on top, a network costs more than 
 Pair = tuple[float, float]
 
 
+class Certificate(BaseModel):
+    """What holds with confidence ``certain`` over draws of the ``images`` it was tested on: the limit that is given.
+
+    ``max_drop`` is a fraction, ``macs`` and ``latency_ms`` a mean per image.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    max_drop: float | None = None
+    macs: float | None = None
+    latency_ms: float | None = None
+    certain: float = Field(gt=0, lt=1)
+    images: int = Field(gt=0)
+
+
 class OperatingPoint(BaseModel):
     """One setting: a threshold for each decision at which images leave (None = off; score >= threshold leaves), and the
     offset of all others.
 
     Expected values are cross-fitted on calibration images; each interval is where the value of a fresh set
     of as many images falls with 95 % probability. Accuracies and drops are fractions, macs per image,
-    latency in ms per image without the machine's own noise; exits are the expected shares (K,).
+    latency in ms per image without the machine's own noise; exits are the expected shares (K,). labels: "none" where
+    the images had none: accuracy is agreement with the original network then, and accuracy_drop disagreement, which
+    the drop cannot exceed. certified: what was tested to hold besides, if anything was.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -39,6 +56,8 @@ class OperatingPoint(BaseModel):
     latency_ms: float | None = None
     latency_ci: Pair | None = None
     exits: list[float]
+    labels: Literal["given", "none"] = "given"
+    certified: Certificate | None = None
 
     @model_validator(mode="before")
     @classmethod

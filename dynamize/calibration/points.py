@@ -38,7 +38,12 @@ def point_for(table: ConfidenceTable, name: str, solve: Solve, folds: int = FOLD
 
 
 def point_for_budget(
-    table: ConfidenceTable, budget: float, measure: str = "macs", name: str | None = None, seed: int = 0
+    table: ConfidenceTable,
+    budget: float,
+    measure: str = "macs",
+    name: str | None = None,
+    seed: int = 0,
+    folds: int = FOLDS,
 ) -> OperatingPoint:
     """The most accurate point whose cross-fitted mean cost per image does not exceed the budget.
 
@@ -48,7 +53,7 @@ def point_for_budget(
     cheapest = float(table.cost(measure).min())
     fitted = budget
     for tightening in range(TIGHTENINGS + 1):
-        thresholds, fit = _fit(table, fitted, measure, seed)
+        thresholds, fit = _fit(table, fitted, measure, folds, seed)
         excess = float(fit.costs[measure].mean()) - budget
         if excess <= budget * (SLACK - 1):
             break
@@ -57,7 +62,12 @@ def point_for_budget(
 
 
 def point_for_drop(
-    table: ConfidenceTable, max_drop: float, measure: str = "macs", name: str | None = None, seed: int = 0
+    table: ConfidenceTable,
+    max_drop: float,
+    measure: str = "macs",
+    name: str | None = None,
+    seed: int = 0,
+    folds: int = FOLDS,
 ) -> OperatingPoint:
     """The cheapest point whose cross-fitted expected accuracy drop is at most max_drop, in points.
 
@@ -69,8 +79,8 @@ def point_for_drop(
         )
     limit = max_drop / 100
     off: Thresholds = [None] * (table.exits - 1)
-    tried = [(off, apply_folds(table, off, [off] * FOLDS, FOLDS, seed))]
-    tried += _around_drop(table, limit, measure, seed)
+    tried = [(off, apply_folds(table, off, [off] * folds, folds, seed))]
+    tried += _around_drop(table, limit, measure, folds, seed)
     met = [found for found in tried if found[1].drop.mean() <= limit * SLACK + 1e-12]
     if not met:
         nearest = min(float(fit.drop.mean()) for _, fit in tried)
@@ -85,7 +95,9 @@ def point_for_drop(
     return _named(_point(table, name or measure, thresholds, fit), name, table, measure)
 
 
-def _around_drop(table: ConfidenceTable, limit: float, measure: str, seed: int) -> list[tuple[Thresholds, CrossFit]]:
+def _around_drop(
+    table: ConfidenceTable, limit: float, measure: str, folds: int, seed: int
+) -> list[tuple[Thresholds, CrossFit]]:
     """Settings of several budgets, among them about the least whose expected drop is at most ``limit``, a fraction.
 
     The most accurate setting is also the one most fitted to the table: where it is expected to lose too much, cheaper
@@ -94,7 +106,7 @@ def _around_drop(table: ConfidenceTable, limit: float, measure: str, seed: int) 
     tried: list[tuple[Thresholds, CrossFit]] = []
 
     def keeps(budget: float) -> bool:
-        tried.append(_fit(table, budget, measure, seed))
+        tried.append(_fit(table, budget, measure, folds, seed))
         return bool(tried[-1][1].drop.mean() <= limit)
 
     cheapest, *inner, dearest = frontier_budgets(table, measure, DROP_SCAN)
@@ -112,11 +124,11 @@ def _around_drop(table: ConfidenceTable, limit: float, measure: str, seed: int) 
     return tried
 
 
-def _fit(table: ConfidenceTable, budget: float, measure: str, seed: int) -> tuple[Thresholds, CrossFit]:
+def _fit(table: ConfidenceTable, budget: float, measure: str, folds: int, seed: int) -> tuple[Thresholds, CrossFit]:
     solve = _budget_solver(budget, measure)
     thresholds = solve(table)
-    settings = [solve(fold.fitted_on) for fold in folds_of(table, FOLDS, seed)]
-    return thresholds, apply_folds(table, thresholds, settings, FOLDS, seed)
+    settings = [solve(fold.fitted_on) for fold in folds_of(table, folds, seed)]
+    return thresholds, apply_folds(table, thresholds, settings, folds, seed)
 
 
 def _budget_solver(budget: float, measure: str) -> Solve:
@@ -140,6 +152,7 @@ def _point(table: ConfidenceTable, name: str, thresholds: Thresholds, fit: Cross
         latency_ms=latency.expected if latency else None,
         latency_ci=_ends(latency) if latency else None,
         exits=fit.shares.tolist(),
+        labels="given" if table.labelled else "none",
     )
 
 

@@ -42,7 +42,8 @@ class ConfidenceTable:
     measures, what each early exit's head (K-1,) costs and, if its exit is off, does not; the solver takes it as
     spent, the stated costs do not. image_costs: under some measures, the cost (K, n) for each image by itself, where
     gates make it differ; stated costs are exact then, and the search uses ``costs``, a mean. names: of the decisions
-    (K-1,) at which images leave; "exit.1", ... if not given. Raises DynamizeError where the parts do not fit together.
+    (K-1,) at which images leave; "exit.1", ... if not given. labelled: False where labels are the reference, for want
+    of true ones. Raises DynamizeError where the parts do not fit together.
     """
 
     scores: NDArray[np.float64]
@@ -54,6 +55,7 @@ class ConfidenceTable:
     head_costs: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
     image_costs: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
     names: tuple[str, ...] = ()
+    labelled: bool = True
     cache: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -152,6 +154,7 @@ class ConfidenceTable:
             self.head_costs,
             {name: cost[:, chosen] for name, cost in self.image_costs.items()},
             self.names,
+            self.labelled,
         )
 
     def route(self, thresholds: Sequence[float | None]) -> NDArray[np.int64]:

@@ -5,7 +5,7 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 
-_WIDEST = 20.0
+WIDEST = 20.0
 
 
 def fit_temperature(logits_NC: NDArray[np.floating], labels_N: NDArray[np.integer]) -> float:
@@ -16,6 +16,6 @@ def fit_temperature(logits_NC: NDArray[np.floating], labels_N: NDArray[np.intege
     def cross_entropy(log_temperature: float) -> float:
         return float(-log_softmax(logits / np.exp(log_temperature), axis=1)[rows, labels_N].mean())
 
-    bound = float(np.log(_WIDEST))
+    bound = float(np.log(WIDEST))
     found = minimize_scalar(cross_entropy, bounds=(-bound, bound), method="bounded")
     return float(np.exp(found.x))
