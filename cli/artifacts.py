@@ -7,7 +7,19 @@ from typing import Annotated
 import typer
 
 from dynamize.cli.console import complain, reporting, show, show_json
-from dynamize.cli.options import BACKENDS, Artifact, AsJson, Data, Device, Quiet, TrustCode, counts, names
+from dynamize.cli.options import (
+    BACKENDS,
+    Artifact,
+    AsJson,
+    Data,
+    Device,
+    Part,
+    Quiet,
+    TrustCode,
+    counts,
+    names,
+    weights,
+)
 from dynamize.runtime.engine import ANYWHERE
 
 
@@ -60,6 +72,7 @@ def calibrate(
     checkpoint: Annotated[
         Path | None, typer.Option(help="Of the original network, against which drops are judged; by default the run's.")
     ] = None,
+    part: Part = None,
     device: Device = "auto",
     trust_code: TrustCode = False,
     as_json: AsJson = False,
@@ -75,7 +88,8 @@ def calibrate(
         from dynamize.verbs.solve import budget, recalibrate
 
         step = budget(max_drop=max_drop, macs_ratio=macs_ratio, macs=macs, latency_ms=latency_ms)
-        network, notes = recalibrate(out, step, data=data, checkpoint=checkpoint, device=device, trust_code=trust_code)
+        file = weights(checkpoint, part)
+        network, notes = recalibrate(out, step, data=data, checkpoint=file, device=device, trust_code=trust_code)
     chosen = network.operating_point
     assert chosen is not None  # what calibration ends with
     if as_json:

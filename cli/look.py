@@ -6,13 +6,14 @@ from typing import Annotated
 import typer
 
 from dynamize.cli.console import show, show_json
-from dynamize.cli.options import Artifact, AsJson, TrustCode, shape
+from dynamize.cli.options import Artifact, AsJson, Part, TrustCode, shape, weights
 from dynamize.errors import DynamizeError
 
 
 def inspect(
     source: Annotated[str, typer.Argument(help="A network's source, or an artifact's folder.", show_default=False)],
     checkpoint: Annotated[Path | None, typer.Option(help="Weights of the network.")] = None,
+    part: Part = None,
     input_shape: Annotated[
         str | None, typer.Option("--input", metavar="C,H,W", help="By default what such networks are trained on.")
     ] = None,
@@ -37,7 +38,7 @@ def inspect(
             raise DynamizeError(f"{source} is an artifact with input and weights: leave out --input and --checkpoint")
         found = inspect_artifact(Path(source), trust_code=trust_code)
     else:
-        found = inspect_source(parse(source, checkpoint), wanted)
+        found = inspect_source(parse(source, weights(checkpoint, part)), wanted, trust_code=trust_code or None)
     if as_json:
         show_json(found.to_dict(operators=operators))
         return

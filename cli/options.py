@@ -17,7 +17,20 @@ Data = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 TrustCode = Annotated[bool, typer.Option("--trust-code", help="Run the code that a source, recipe or artifact brings.")]
+Part = Annotated[
+    str | None,
+    typer.Option("--weights", metavar="NAME", help="Which weights of the --checkpoint file, e.g. model_ema."),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only results and errors, no progress.")]
+
+
+def weights(checkpoint: Path | None, part: str | None) -> Path | dict[str, str] | None:
+    """What a recipe would say of the checkpoint."""
+    if part is None:
+        return checkpoint
+    if checkpoint is None:
+        raise DynamizeError(f"--weights {part} chooses among those of a file: name it with --checkpoint FILE")
+    return {"file": str(checkpoint), "weights": part}
 
 
 def shape(text: str | None) -> tuple[int, int, int] | None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dynamize.cli.console import complain, reporting, show, show_json
-from dynamize.cli.options import AsJson, Device, Quiet, TrustCode
+from dynamize.cli.options import AsJson, Device, Part, Quiet, TrustCode, weights
 
 if TYPE_CHECKING:
     from dynamize.run import Outcome
@@ -23,6 +23,7 @@ def run(
         str | None, typer.Option(metavar="SOURCE", help="Network; its code is run if it names code.")
     ] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Weights of the network.")] = None,
+    part: Part = None,
     data: Annotated[str | None, typer.Option(metavar="SOURCE", help="Images, e.g. imagefolder:PATH.")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Any field; steps count from 0.")
@@ -45,7 +46,8 @@ def run(
         from dynamize.recipe import load_recipe
         from dynamize.run import run_recipe
 
-        flags = {"model.source": model, "model.checkpoint": checkpoint, "data.source": data, "seed": seed}
+        file = weights(checkpoint, part)
+        flags = {"model.source": model, "model.checkpoint": file, "data.source": data, "seed": seed}
         given = [f"{path}={json.dumps(_plain(value))}" for path, value in flags.items() if value is not None]
         folder = out or Path("runs") / Path(recipe).stem
         outcome = run_recipe(
@@ -54,7 +56,7 @@ def run(
             device=device,
             resume=resume,
             overwrite=overwrite,
-            trust_code=trust_code or model is not None,
+            trust_code=trust_code or (None if model is not None else False),
             progress=progress,
             command=shlex.join(["dynamize", *sys.argv[1:]]),
         )
@@ -82,5 +84,5 @@ def _print(outcome: "Outcome", folder: Path, as_json: bool, quiet: bool) -> None
         show(failures_table(outcome.failures))
 
 
-def _plain(value: str | int | Path) -> str | int:
+def _plain(value: str | int | Path | dict[str, str]) -> str | int | dict[str, str]:
     return os.fspath(value) if isinstance(value, Path) else value

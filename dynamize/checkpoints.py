@@ -3,13 +3,14 @@
 Files are recognised by content, not by suffix; what cannot be read or does not fit is named, with the repair.
 """
 
+import copy
 import logging
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TypeGuard
+from types import ModuleType
 
 from safetensors import SafetensorError
 from safetensors.torch import save as safetensors_bytes
@@ -17,44 +18,46 @@ from torch import Tensor, nn
 
 from dynamize.errors import DynamizeError
 from dynamize.files import atomically
-from dynamize.unpickling import read_checkpoint_file
+from dynamize.state_dicts import WRAPPER_KEYS, WRAPPER_PREFIXES, canonical, find_state, part_of, renamed, shortened
+from dynamize.unpickling import read_checkpoint_file, unpickle
 
 log = logging.getLogger(__name__)
 
-_AVERAGES = ("ema", "state_dict_ema", "model_ema")
-WRAPPER_KEYS = ("state_dict", "model_state_dict", "model", "net", *_AVERAGES, "module")
-_WRAPPER_PREFIXES = ("module.", "model.")
-_COMPILED = "_orig_mod."
 _MAX_LISTED = 8
+_COUNTER = "num_batches_tracked"
+_OF_TRAINING = ("criterion", "loss", "loss_fn", "loss_func", "metrics")  # modules beside the network
 _AUXILIARY_HEADS = ("AuxLogits", "aux1", "aux2")
 _PROFILER_LEFTOVERS = ("total_ops", "total_params")
 # torchvision's and timm's own rule for the DenseNet files of 2017, which contain dots inside module names.
 _OLD_DENSENET = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.((?:[12])\.\w+)$")
 
 
-def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+def read_state_dict(
+    path: str | os.PathLike[str],
+    weights: str | None = None,
+    *,
+    trust_code: bool = False,
+    main: ModuleType | None = None,
+) -> dict[str, Tensor]:
     """The named tensors of a ``torch.save`` or safetensors file, on the CPU.
 
     Looks inside the usual wrappers (``WRAPPER_KEYS``, nested, in that order of preference), removes
     ``_orig_mod.`` everywhere, and ``module.`` or ``model.`` where every name starts with it. Only tensors and
-    plain data are unpickled; nothing in the file is executed.
+    plain data are unpickled; nothing in the file is executed unless it is trusted.
+
+    Args:
+        weights: which of several, such as ``model_ema``.
+        trust_code: whether a file of ``torch.save(model)`` may run the code that it names.
+        main: where classes are looked for that the training script defined itself.
 
     Raises:
-        DynamizeError: missing, damaged, not a checkpoint, in need of code, or without a state dict inside.
+        DynamizeError: missing, damaged, not a checkpoint, in need of code, or without such a state dict inside.
     """
     file = Path(path).expanduser()
-    saved = read_checkpoint_file(file, WRAPPER_KEYS)
-    found = _find_state(saved, trail=())
-    if found is None:
-        held = _describe(saved)
-        raise DynamizeError(f"{file} holds no state dict: {held}. Save model.state_dict() and pass that.")
-    state, trail = found
-    if trail:
-        averages = [key for key in _AVERAGES if isinstance(saved, Mapping) and key in saved and key != trail[0]]
-        if averages:
-            log.warning("%s: using %r; it also holds averaged weights under %s", file, trail[0], averages)
-        log.info("%s: using the tensors under %s", file, " / ".join(map(repr, trail)))
-    return _renamed(_without_average_count(state))
+    saved = unpickle(file, main) if trust_code else None
+    if saved is None:
+        saved = read_checkpoint_file(file, WRAPPER_KEYS)
+    return renamed(find_state(saved, file, weights))
 
 
 def load_into(
@@ -62,9 +65,10 @@ def load_into(
 ) -> None:
     """Copies ``state`` into ``model``; every parameter and buffer must be there, with its shape.
 
-    Forgiven, and logged: counters of batch norm that old files lack, auxiliary heads that the network was
-    built without (GoogLeNet, Inception), leftovers of profilers, names of old DenseNet files. Nothing is
-    copied before everything fits.
+    What the model's own hooks for loading make fit, fits. Forgiven, and logged: counters of batch norm that old files
+    lack, tied weights that are stored once, auxiliary heads that the network was built without (GoogLeNet, Inception),
+    what training kept beside the network, leftovers of profilers, names of old DenseNet files. Nothing is copied before
+    everything fits.
 
     Args:
         name: what to call the network in messages.
@@ -74,15 +78,22 @@ def load_into(
         DynamizeError: lists what is missing, unexpected, of wrong shape or type, or a wrong class count.
     """
     own = model.state_dict()
-    own_name = _canonical(own)
+    own_name = canonical(own)
     targets = {own_name(key): key for key in own}
-    given_name = _canonical(state)
+    state = _network_in(state, targets, checkpoint)
+    given_name = canonical(state)
     given = _forgive(model, {given_name(key): value for key, value in state.items()}, targets, own)
     missing = [key for key in targets if key not in given]
     unexpected = [key for key in given if key not in targets]
     unlike = [key for key in targets if key in given and not _alike(given[key], own[targets[key]])]
     if missing or unexpected or unlike:
         pairs = {key: (given[key], own[targets[key]]) for key in unlike}
+        if all(one.shape != other.shape for one, other in pairs.values()):
+            hooked = _through_hooks(model, state)
+            if hooked is None:
+                return
+            if sum(map(len, hooked)) < len(missing) + len(unexpected):
+                missing, unexpected = hooked
         classes = _class_counts(list(targets), pairs)
         strange = not any(given_name(key) in targets for key in state)
         raise DynamizeError(_misfit(name, checkpoint, missing, unexpected, pairs, classes, strange))
@@ -93,6 +104,49 @@ def load_into(
         model.load_state_dict(fitted)
     except (RuntimeError, ValueError) as error:
         raise DynamizeError(f"The checkpoint {checkpoint} does not fit {name}: {error}") from error
+
+
+def _network_in(
+    state: Mapping[str, Tensor], targets: Mapping[str, str], checkpoint: str | os.PathLike[str]
+) -> Mapping[str, Tensor]:
+    """The network's part of the state of a whole training module, such as one of Lightning."""
+    first = next(iter(targets), None)
+    if first is None or first in state:
+        return state
+    places = [key.removesuffix(first) for key in state if key.endswith(f".{first}")]
+    fitting = [place for place in places if all(place + key in state or key.endswith(_COUNTER) for key in targets)]
+    usual = [place for place in WRAPPER_PREFIXES if place in fitting]
+    chosen = next(iter(usual or fitting), None)
+    if chosen is None or (len(fitting) > 1 and not usual):
+        return state
+    beside = sorted({key.partition(".")[0] for key in state if not key.startswith(chosen)})
+    if beside:
+        log.warning(
+            "%s: using the weights under %s, leaving out %s; another part is chosen with weights (--weights)",
+            checkpoint, chosen.removesuffix("."), shortened(beside),
+        )  # fmt: skip
+    return part_of(state, chosen)
+
+
+def _through_hooks(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[list[str], list[str]] | None:
+    """Load by torch's own way, on which the hooks lie with which networks read older names; None where all fitted.
+
+    Tried on a copy first, so that nothing is copied before everything fits.
+
+    Returns:
+        what was missing and what unexpected after the hooks, otherwise.
+    """
+    try:
+        trial = copy.deepcopy(model)
+        trial.load_state_dict(state)
+    except Exception:  # in hooks of the user's own anything can fail
+        try:
+            found = trial.load_state_dict(state, strict=False)
+            return list(found.missing_keys), list(found.unexpected_keys)
+        except Exception:
+            return list(model.state_dict()), list(state)
+    model.load_state_dict(state)
+    return None
 
 
 def save_state_dict(state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
@@ -124,69 +178,6 @@ def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def _find_state(saved: object, trail: tuple[str, ...]) -> tuple[Mapping[str, Tensor], tuple[str, ...]] | None:
-    """The first state dict inside ``saved`` and the keys that lead to it."""
-    if not isinstance(saved, Mapping) or len(trail) > 4:
-        return None
-    if _is_state(saved):
-        return saved, trail
-    for key in WRAPPER_KEYS:
-        found = _find_state(saved.get(key), (*trail, key))
-        if found is not None:
-            return found
-    others = [key for key, value in saved.items() if _is_state(value)]
-    return (saved[others[0]], (*trail, str(others[0]))) if len(others) == 1 else None
-
-
-def _is_state(value: object) -> TypeGuard[Mapping[str, Tensor]]:
-    if not isinstance(value, Mapping) or not value:
-        return False
-    return all(isinstance(key, str) and isinstance(entry, Tensor) for key, entry in value.items())
-
-
-def _describe(saved: object) -> str:
-    if not isinstance(saved, Mapping):
-        return f"it is a {type(saved).__name__}"
-    if not saved:
-        return "it is empty"
-    entries = [f"{key!r} ({type(value).__name__})" for key, value in saved.items()]
-    return f"its entries are {_shortened(entries)}"
-
-
-def _without_average_count(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Drops the counter that ``torch.optim.swa_utils.AveragedModel`` keeps beside its ``module.``."""
-    others = [key for key in state if key != "n_averaged"]
-    if len(others) == len(state) or not all(key.startswith("module.") for key in others):
-        return state
-    return _copy(state, others, lambda key: key)
-
-
-def _renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return _copy(state, state, _canonical(state))
-
-
-def _copy(state: Mapping[str, Tensor], keys: Iterable[str], rename: Callable[[str], str]) -> dict[str, Tensor]:
-    """The chosen tensors under new names, with the module versions that ``state_dict()`` recorded."""
-    result: OrderedDict[str, Tensor] = OrderedDict((rename(key), state[key].detach()) for key in keys)
-    metadata = getattr(state, "_metadata", None)
-    if isinstance(metadata, Mapping):
-        paths = OrderedDict((rename(f"{path}.").rstrip("."), version) for path, version in metadata.items())
-        result._metadata = paths  # type: ignore[attr-defined]
-    return result
-
-
-def _canonical(keys: Iterable[str]) -> Callable[[str], str]:
-    """The renaming that undoes torch.compile, data parallelism and wrapper modules for these names."""
-    names = [key.replace(_COMPILED, "") for key in keys]
-    prefix = ""
-    while names:
-        longer = [prefix + p for p in _WRAPPER_PREFIXES if all(name.startswith(prefix + p) for name in names)]
-        if not longer:
-            break
-        prefix = longer[0]
-    return lambda key: key.replace(_COMPILED, "").removeprefix(prefix)
-
-
 def _forgive(
     model: nn.Module, given: dict[str, Tensor], targets: Mapping[str, str], own: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
@@ -195,10 +186,16 @@ def _forgive(
     unused = [head for head in _AUXILIARY_HEADS if getattr(model, head, model) is None]
     heads = [key for key in kept if key.partition(".")[0] in unused and key not in targets]
     leftovers = [key for key in kept if key.rpartition(".")[2] in _PROFILER_LEFTOVERS and key not in targets]
-    counters = [key for key in targets if key not in kept and key.rpartition(".")[2] == "num_batches_tracked"]
-    for dropped, reason in ((heads, "auxiliary heads"), (leftovers, "profiler leftovers")):
+    training = [key for key in kept if key.partition(".")[0] in _OF_TRAINING and key not in targets]
+    counters = [key for key in targets if key not in kept and key.rpartition(".")[2] == _COUNTER]
+    kept |= _tied(kept, targets, own)
+    for dropped, reason in (
+        (heads, "auxiliary heads"),
+        (leftovers, "profiler leftovers"),
+        (training, "tensors of training"),
+    ):
         if dropped:
-            log.info("leaving out %d %s of the checkpoint: %s", len(dropped), reason, _shortened(dropped))
+            log.info("leaving out %d %s of the checkpoint: %s", len(dropped), reason, shortened(dropped))
         for key in dropped:
             del kept[key]
     if counters:
@@ -206,10 +203,27 @@ def _forgive(
     return {key: kept[key] if key in kept else own[targets[key]] for key in (*kept, *counters)}
 
 
+def _tied(given: Mapping[str, Tensor], targets: Mapping[str, str], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What is missing because it is one tensor with what is given."""
+    stored = {_place(own[key]): name for name, key in targets.items() if name in given}
+    missing = {name: _place(own[key]) for name, key in targets.items() if name not in given}
+    return {name: given[stored[place]] for name, place in missing.items() if place in stored}
+
+
+def _place(tensor: object) -> object:
+    """Where a tensor lies, the same for two names of one."""
+    if not isinstance(tensor, Tensor) or not tensor.numel():
+        return id(tensor)
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
 def _alike(given: Tensor, own: object) -> bool:
+    """Of one shape and kind; averages of whole numbers are whole numbers in floating point."""
     if not isinstance(own, Tensor):
         return True
-    return given.shape == own.shape and given.is_floating_point() == own.is_floating_point()
+    kind = given.is_floating_point() == own.is_floating_point()
+    whole = given.is_floating_point() and not own.is_floating_point() and bool((given == given.round()).all())
+    return given.shape == own.shape and (kind or whole)
 
 
 def _class_counts(names: list[str], pairs: Mapping[str, tuple[Tensor, Tensor]]) -> tuple[int, int] | None:
@@ -266,8 +280,3 @@ def _listed(title: str, entries: list[str]) -> Iterator[str]:
         yield from (f"    {entry}" for entry in entries[:_MAX_LISTED])
     if len(entries) > _MAX_LISTED:
         yield f"    and {len(entries) - _MAX_LISTED} more"
-
-
-def _shortened(entries: list[str]) -> str:
-    rest = len(entries) - _MAX_LISTED
-    return ", ".join(entries[:_MAX_LISTED]) + (f" and {rest} more" if rest > 0 else "")

@@ -94,7 +94,7 @@ class Runner:
         device: auto, cpu, cuda or mps.
         resume: go on from the steps that are finished in ``out``.
         overwrite: replace a run that ``out`` holds already; refused otherwise.
-        trust_code: whether a source that names code may be imported.
+        trust_code: True runs the code that source and checkpoint name, None that of the source only, False none.
         progress: wraps long loops.
         command: what the user typed, for the report.
     """
@@ -107,7 +107,7 @@ class Runner:
         device: str = "auto",
         resume: bool = False,
         overwrite: bool = False,
-        trust_code: bool = False,
+        trust_code: bool | None = False,
         progress: Progress = quiet,
         command: str = "",
     ) -> None:

@@ -9,6 +9,7 @@ import importlib
 import logging
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -16,12 +17,12 @@ from typing import Any, Literal, Self
 from weakref import WeakKeyDictionary
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from torch import nn
+from torch import Tensor, nn
 
 from dynamize.checkpoints import load_into, read_state_dict
 from dynamize.errors import DynamizeError
 from dynamize.models import REGISTRY, create
-from dynamize.usercode import call_factory
+from dynamize.usercode import call_factory, defining
 
 log = logging.getLogger(__name__)
 
@@ -33,8 +34,24 @@ FORMS = "torchvision:NAME, timm:NAME, dynamize:NAME, file.py:factory or package.
 _WITH_ARGUMENTS = re.compile(r"(.+?)((?:,[A-Za-z_]\w*=[^,]*)*)", re.DOTALL)
 _AUXILIARY = ("googlenet", "inception_v3")
 _PRETRAINED_KEYS = ("weights", "pretrained")
+Weights = str | os.PathLike[str] | Mapping[str, Any]  # a file, or {"file": ..., "weights": ...}
 _ORIGINS: WeakKeyDictionary[nn.Module, "SourceSpec"] = WeakKeyDictionary()
 _REMOTE_TIMM = ("hf-hub:", "hf_hub:", "local-dir:")
+
+
+class Checkpoint(BaseModel):
+    """A file of weights, and which of those in it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    file: Path = Field(description=".pt, .pth, .th or .safetensors file")
+    weights: str | None = Field(
+        None, description="a key of the file, such as model_ema, or how the names of them begin"
+    )
+
+    def read(self, trust_code: bool = False, main: ModuleType | None = None) -> dict[str, Tensor]:
+        """The tensors by name; see ``read_state_dict``."""
+        return read_state_dict(self.file, self.weights, trust_code=trust_code, main=main)
 
 
 class SourceSpec(BaseModel):
@@ -48,7 +65,9 @@ class SourceSpec(BaseModel):
 
     source: str = Field(description=FORMS)
     kwargs: dict[str, Scalar] = Field(default_factory=dict, description="keyword arguments of the factory")
-    checkpoint: Path | None = Field(default=None, description=".pt, .pth, .th or .safetensors file")
+    checkpoint: Path | Checkpoint | None = Field(
+        default=None, description=".pt, .pth, .th or .safetensors file, or {file: PATH, weights: model_ema}"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -95,6 +114,15 @@ class SourceSpec(BaseModel):
         """Whether building it imports code that neither dynamize nor a model library ships."""
         return self.library is None
 
+    @property
+    def weights(self) -> "Checkpoint | None":
+        """The checkpoint, whichever way it was written."""
+        return Checkpoint(file=self.checkpoint) if isinstance(self.checkpoint, Path) else self.checkpoint
+
+    def with_weights(self, checkpoint: Weights) -> "SourceSpec":
+        """The same network with the weights of another file."""
+        return parse(self.source, checkpoint, self.kwargs)
+
     def structure(self) -> "SourceSpec":
         """The same network without checkpoint and pretrained weights: what an artifact stores."""
         kwargs = {key: value for key, value in self.kwargs.items() if key not in _PRETRAINED_KEYS}
@@ -105,17 +133,15 @@ class SourceSpec(BaseModel):
         return self.model_copy(update={"kwargs": kwargs, "checkpoint": None})
 
 
-def parse(
-    source: str, checkpoint: str | os.PathLike[str] | None = None, kwargs: Mapping[str, Scalar] | None = None
-) -> SourceSpec:
+def parse(source: str, checkpoint: Weights | None = None, kwargs: Mapping[str, Scalar] | None = None) -> SourceSpec:
     """A ``SourceSpec`` from what a user typed.
 
     Raises:
         DynamizeError: the source has none of the known forms, or an argument is not a plain value.
     """
     try:
-        file = None if checkpoint is None else Path(checkpoint)
-        return SourceSpec(source=source, kwargs=dict(kwargs or {}), checkpoint=file)
+        given = {"source": source, "kwargs": dict(kwargs or {}), "checkpoint": checkpoint}
+        return SourceSpec.model_validate(given)
     except ValidationError as error:
         bad = [key for key, value in (kwargs or {}).items() if not isinstance(value, Scalar)]
         if bad:
@@ -123,10 +149,12 @@ def parse(
                 f"The arguments {', '.join(bad)} of {source!r} are not plain values (true, 3, 0.5, text): a "
                 "source is stored as data. Build the network in Python and pass the module."
             ) from error
-        raise DynamizeError(error.errors()[0]["msg"].removeprefix("Value error, ") + ".") from error
+        fault = error.errors()[0]
+        where = "" if fault["type"] == "value_error" else "".join(f"{part}: " for part in fault["loc"][:1])
+        raise DynamizeError(f"{where}{fault['msg'].removeprefix('Value error, ')}.") from error
 
 
-def build(spec: SourceSpec, *, trust_code: bool) -> nn.Module:
+def build(spec: SourceSpec, *, trust_code: bool | None) -> nn.Module:
     """The network as its factory leaves it, in training mode; no checkpoint is read.
 
     Nothing is downloaded unless asked for (torchvision ``weights="DEFAULT"``, timm ``pretrained=True``).
@@ -134,13 +162,14 @@ def build(spec: SourceSpec, *, trust_code: bool) -> nn.Module:
     unless ``aux_logits=True`` is given.
 
     Args:
-        trust_code: whether ``file.py:factory`` and ``package.module:factory`` may be imported.
+        trust_code: whether ``file.py:factory`` and ``package.module:factory`` may be imported; None: they were named
+            by the user, and may.
 
     Raises:
         DynamizeError: unknown name, unaccepted argument, untrusted or failing code, a failed download.
     """
     if spec.names_code:
-        if not trust_code:
+        if trust_code is False:
             raise DynamizeError(
                 f"The source {spec.source!r} names code, which is not run by itself: read that code, then "
                 "name the source on the command line or add --trust-code (in Python: trust_code=True)."
@@ -151,8 +180,11 @@ def build(spec: SourceSpec, *, trust_code: bool) -> nn.Module:
     return _from_timm(spec) if spec.library == "timm" else _from_dynamize(spec)
 
 
-def load_source(spec: SourceSpec, trust_code: bool) -> nn.Module:
+def load_source(spec: SourceSpec, trust_code: bool | None) -> nn.Module:
     """The network of ``spec`` with its checkpoint, in eval mode.
+
+    Args:
+        trust_code: True runs the code that source and checkpoint name, None that of the source only, False none.
 
     Raises:
         DynamizeError: as ``build``, ``read_state_dict`` and ``load_into``.
@@ -163,10 +195,12 @@ def load_source(spec: SourceSpec, trust_code: bool) -> nn.Module:
             f"{spec.source} has both a checkpoint ({spec.checkpoint}) and {pretrained[0]}="
             f"{spec.kwargs[pretrained[0]]!r}: keep one of them."
         )
-    state = None if spec.checkpoint is None else read_state_dict(spec.checkpoint)
+    weights, pickles = spec.weights, trust_code is True
+    state = weights.read() if weights and not pickles else None  # a bad file is refused before any code runs
     model = build(spec, trust_code=trust_code)
-    if state is not None and spec.checkpoint is not None:
-        load_into(model, state, spec.source, spec.checkpoint)
+    if weights is not None:
+        state = weights.read(True, defining(spec.target[0])) if state is None else state
+        load_into(model, state, spec.source, weights.file)
         rescales = spec.library == "torchvision" and spec.target[1] in _AUXILIARY
         if rescales and "transform_input" not in spec.kwargs:
             log.warning("%s: torchvision's own weights need transform_input=True; is this one?", spec.source)
@@ -181,14 +215,18 @@ def origin(network: nn.Module) -> SourceSpec | None:
 
 def source(
     source: str | nn.Module,
-    checkpoint: str | os.PathLike[str] | None = None,
-    trust_code: bool = True,
+    checkpoint: Weights | None = None,
+    trust_code: bool | None = None,
     **kwargs: Scalar,
 ) -> nn.Module:
     """A trained network in eval mode, from a name or from a module of your own.
 
     ``source("torchvision:resnet50", checkpoint="mine.pt", num_classes=10)``. A module is filled from the
-    checkpoint and returned. You name the code yourself here, hence ``trust_code``.
+    checkpoint and returned. ``checkpoint={"file": "mine.pt", "weights": "model_ema"}`` takes the averaged weights.
+
+    Args:
+        trust_code: None runs the code that you name yourself here, True also that which a checkpoint of
+            ``torch.save(model)`` names, False none.
 
     Raises:
         DynamizeError: as ``load_source``.
@@ -204,7 +242,10 @@ def source(
         given = ", ".join(kwargs)
         raise DynamizeError(f"A module is already built and takes no arguments, got {given}: leave them out.")
     if checkpoint is not None:
-        load_into(source, read_state_dict(checkpoint), type(source).__name__, checkpoint)
+        weights = parse("dynamize:module", checkpoint).weights
+        assert weights is not None
+        state = weights.read(trust_code is True, sys.modules.get(type(source).__module__))
+        load_into(source, state, type(source).__name__, weights.file)
     return source.eval()
 
 

@@ -14,6 +14,7 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 import numpy as np
@@ -22,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from dynamize.errors import DynamizeError
+from dynamize.usercode import importable
 
 Container = Literal["safetensors", "zip", "legacy", "pickle"]
 
@@ -72,6 +74,49 @@ def read_checkpoint_file(file: Path, wrapper_keys: Sequence[str]) -> object:
         if blocked:
             raise _needs_code(file, container, blocked[1], wrapper_keys) from error
         raise _damaged(file, str(error)) from error
+
+
+def unpickle(file: Path, main: ModuleType | None = None) -> object | None:
+    """Whatever a pickle holds, tensors on the CPU: this runs the code that it names. Only for trusted files.
+
+    Args:
+        main: where classes of ``__main__`` are looked for: those of the script that wrote the file.
+
+    Returns:
+        None for a file that is no pickle.
+
+    Raises:
+        DynamizeError: the file is missing, damaged, or names code that is not here.
+    """
+    container = _container(file)
+    if container == "safetensors":
+        return None
+    if container == "zip":
+        _check_archive(file)
+    reader = ModuleType("pickle_of_source")
+    reader.Unpickler, reader.load = _unpickler(main), pickle.load  # type: ignore[attr-defined]
+    try:
+        with file.open("rb") as stream, importable(file.resolve().parent), importable(Path.cwd()):
+            if container == "pickle":
+                return reader.Unpickler(stream).load()
+            return torch.load(stream, map_location="cpu", weights_only=False, pickle_module=reader)
+    except (AttributeError, ImportError) as error:
+        raise DynamizeError(
+            f"{file} cannot be unpickled: {error}. Run this in the folder that its code lies in, or where it is "
+            "installed; save model.state_dict() to need no code."
+        ) from error
+    except Exception as error:  # a damaged pickle can fail in any way, and so can the code that it runs
+        raise _damaged(file, f"{type(error).__name__}: {error}") from error
+
+
+def _unpickler(main: ModuleType | None) -> type[pickle.Unpickler]:
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> Any:
+            if module == "__main__" and main is not None and hasattr(main, name):
+                return getattr(main, name)
+            return super().find_class(module, name)
+
+    return Unpickler
 
 
 def _container(file: Path) -> Container:
@@ -165,8 +210,8 @@ def _needs_code(file: Path, container: Container, blocked: str | None, wrapper_k
         needs += ". No network needs that: the file may be an attack"
     target = str(_converted(file))
     return DynamizeError(
-        f"{file} is refused: {needs}. If you trust its author, convert it once, "
-        f"where its code is installed:\n\n    import torch\n    saved = {load}\n"
+        f"{file} is refused: {needs}. If you trust its author, add --trust-code (in Python: trust_code=True), "
+        f"or convert it once, where its code is installed:\n\n    import torch\n    saved = {load}\n"
         f"    torch.save(getattr({part}, 'state_dict', lambda: {part})(), {target!r})\n\nthen pass {target}."
     )
 

@@ -38,7 +38,7 @@ def call_factory(target: str, name: str, kwargs: Mapping[str, object]) -> nn.Mod
     """
     is_file = target.endswith(".py")
     file = Path(target).expanduser()
-    with _importable(file.resolve().parent if is_file else Path.cwd()):
+    with importable(file.resolve().parent if is_file else Path.cwd()):
         module = _import_file(file) if is_file else _import_module(target)
         factory = _factory(module, target, name)
         _check_arguments(factory, f"{target}:{name}", kwargs)
@@ -54,7 +54,7 @@ def import_file(file: Path) -> None:
     Raises:
         DynamizeError: no such file, or an exception inside it.
     """
-    with _importable(file.resolve().parent):
+    with importable(file.resolve().parent):
         _import_file(file)
 
 
@@ -67,6 +67,15 @@ def load_entry_points(group: str) -> None:
     for entry in entry_points(group=group):
         package = entry.dist.name if entry.dist else "a package"
         _run(entry.load, f"the entry point {entry.name} = {entry.value} of {package}")
+
+
+def defining(target: str) -> ModuleType | None:
+    """The module that a factory was taken from, once it has been imported."""
+    return sys.modules.get(_module_name(Path(target)) if target.endswith(".py") else target)
+
+
+def _module_name(file: Path) -> str:
+    return f"_dynamize_source_{file.stem}"
 
 
 def _check_arguments(factory: Callable[..., object], source: str, kwargs: Mapping[str, object]) -> None:
@@ -94,8 +103,8 @@ def _factory(module: ModuleType, target: str, name: str) -> Callable[..., object
 
 
 @contextmanager
-def _importable(folder: Path) -> Iterator[None]:
-    """Lets the user's code import what lies beside it, as ``python file.py`` would."""
+def importable(folder: Path) -> Iterator[None]:
+    """Lets trusted code import what lies beside it, as ``python file.py`` would."""
     sys.path.insert(0, str(folder))
     try:
         yield
@@ -107,7 +116,7 @@ def _importable(folder: Path) -> Iterator[None]:
 def _import_file(file: Path) -> ModuleType:
     if not file.is_file():
         raise DynamizeError(f"There is no file {file} (looked in {Path.cwd()}): write PATH/file.py:factory.")
-    name = f"_dynamize_source_{file.stem}"
+    name = _module_name(file)
     spec = importlib.util.spec_from_file_location(name, file.resolve())
     if spec is None or spec.loader is None:
         raise DynamizeError(f"{file} cannot be imported as Python: write PATH/file.py:factory.")

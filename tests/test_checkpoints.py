@@ -275,3 +275,117 @@ def test_sparse_tensors_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DynamizeError, match="dense tensors only"):
         save_state_dict({"w": torch.ones(2, 2).to_sparse()}, tmp_path / "w.safetensors")
     assert os.listdir(tmp_path) == []
+
+
+class Renamed(nn.Module):
+    """Reads what an earlier version of it saved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Net()
+        self._register_load_state_dict_pre_hook(self._old)
+
+    def _old(self, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+        for key in [key for key in state if key.startswith(f"{prefix}old.")]:
+            state[key.replace("old.", "net.", 1)] = state.pop(key)
+
+
+class Overriding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Net()
+
+    def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+        for key in [key for key in state if key.startswith(f"{prefix}old.")]:
+            state[key.replace("old.", "net.", 1)] = state.pop(key)
+        super()._load_from_state_dict(state, prefix, *rest)
+
+
+@pytest.mark.parametrize("kind", [Renamed, Overriding])
+def test_hooks_of_the_network_are_run(kind: type[nn.Module]) -> None:
+    old = {f"old.{key}": value for key, value in _state().items()}
+    model = kind()
+    load_into(model, old, "mynet")
+    assert torch.equal(model.get_parameter("net.conv.weight"), _state()["conv.weight"])
+    del old["old.conv.weight"]
+    message = _misfit(kind(), old)
+    assert "missing in the checkpoint (1):\n    net.conv.weight" in message
+    assert "unexpected" not in message
+
+
+def test_weight_norm_of_the_old_kind_fits_the_new() -> None:
+    old, new = nn.utils.weight_norm(Net().head), nn.utils.parametrizations.weight_norm(Net().head)
+    load_into(new, old.state_dict(), "mynet")
+    assert torch.equal(new.weight, old.weight)
+
+
+def test_tied_weights_may_be_stored_once() -> None:
+    class Tied(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.twin = self.head
+
+    model = Tied()
+    load_into(model, _state(), "mynet")
+    assert torch.equal(model.twin.weight, _state()["head.weight"])
+    assert "missing in the checkpoint (1):\n    conv.bias" in _misfit(
+        Tied(), {k: v for k, v in _state().items() if k != "conv.bias"}
+    )
+
+
+def test_averages_of_counters_are_whole_numbers_and_of_indices_too() -> None:
+    model = Net()
+    load_into(model, {key: value.float() for key, value in _state().items()}, "mynet")
+    assert model.bn.num_batches_tracked.dtype == torch.int64
+    assert "num_batches_tracked: float32" in _misfit(Net(), {**_state(), "bn.num_batches_tracked": torch.tensor(0.5)})
+
+
+@pytest.mark.parametrize(
+    ("prefixes", "used"),
+    [(["model."], "model."), (["model.", "ema_model."], "model."), (["student.net."], "student.net.")],
+)
+def test_the_network_inside_a_training_module_is_found(
+    prefixes: list[str], used: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = {"criterion.weight": torch.ones(4), "step": torch.tensor(3)}
+    for prefix in prefixes:
+        state |= {prefix + key: value if prefix == used else value + 1 for key, value in _state().items()}
+    model = Net()
+    load_into(model, state, "mynet", "mine.pt")
+    assert torch.equal(model.conv.weight, _state()["conv.weight"])
+    assert "leaving out criterion" in caplog.text
+
+
+def test_two_networks_of_no_usual_name_are_refused() -> None:
+    both = {f"{who}.{key}": value for key, value in _state().items() for who in ("student", "teacher")}
+    assert "missing in the checkpoint" in _misfit(Net(), both)
+
+
+def test_a_loss_with_weights_and_an_epoch_beside_are_left_out(tmp_path: Path) -> None:
+    torch.save({**_state(), "criterion.weight": torch.ones(4), "epoch": 3, "name": "a"}, tmp_path / "net.pt")
+    model = Net()
+    load_into(model, read_state_dict(tmp_path / "net.pt"), "mynet")
+    assert torch.equal(model.conv.weight, _state()["conv.weight"])
+
+
+def test_averaged_weights_are_named_and_chosen(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ones, twos, threes = ({"w": torch.full((2,), float(k)), "b": torch.ones(1)} for k in (1, 2, 3))
+    file = tmp_path / "net.pt"
+    swa = {"n_averaged": torch.tensor(4), **{f"module.{key}": value for key, value in threes.items()}}
+    torch.save({"model": ones, "model_ema": {"shadow": twos}, "swa": swa, "optimizer": {"state": {}}}, file)
+    assert _same(read_state_dict(file), ones)
+    assert "it also holds model_ema.shadow, swa" in caplog.text
+    assert "weights: model_ema.shadow}" in caplog.text
+    for name in ("model_ema", "model_ema.shadow", "shadow"):
+        assert _same(read_state_dict(file, name), twos)
+    assert _same(read_state_dict(file, "swa"), threes)
+    with pytest.raises(DynamizeError, match=r"holds no weights 'modle_ema'\. Did you mean model_ema"):
+        read_state_dict(file, "modle_ema")
+
+
+def test_weights_are_chosen_by_what_their_names_begin_with(tmp_path: Path) -> None:
+    state = {f"{who}.{key}": torch.full((1,), value) for who, value in (("a", 1.0), ("b", 0.0)) for key in "vw"}
+    torch.save(state, tmp_path / "net.pt")
+    save_file(state, tmp_path / "net.safetensors")
+    for name in ("net.pt", "net.safetensors"):
+        assert _same(read_state_dict(tmp_path / name, "b"), {"v": torch.zeros(1), "w": torch.zeros(1)})

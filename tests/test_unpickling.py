@@ -5,6 +5,7 @@ import collections
 import os
 import pickle
 import re
+import subprocess
 import sys
 import types
 import zipfile
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from dynamize.checkpoints import read_state_dict
 from dynamize.errors import DynamizeError
+from dynamize.sources import load_source, parse
 
 
 class Net(nn.Module):
@@ -109,7 +111,7 @@ def test_other_zip_archives_are_refused(tmp_path: Path) -> None:
         ({}, "it is empty"),
         ([torch.ones(1)], "it is a list"),
         ({"epoch": 3, "best": 0.1}, "'epoch' (int)"),
-        ({"one": {"w": torch.ones(1)}, "two": {"w": torch.ones(1)}}, "'two' (dict)"),
+        ({"one": {"w": torch.ones(1)}, "two": {"w": torch.ones(1)}}, "several state dicts, one, two: choose with"),
     ],
 )
 def test_no_state_dict_inside(tmp_path: Path, saved: object, said: str) -> None:
@@ -216,3 +218,35 @@ def test_a_safetensors_header_of_any_length_is_not_taken_for_a_pickle(tmp_path: 
         starts.add(file.read_bytes()[:1])
         assert torch.equal(read_state_dict(file)["weight"], torch.arange(3.0))
     assert b"\x80" in starts
+
+
+def test_a_whole_model_is_read_if_it_is_trusted(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    for name, saved in (("bare", Net()), ("wrapped", {"epoch": 1, "model": Net(), "ema": None})):
+        expected = dict((saved if isinstance(saved, Net) else saved["model"]).state_dict())
+        for zipped in (True, False):
+            torch.save(saved, tmp_path / f"{name}.pt", _use_new_zipfile_serialization=zipped)
+            assert "--trust-code" in _refused(tmp_path / f"{name}.pt")
+            assert _same(read_state_dict(tmp_path / f"{name}.pt", trust_code=True), expected)
+        (tmp_path / f"{name}.pkl").write_bytes(pickle.dumps(saved))
+        assert _same(read_state_dict(tmp_path / f"{name}.pkl", trust_code=True), expected)
+
+
+def test_classes_of_the_training_script_are_found_in_the_source(tmp_path: Path) -> None:
+    script = "import torch\nfrom torch import nn\n\nclass Own(nn.Linear):\n    pass\n\n"
+    (tmp_path / "train.py").write_text(f"{script}\nif __name__ == '__main__':\n    torch.save(Own(3, 2), 'own.pt')\n")
+    subprocess.run([sys.executable, "train.py"], cwd=tmp_path, check=True)
+    spec = parse(f"{tmp_path / 'train.py'}:Own", tmp_path / "own.pt", {"in_features": 3, "out_features": 2})
+    with pytest.raises(DynamizeError, match="needs __main__.Own"):
+        load_source(spec, trust_code=None)
+    assert load_source(spec, trust_code=True).get_parameter("weight").shape == (2, 3)
+    with pytest.raises(DynamizeError, match="cannot be unpickled: .*Own"):
+        read_state_dict(tmp_path / "own.pt", trust_code=True)
+
+
+def test_what_is_damaged_is_said_of_trusted_files_too(tmp_path: Path) -> None:
+    torch.save(Net(), tmp_path / "net.pt")
+    whole = (tmp_path / "net.pt").read_bytes()
+    (tmp_path / "net.pt").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DynamizeError, match="damaged"):
+        read_state_dict(tmp_path / "net.pt", trust_code=True)

@@ -93,9 +93,15 @@ class Inspection:
         }
 
 
-def inspect_source(spec: SourceSpec, input_shape: Sequence[int] | None = None) -> Inspection:
-    """Read a network, whose code is trusted, for images of (C, H, W); the usual shape where none is given."""
-    network = load_source(spec, trust_code=True)
+def inspect_source(
+    spec: SourceSpec, input_shape: Sequence[int] | None = None, *, trust_code: bool | None = None
+) -> Inspection:
+    """Read a network for images of (C, H, W); the usual shape where none is given.
+
+    Args:
+        trust_code: True runs the code that the source and the checkpoint name, None that of the source only.
+    """
+    network = load_source(spec, trust_code)
     shape = tuple(input_shape or usual_input(spec, network))
     traced = trace(network, shape)
     counts = count_three_ways(network, shape)

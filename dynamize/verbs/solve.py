@@ -8,7 +8,6 @@ from torch import nn
 
 from dynamize import artifact
 from dynamize.artifact import Manifest
-from dynamize.checkpoints import load_into, read_state_dict
 from dynamize.conversion import apply
 from dynamize.data import load_data
 from dynamize.devices import choose_device
@@ -16,7 +15,7 @@ from dynamize.errors import DynamizeError
 from dynamize.faults import explain
 from dynamize.nn.network import DynamicNetwork
 from dynamize.runtime.engine import default_backend
-from dynamize.sources import SourceSpec, build, load_source
+from dynamize.sources import SourceSpec, Weights, load_source
 from dynamize.transform import Context
 from dynamize.transforms import Calibrate
 
@@ -45,7 +44,7 @@ def recalibrate(
     step: Calibrate,
     *,
     data: str | None = None,
-    checkpoint: Path | None = None,
+    checkpoint: Weights | None = None,
     device: str = "auto",
     trust_code: bool = False,
 ) -> tuple[DynamicNetwork, list[str]]:
@@ -92,16 +91,14 @@ def recalibrate(
     return network, notes
 
 
-def original(manifest: Manifest, path: Path, checkpoint: Path | None, trust_code: bool) -> nn.Module:
+def original(manifest: Manifest, path: Path, checkpoint: Weights | None, trust_code: bool) -> nn.Module:
     """The original network with its weights, in eval mode.
 
     Raises:
         DynamizeError: neither ``checkpoint`` nor what the run recorded gives them.
     """
     if checkpoint is not None and manifest.source is not None:
-        network = build(manifest.source, trust_code=trust_code)
-        load_into(network, read_state_dict(checkpoint), manifest.source.source, checkpoint)
-        return network.eval()
+        return load_source(manifest.source.with_weights(checkpoint), trust_code)
     recorded = manifest.about.get("recipe", {}).get("model")
     if recorded is None:
         raise DynamizeError(
@@ -109,9 +106,9 @@ def original(manifest: Manifest, path: Path, checkpoint: Path | None, trust_code
             "give it with --checkpoint FILE"
         )
     spec = SourceSpec.model_validate({key: value for key, value in recorded.items() if key != "input"})
-    if spec.checkpoint is not None and not spec.checkpoint.exists():
+    if spec.weights is not None and not spec.weights.file.exists():
         raise DynamizeError(
-            f"the checkpoint of the original network, {spec.checkpoint}, is not here: run this where the recipe ran, "
+            f"the checkpoint of the original network, {spec.weights.file}, is not here: run this where the recipe ran, "
             "or give the file with --checkpoint FILE"
         )
     torch.manual_seed(int(manifest.about.get("seed", 0)))  # as the run did, where there was no checkpoint
