@@ -9,6 +9,7 @@ from typer.core import TyperGroup
 from dynamize import __version__
 from dynamize.cli import artifacts, catalogue, look, runs
 from dynamize.cli.console import complain
+from dynamize.cli.suggest import suggest
 from dynamize.errors import DynamizeError
 
 _USER_ERRNOS = {
@@ -66,6 +67,7 @@ def program(
 app.command()(runs.run)
 app.command()(look.inspect)
 app.command()(look.report)
+app.command()(suggest)
 app.command()(artifacts.bench)
 app.command()(artifacts.calibrate)
 app.command()(artifacts.predict)

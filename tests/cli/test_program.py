@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from commandline import Cli
 
-VERBS = ["run", "inspect", "report", "bench", "calibrate", "predict", "export", "transforms", "recipes"]
+VERBS = ["run", "inspect", "report", "suggest", "bench", "calibrate", "predict", "export", "transforms", "recipes"]
 COMMANDS = [[verb] for verb in VERBS] + [["recipes", "list"], ["recipes", "show"]]
 
 
