@@ -87,7 +87,7 @@ class Counts:
     def disagreements(self) -> list[str]:
         """A sentence for each counter that fails, or is to blame that the counts lie further apart than 1 %."""
         failed = [f"{one.counter} cannot count this network: {one.failure}" for one in self.others if one.failure]
-        counted = [one for one in self.others if not one.failure]
+        counted = [one for one in self.others if not one.failure and not self.ours.failure]
         differences = [0.0, *map(self.difference, counted)]
         if max(differences) - min(differences) <= _LIMIT:
             return failed
@@ -113,7 +113,7 @@ class Counts:
             no_rule = ", ".join(name for name in other.unsupported if kind_of(name) in _MACS)
             yield f"it leaves out {said}: {_WHY_MISSING[other.counter].format(no_rule=no_rule or 'what they compute')}"
         if said := self._shares(otherwise, signed=True):
-            yield f"it counts {said} by another formula, or elsewhere"
+            yield f"it counts {said} by another formula, or once for each name of a shared module"
 
     def _shares(self, macs: Mapping[str, float], signed: bool = False) -> str:
         shares = {name: value / max(self.ours.total, 1.0) for name, value in macs.items()}
@@ -133,9 +133,8 @@ _WHY_MISSING = {
 def count_three_ways(network: nn.Module, input_shape: Sequence[int]) -> Counts:
     """Count a network in eval mode on a blank image of (C, H, W); the network itself stays as it is."""
     example = blank(network, 1, *input_shape)
-    # thop leaves buffers behind, fvcore hooks where tracing fails
-    counted = [_tried(name, count, copy.deepcopy(network).eval(), example) for name, count in _COUNTERS.items()]
-    classes = {path: _class(module) for path, module in network.named_modules()}
+    counted = [_tried(name, count, network, example) for name, count in _COUNTERS.items()]
+    classes = {path: _class(module) for path, module in network.named_modules(remove_duplicate=False)}
     return Counts(counted[0], tuple(counted[1:]), classes)
 
 
@@ -149,7 +148,8 @@ def _tried(name: str, count: Callable[[nn.Module, Tensor], Count], network: nn.M
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            return count(network, example)
+            # thop leaves buffers behind, fvcore hooks where tracing fails
+            return count(copy.deepcopy(network).eval(), example)
     except Exception as error:  # other libraries stumble over many things; a table without them is still a table
         log.debug("%s", name, exc_info=True)
         return Count(name, failure=next(iter(str(error).splitlines()), "") or type(error).__name__)

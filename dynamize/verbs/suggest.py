@@ -129,14 +129,7 @@ def suggest(
         DynamizeError: not exactly one of ``source`` and ``accuracy``, or nothing is known of the source.
         InfeasibleError: no network reaches the accuracy.
     """
-    if (source is None) == (accuracy is None):
-        raise DynamizeError("Give an accuracy or a network: suggest --accuracy 80, or suggest torchvision:resnet50.")
-    if max_drop is not None and source is None:
-        raise DynamizeError("--max-drop is of a network: name one, or ask for a lower --accuracy.")
-    if max_drop is not None and not 0 <= max_drop <= LARGEST_DROP:
-        raise DynamizeError(f"--max-drop {max_drop:g}: the rule predicts drops of 0 to {LARGEST_DROP:g} points.")
-    if accuracy is not None and not 1 < accuracy <= 100:
-        raise DynamizeError(f"--accuracy {accuracy:g} is in percent, above 1 and at most 100: --accuracy 80.")
+    _check(source is not None, accuracy, max_drop)
     theirs, notes = timm_networks(timm_tables) if timm_tables else ([], _about_timm())
     every = torchvision_networks() + theirs
     network = find_network(source, every) if source is not None else None
@@ -159,6 +152,17 @@ def suggest(
         what = network.label if network else f"{wanted:g} %"
         notes = [*notes, f"no cascade for {what}: no cheap enough network is 2 to 9 points less accurate"]
     return Suggestion(wanted, network, networks[:most], cascades[:most], ahead[:most], len(every), notes)
+
+
+def _check(has_network: bool, accuracy: float | None, max_drop: float | None) -> None:
+    if has_network == (accuracy is not None):
+        raise DynamizeError("Give an accuracy or a network: suggest --accuracy 80, or suggest torchvision:resnet50.")
+    if max_drop is not None and not has_network:
+        raise DynamizeError("--max-drop is of a network: name one, or ask for a lower --accuracy.")
+    if max_drop is not None and not 0 <= max_drop <= LARGEST_DROP:
+        raise DynamizeError(f"--max-drop {max_drop:g}: the rule predicts drops of 0 to {LARGEST_DROP:g} points.")
+    if accuracy is not None and not 1 < accuracy <= 100:
+        raise DynamizeError(f"--accuracy {accuracy:g} is in percent, above 1 and at most 100: --accuracy 80.")
 
 
 def _about_timm() -> list[str]:
