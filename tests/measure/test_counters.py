@@ -68,14 +68,14 @@ def test_another_formula_is_named() -> None:
     assert "it counts ConvTranspose2d (+" in said
 
 
-def test_a_shared_module_is_counted_once_for_each_call() -> None:
+def test_a_shared_module_is_named_as_a_reason() -> None:
     shared = nn.Conv2d(3, 3, 1)
     network = nn.Sequential(nn.Sequential(shared), nn.Sequential(shared)).eval()
     counts = count_three_ways(network, SHAPE)
     ours, fvcore, thop = counts.every
     assert ours.total == fvcore.total == 2 * 64 * 9
-    assert thop.total == 2 * ours.total  # for each name
-    assert "Conv2d (+100.0 %) by another formula, or once for each name" in counts.disagreements()[0]
+    assert thop.total == 4 * ours.total  # a hook for each name, each of them summed up for each name
+    assert "Conv2d (+300.0 %) by another formula, or once for each name" in counts.disagreements()[0]
 
 
 def test_the_network_stays_as_it_was() -> None:
