@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dynamize.cli.console import complain, reporting, show, show_json
-from dynamize.cli.options import AsJson, Device, Part, Quiet, TrustCode, weights
+from dynamize.cli.options import AsJson, Device, Part, Quiet, TrustCode, shape, weights
 
 if TYPE_CHECKING:
     from dynamize.run import Outcome
@@ -25,6 +25,9 @@ def run(
     checkpoint: Annotated[Path | None, typer.Option(help="Weights of the network.")] = None,
     part: Part = None,
     data: Annotated[str | None, typer.Option(metavar="SOURCE", help="Images, e.g. imagefolder:PATH.")] = None,
+    input_shape: Annotated[
+        str | None, typer.Option("--input", metavar="C,H,W", help="Channels, height and width of the network's input.")
+    ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Any field; steps count from 0.")
     ] = None,
@@ -46,9 +49,14 @@ def run(
         from dynamize.recipe import load_recipe
         from dynamize.run import run_recipe
 
-        file = weights(checkpoint, part)
-        flags = {"model.source": model, "model.checkpoint": file, "data.source": data, "seed": seed}
-        given = [f"{path}={json.dumps(_plain(value))}" for path, value in flags.items() if value is not None]
+        flags = {
+            "model.source": model,
+            "model.checkpoint": weights(checkpoint, part),
+            "model.input": shape(input_shape),
+            "data.source": data,
+            "seed": seed,
+        }
+        given = [f"{path}={json.dumps(value, default=os.fspath)}" for path, value in flags.items() if value is not None]
         folder = out or Path("runs") / Path(recipe).stem
         outcome = run_recipe(
             load_recipe(recipe, [*given, *(settings or [])], trust_code=trust_code),
@@ -82,7 +90,3 @@ def _print(outcome: "Outcome", folder: Path, as_json: bool, quiet: bool) -> None
 
         complain(f"{len(outcome.failures)} of what the recipe expects does not hold")
         show(failures_table(outcome.failures))
-
-
-def _plain(value: str | int | Path | dict[str, str]) -> str | int | dict[str, str]:
-    return os.fspath(value) if isinstance(value, Path) else value

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import (
@@ -17,12 +17,16 @@ from pydantic import (
     PositiveInt,
     SerializeAsAny,
     ValidationError,
+    field_validator,
+    model_validator,
 )
 
+from dynamize.calibration.operating import no_ratio
 from dynamize.data.spec import DataSpec
 from dynamize.errors import DynamizeError
 from dynamize.faults import explain
-from dynamize.recipes import find_recipe, read_recipe
+from dynamize.paths import beside, from_here, located
+from dynamize.recipes import builtin_recipes, find_recipe, read_recipe
 from dynamize.runtime.engine import backend_names, unknown_backend
 from dynamize.sources import SourceSpec
 from dynamize.transform import Transform, any_step, check_order, upgraded
@@ -78,6 +82,12 @@ class Bound(BaseModel):
     min: float | None = None
     max: float | None = None
 
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError(f"min {self.min:g} is above max {self.max:g}, so that nothing is between: exchange them")
+        return self
+
 
 class Expect(BaseModel):
     """What CI enforces about the last row of the ledger."""
@@ -89,6 +99,22 @@ class Expect(BaseModel):
     macs_ratio: Bound | None = Field(None, description="executed MACs as a share of the original network's")
     speedup: Bound | None = Field(None, description="on the first backend, the smallest over the batch sizes")
     agreement: Bound | None = Field(None, description="same answers as the original network, in percent")
+
+    @field_validator("accuracy", "agreement")
+    @classmethod
+    def _in_percent(cls, bound: Bound | None) -> Bound | None:
+        for value in (bound.min, bound.max) if bound is not None else ():
+            if value is not None and (0 < value < 1 or not 0 <= value <= 100):
+                raise ValueError(f"percent are meant, from 0 to 100: write 90 for 90 % (given: {value:g})")
+        return bound
+
+    @field_validator("macs_ratio")
+    @classmethod
+    def _is_a_share(cls, bound: Bound | None) -> Bound | None:
+        for value in (bound.min, bound.max) if bound is not None else ():
+            if value is not None and (fault := no_ratio(value)):
+                raise ValueError(f"{fault} (given: {value:g})")
+        return bound
 
 
 class Recipe(BaseModel):
@@ -122,6 +148,8 @@ class Recipe(BaseModel):
 def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, trust_code: bool = False) -> Recipe:
     """Read a YAML recipe, apply ``a.b=value`` overrides, and check everything.
 
+    A path in the file is one beside it, or else in the working folder; one in an override is in the working folder.
+
     Args:
         path: a file, or the name of a built-in recipe such as ``quickstart``.
         overrides: dotted path and YAML value: ``steps.1.epochs=1``; steps count from 0.
@@ -131,13 +159,18 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, 
         DynamizeError: no such file, not YAML, code that is not trusted, or fields that the schema refuses; all of them
             are named.
     """
-    plain = read_recipe(path)
-    for override in overrides:
+    plain, file = read_recipe(path), find_recipe(path)
+    of_code = [one for one in overrides if one.replace(".", "=").partition("=")[0] == "code"]
+    for override in of_code:
         _override(plain, override)
-    code = plain.get("code")
+    code = plain.pop("code", [])
     if isinstance(code, list) and all(isinstance(file, str) for file in code):
-        plain["code"] = _import_code(code, find_recipe(path), trust_code)
-    return parse_recipe(plain, str(path))
+        code = _import_code(code, file, trust_code)
+    plain = located(plain, Recipe, from_here if file in builtin_recipes().values() else beside(file))
+    for override in overrides:
+        if override not in of_code:
+            _override(plain, override)
+    return parse_recipe(located(plain, Recipe, from_here) | {"code": code}, str(path))
 
 
 def parse_recipe(plain: dict[str, Any], name: str) -> Recipe:

@@ -133,6 +133,21 @@ class Transform(BaseModel, ABC):
     def apply(self, network: DynamicNetwork, context: Context) -> Applied:
         """Transform ``network``, which may be changed or consumed."""
 
+    def passes(self, data: "Splits") -> float:
+        """About how many images the step takes through the network, forwards, of which training is three or four: for
+        an estimate of its time."""
+        return 0.0
+
+    def check(self, network: DynamicNetwork, context: Context) -> None:
+        """Refuse what cannot work, before any step has trained: files and parts of the network that are not there.
+
+        Args:
+            network: in the structure that it will have, with the original weights.
+        """
+
+    def check_budget(self, network: DynamicNetwork, context: Context) -> None:
+        """Refuse a budget that ``network``, whose costs are those that it will have, cannot meet."""
+
     @classmethod
     def upgrade(cls, step: dict[str, Any], version: int) -> dict[str, Any]:
         """What an artifact says that was written at an earlier ``version``, as it is said now."""

@@ -32,6 +32,20 @@ def find_recipe(path: str | os.PathLike[str]) -> Path:
     )
 
 
+class _Reader(yaml.SafeLoader):
+    """Plain data only, in which no key stands twice: the first one would be lost without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value} stands twice in one section", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
     """A recipe as plain data, not yet checked.
 
@@ -40,10 +54,10 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     file = find_recipe(path)
     try:
-        plain = yaml.safe_load(file.read_text(encoding="utf-8"))
+        plain = yaml.load(file.read_text(encoding="utf-8"), _Reader)  # a SafeLoader
     except yaml.MarkedYAMLError as error:
         place = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise DynamizeError(f"{file}{place}: not YAML: {error.problem}. Correct that line.") from error
+        raise DynamizeError(f"{file}{place}: not YAML that can be used: {error.problem}. Correct that line.") from error
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise DynamizeError(f"{file} cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(plain, dict):

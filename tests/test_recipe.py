@@ -31,12 +31,12 @@ def test_steps_are_the_python_transforms() -> None:
 
 
 def test_a_step_may_be_one_of_an_artifact() -> None:
-    recipe = load_recipe("quickstart", ["steps.0.version=1"])
+    recipe = load_recipe("quickstart", ["steps.0.version=2"])
     assert recipe == load_recipe("quickstart")
 
 
 def test_a_step_of_a_recipe_is_of_the_newest_version_unless_it_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Exits, "version", 2)
+    monkeypatch.setattr(Exits, "version", 3)
     monkeypatch.setattr(Exits, "upgrade", lambda step, version: step | {"count": 7})
     read = [
         load_recipe("quickstart", [f"steps.0={step}"]).steps[0]
@@ -71,7 +71,7 @@ def test_overrides_go_through_the_schema() -> None:
         ("sed=1", "sed: no such field. Did you mean seed"),
         ("steps.1.epoch=1", "Did you mean epochs"),
         ("steps.0.pass=exit", "Did you mean exits"),
-        ("steps.0.version=2", "steps.0: `exits`: the step is of version 2"),
+        ("steps.0.version=3", "steps.0: `exits`: the step is of version 3"),
         ("model.source=resnet50", "torchvision:resnet50"),
         ("data.normalize=[[2], [1]]", "pixels in 0..1"),
         ("version=2", "version"),

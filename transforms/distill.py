@@ -1,6 +1,7 @@
 """`distill`: train the exits, or the whole network with them, from the labels and from the original network."""
 
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -52,7 +53,7 @@ class Distill(Transform):
         description="weight of the distance of feature maps to the teacher's, at exits and at the end of each "
         "resolution, where both have one shape",
     )
-    unlabelled: str | None = Field(
+    unlabelled: Path | None = Field(
         None, description="folder of images without labels, which are added to the train images"
     )
     from_last: Annotated[float, Field(ge=0)] = Field(

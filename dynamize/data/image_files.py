@@ -48,6 +48,17 @@ def files_as_images(paths: Sequence[str], spec: DataSpec, input_shape: tuple[int
     return images
 
 
+def check_folder_of_images(folder: str | os.PathLike[str]) -> None:
+    """Refuse what is no folder; whether it holds images is seen when they are read.
+
+    Raises:
+        DynamizeError: it does not exist, or is a file.
+    """
+    if not os.path.isdir(folder):
+        what = "is a file, not a folder" if os.path.exists(folder) else "does not exist"
+        raise DynamizeError(f"unlabelled: the folder {os.path.abspath(folder)} {what}: name the folder of the images")
+
+
 def with_unlabelled(data: Splits, folder: str | os.PathLike[str]) -> Splits:
     """The splits with all image files below ``folder`` among the train images, labelled -1.
 
@@ -62,7 +73,8 @@ def with_unlabelled(data: Splits, folder: str | os.PathLike[str]) -> Splits:
         raise DynamizeError(
             "unlabelled is for images that a data section names: let your own train loader give them, with the label -1"
         )
-    found = sorted(images_below(os.fspath(folder))) if os.path.isdir(folder) else []
+    check_folder_of_images(folder)
+    found = sorted(images_below(os.fspath(folder)))
     known = set(train.keys)
     new = [(path, key) for path, key in found if key not in known]
     if not new:

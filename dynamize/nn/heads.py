@@ -32,16 +32,17 @@ def linear_classifier(channels: int, classes: int) -> nn.Sequential:
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
 
 
-def conv_body(channels: int, width: int, size: int) -> nn.Sequential:
+def conv_body(channels: int, width: int, size: int, pool: int = 1) -> nn.Sequential:
     """Stride-2 3x3 convolutions to ``width`` channels: MSDNet's classifier (Huang et al. 2018, sec. 4).
 
     Args:
         channels: of the feature map.
         width: output channels of each convolution.
         size: the shorter side of the feature map; a map of 8 or more gets two convolutions, a smaller one gets one.
+        pool: side of the squares that are averaged before.
     """
-    layers: list[nn.Module] = []
-    for inputs in [channels, width][: 2 if size >= 8 else 1]:
+    layers: list[nn.Module] = [nn.AvgPool2d(pool)] if pool > 1 else []
+    for inputs in [channels, width][: 2 if size // pool >= 8 else 1]:
         layers += [nn.Conv2d(inputs, width, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
     return nn.Sequential(*layers)
 

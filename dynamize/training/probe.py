@@ -1,39 +1,77 @@
 """What a head at a cut point could reach, from one forward pass: ridge regression with leave-one-out answers."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.nn.functional import adaptive_avg_pool2d, one_hot
+
+from dynamize.graph.nodes import output_value
 
 _POOLED_FEATURES = 1024  # a map is pooled to 2x2 where that gives no more features than this
 
 
+@dataclass(frozen=True)
+class Probed:
+    """What was found at P places for n images.
+
+    Attributes:
+        right: (P, n) bool, whether the answer there would be right.
+        scores: (P, n), how sure it would be: larger is surer.
+        own: (n,) bool, whether the network's own answer is right.
+        classes: how many the network tells apart.
+    """
+
+    right: Tensor
+    scores: Tensor
+    own: Tensor
+    classes: int
+
+
 def probe(
-    traced: fx.GraphModule, names: Sequence[str], batches: Iterable[tuple[Tensor, Tensor]], device: torch.device
-) -> Tensor:
-    """Whether a linear classifier on the pooled features of each node would be right, image by image.
+    traced: fx.GraphModule,
+    bodies: Mapping[str, nn.Module],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    device: torch.device,
+) -> Probed:
+    """What heads with these bodies would answer, image by image, if their classifiers alone were fitted.
+
+    A classifier sees what its body gives, and the pooled map itself where the body has something to learn.
 
     Args:
         traced: the network in eval mode.
-        names: P nodes whose value is (N, C, H, W).
-        batches: images (N, C, H, W) under the test-time transform, and labels (N,).
+        bodies: of the head after each of P nodes whose value is (N, C, H, W): feature map -> feature map.
+        batches: images (N, C, H, W) under the test-time transform, and labels (N,); where a label is -1, the network's
+            own answer counts as right.
 
-    Returns:
-        (P, n) bool. Every image is answered by the classifier fitted to all others (closed-form leave-one-out, the
-        PRESS residual of ridge regression), so a node with many channels is not flattered.
+    Every image is answered by the classifier fitted to all others (closed-form leave-one-out, the PRESS residual of
+    ridge regression), so a node with many channels is not flattered.
     """
-    tap = _Tap(traced, names)
-    pooled: list[list[Tensor]] = [[] for _ in names]
+    tap = _Tap(traced, [*bodies, output_value(traced.graph).name])
+    pooled: list[list[Tensor]] = [[] for _ in bodies]
     labels: list[Tensor] = []
+    answers: list[Tensor] = []
+    heads = [body.to(device).eval() for body in bodies.values()]
     with torch.no_grad():
         for images, targets in batches:
-            for kept, features in zip(pooled, tap.features(images.to(device)), strict=True):
-                kept.append(_pool(features).float().cpu())
-            labels.append(targets.cpu())
+            *features, logits = tap.features(images.to(device))
+            for kept, head, value in zip(pooled, heads, features, strict=True):
+                kept.append(_seen(head, value).float().cpu())
+            answers.append(logits.argmax(1).cpu())
+            labels.append(torch.where(targets.cpu() < 0, answers[-1], targets.cpu()))
     truth = torch.cat(labels)
-    targets_NC = one_hot(truth).double() * 2 - 1
-    return torch.stack([_leave_one_out(torch.cat(f).double(), targets_NC) == truth for f in pooled])
+    targets_NC = one_hot(truth, logits.shape[1]).double() * 2 - 1
+    outputs = [_leave_one_out(torch.cat(one).double(), targets_NC) for one in pooled]
+    top_PN2 = torch.stack([one.topk(2, dim=1).values for one in outputs])
+    right = torch.stack([one.argmax(1) == truth for one in outputs])
+    return Probed(right, top_PN2[..., 0] - top_PN2[..., 1], torch.cat(answers) == truth, logits.shape[1])
+
+
+def _seen(body: nn.Module, features_NCHW: Tensor) -> Tensor:
+    found = body(features_NCHW).mean(dim=(2, 3))
+    learns = next(body.parameters(), None) is not None
+    return torch.cat([_pool(features_NCHW), found], dim=1) if learns else found
 
 
 def _pool(features_NCHW: Tensor) -> Tensor:
@@ -49,23 +87,23 @@ def _leave_one_out(features_ND: Tensor, targets_NC: Tensor) -> Tensor:
     solved = torch.linalg.solve(gram, features.T)  # (D, N)
     fitted = features @ (solved @ targets_NC)
     leverage = (features * solved.T).sum(1, keepdim=True)
-    return ((fitted - leverage * targets_NC) / (1 - leverage).clamp_min(1e-6)).argmax(1)
+    return (fitted - leverage * targets_NC) / (1 - leverage).clamp_min(1e-6)
 
 
 class _Tap(fx.Interpreter):
-    """Runs a network up to the last of some nodes and returns their values."""
+    """Runs a network and returns the values of some nodes."""
 
-    def __init__(self, traced: fx.GraphModule, names: Sequence[str]) -> None:
+    def __init__(self, traced: fx.GraphModule, names: list[str]) -> None:
         super().__init__(traced)
-        self.names, self.seen = list(names), dict[str, Tensor]()
+        self.names, self.kept = names, dict[str, Tensor]()
 
     def features(self, images: Tensor) -> list[Tensor]:
-        self.seen.clear()
+        self.kept.clear()
         self.run(images)
-        return [self.seen[name] for name in self.names]
+        return [self.kept[name] for name in self.names]
 
     def run_node(self, n: fx.Node) -> object:
         value = super().run_node(n)
         if n.name in self.names:
-            self.seen[n.name] = value.clone()  # a later in-place operator must not change it
+            self.kept[n.name] = value.clone()  # a later in-place operator must not change it
         return value

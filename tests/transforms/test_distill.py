@@ -106,7 +106,7 @@ def test_training_sees_them(tmp_path: Path) -> None:
     ("fields", "message"),
     [
         ({"alpha": 0.0, "unlabelled": "x"}, "unlabelled, but alpha: 0"),
-        ({"unlabelled": "nowhere"}, "nowhere holds no image"),
+        ({"unlabelled": "nowhere"}, "the folder .*nowhere does not exist"),
         ({"features": 1.0, "train": "heads"}, "features, but train: heads"),
     ],
 )

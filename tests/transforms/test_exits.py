@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torchvision
 from networks import LongSkipNet, SmallResNet, ThreeLayer, randomise_norms, set_thresholds, small_resnet
 from pydantic import ValidationError
 
@@ -111,8 +112,16 @@ class TestSizes:
     @pytest.mark.parametrize(
         ("fields", "message"),
         [
-            ({"share": 0.001}, r"the conv heads cost .*%.* more than share: 0\.001\. Raise share, .*head: linear"),
-            ({"share": 1e-6, "head": "linear"}, "the linear heads cost .* more than share: 1e-06"),
+            (
+                {"share": 1e-5},
+                r"only 0 cut points take a conv head within share: 1e-05\. Raise share, use head: linear",
+            ),
+            ({"share": 1e-6, "head": "linear"}, "only 0 cut points take a linear head within share: 1e-06"),
+            (
+                {"share": 1e-5, "at": ["stem"]},
+                r"the conv heads cost .*%.* more than share: 1e-05\. Raise share, .*linear",
+            ),
+            ({"at": ["layer1"], "pool": [2, 2]}, "pool has 2 entries for 1 exits; give one for each"),
             ({"at": ["layer1"], "size": [16, 16]}, "size has 2 entries for 1 exits; give one for each"),
             ({"at": ["layer1"], "size": [0]}, "a conv head needs a size of at least 1 channel"),
             ({"at": ["layer2", "layer1"], "size": [16, 8]}, "in the order of execution, which is"),
@@ -128,6 +137,40 @@ class TestSizes:
     def test_values_that_no_network_allows(self, fields: dict) -> None:
         with pytest.raises(ValidationError):
             Exits.model_validate(fields)
+
+
+class TestNarrowShares:
+    """Convolutional heads fit their part wherever they are put."""
+
+    @pytest.mark.parametrize("share", [0.3, 0.1, 0.03])
+    @pytest.mark.parametrize("at", [["stem"], ["stem", "layer1.0", "layer2"]])
+    @pytest.mark.parametrize("chain", [False, True])
+    def test_by_hand(self, share: float, at: list[str], chain: bool) -> None:
+        dynamic = exits(at=at, share=share, chain=chain)
+        assert sum(head_macs(dynamic)) <= share * TOTAL * 1.0001
+        assert replay(small_resnet(), dynamic.history, SmallResNet.shape).history == dynamic.history
+
+    @pytest.mark.parametrize("head", ["linear", "conv"])
+    def test_auto_leaves_out_places_whose_heads_do_not_fit(self, head: str) -> None:
+        network = torchvision.models.mobilenet_v3_small(num_classes=10)
+        dynamic = convert(network, [Exits(head=head, count=2)], (3, 224, 224))
+        total = exit_costs(wrap(network, (3, 224, 224))).cumulative()[-1]
+        assert sum(head_macs(dynamic)) <= 0.15 * total * 1.0001
+
+    def test_a_head_of_16_channels_or_more_where_averaging_makes_room(self) -> None:
+        found = resolved(at=["stem"], share=0.02)
+        assert found["pool"][0] > 1
+        assert found["size"][0] >= 16
+
+    def test_pooling_that_is_given_is_taken(self) -> None:
+        dynamic = exits(at=["stem"], size=[8], pool=[4])
+        assert dynamic.leaving[0].head.body[0].kernel_size == 4
+
+
+def test_heads_of_artifacts_of_version_1_average_nothing() -> None:
+    step = resolved(at=["layer1"], size=[8])
+    old = {name: value for name, value in step.items() if name not in ("pool", "budgets", "version")}
+    assert parse_step(old).describe() == step
 
 
 STEPS = [
