@@ -13,6 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
+from dynamize.arguments import given_network
 from dynamize.calibration.operating import OperatingPoint, OperatingPoints
 from dynamize.checkpoints import load_into, read_state_dict, save_state_dict
 from dynamize.conversion import replay
@@ -77,6 +78,8 @@ def save(
         >>> net = dz.source("dynamize:digits_resnet", pretrained=True)
         >>> dz.save(dz.convert(net, [dz.Exits()], (1, 8, 8)), "out")
     """
+    if not isinstance(network, DynamicNetwork):
+        raise DynamizeError("dz.save keeps a converted network: make it with dz.convert(network, [...], input_shape)")
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     source = source or network.source
@@ -127,6 +130,7 @@ def load(path: str | os.PathLike[str], *, network: nn.Module | None = None, trus
                 "load it with dz.load(path, network=YourNetwork())"
             )
         network = build(manifest.source, trust_code=trust_code)
+    given_network(network, "dz.load")
     _find_transforms(manifest, Path(path), trust_code)
     try:
         rebuilt = replay(network, manifest.history, manifest.input)

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from dynamize.arguments import given_network, given_shape, given_steps, trained_network
+from dynamize.errors import DynamizeError
 from dynamize.graph.trace import trace
 from dynamize.nn.network import DynamicNetwork
 from dynamize.sources import origin
@@ -20,7 +22,12 @@ def wrap(network: nn.Module, input_shape: Sequence[int]) -> DynamicNetwork:
     Args:
         network: a classifier, (N, C, H, W) -> (N, classes); one that is wrapped already is only copied.
         input_shape: (C, H, W).
+
+    Raises:
+        DynamizeError: it is no network that can be read and traced, or the shape is none.
     """
+    given_network(network, "a conversion")
+    given_shape(input_shape)
     if isinstance(network, DynamicNetwork):
         return copy.deepcopy(network)
     traced = trace(network, input_shape)
@@ -52,6 +59,10 @@ def convert(
         >>> [step["pass"] for step in dyn.history]
         ['exits', 'skip_gates']
     """
+    trained_network(network, "dz.convert")
+    given_steps(transforms, Transform)
+    if context is not None and not isinstance(context, Context):
+        raise DynamizeError(f"context is a dz.Context, and a {type(context).__name__} was given: dz.Context(data=...)")
     done = [step["pass"] for step in network.history] if isinstance(network, DynamicNetwork) else []
     check_order(list(transforms), done)
     if context is None or context.teacher is None:

@@ -2,14 +2,13 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from inspect import isclass
+from inspect import isabstract, isclass
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from dynamize.errors import closest, unknown
-from dynamize.transform import Transform, registered
 
 Place = tuple[int | str, ...]
 _SHOULD_BE = "Input should be "
@@ -104,9 +103,7 @@ def _tags(cls: type[BaseModel]) -> list[Any]:
 
 def _models(kind: Any) -> Iterator[type[BaseModel]]:
     """The sections that an annotation speaks of."""
-    if kind is Transform:
-        yield from registered().values()
-    elif isclass(kind) and issubclass(kind, BaseModel):
-        yield kind
+    if isclass(kind) and issubclass(kind, BaseModel):
+        yield from kind.choices() if isabstract(kind) else (kind,)  # type: ignore[attr-defined]
     for inner in get_args(kind):
         yield from _models(inner)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from dynamize.checkpoints import load_into, read_state_dict
 from dynamize.errors import DynamizeError
 from dynamize.models import REGISTRY, create
+from dynamize.sections import InWords
 from dynamize.usercode import call_factory, defining
 
 log = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ class Checkpoint(BaseModel):
         return read_state_dict(self.file, self.weights, trust_code=trust_code, main=main)
 
 
-class SourceSpec(BaseModel):
+class SourceSpec(BaseModel, metaclass=InWords):
     """A network's origin as plain data: what a recipe and an artifact store.
 
     ``source`` takes keyword arguments after commas, ``"torchvision:resnet50,num_classes=10"``; they are moved

@@ -16,6 +16,7 @@ from torch import nn
 from dynamize.errors import DynamizeError, unknown
 from dynamize.nn.network import DynamicNetwork
 from dynamize.runtime.engine import FASTEST
+from dynamize.sections import InWords
 from dynamize.usercode import load_entry_points
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ class Kind(Flag):
     TURNS_INTO_BYTES = auto()
 
 
-class Transform(BaseModel, ABC):
+class Transform(BaseModel, ABC, metaclass=InWords):
     """Base of all transforms. Writing a subclass with a ``pass`` of its own registers it, in whichever package::
 
         class Mine(Transform):
@@ -147,6 +148,11 @@ class Transform(BaseModel, ABC):
 
     def check_budget(self, network: DynamicNetwork, context: Context) -> None:
         """Refuse a budget that ``network``, whose costs are those that it will have, cannot meet."""
+
+    @classmethod
+    def choices(cls) -> Iterable["type[Transform]"]:
+        """All that may stand where a transform is meant."""
+        return registered().values()
 
     @classmethod
     def upgrade(cls, step: dict[str, Any], version: int) -> dict[str, Any]:

@@ -114,7 +114,7 @@ def test_spec_is_frozen_closed_and_survives_json() -> None:
         spec.source = "dynamize:digits_resnet"
     with pytest.raises(ValidationError, match="Extra inputs"):
         SourceSpec.model_validate({"source": "dynamize:digits_resnet", "trust_code": True})
-    with pytest.raises(ValidationError, match="is not a source"):
+    with pytest.raises(DynamizeError, match="is not a source"):
         SourceSpec(source="nothing")
 
 

@@ -8,12 +8,13 @@ from typing import Any
 
 from torch import nn
 
+from dynamize.arguments import given_network
 from dynamize.calibration.collect import TableMaker
 from dynamize.calibration.operating import OperatingPoint, OperatingPoints, named_by_cost, undominated
 from dynamize.calibration.points import operating_points
 from dynamize.calibration.table import ConfidenceTable
 from dynamize.data import LoaderSet
-from dynamize.errors import InfeasibleError
+from dynamize.errors import DynamizeError, InfeasibleError
 from dynamize.nn.gates import ALL_OPEN
 from dynamize.nn.network import DynamicNetwork
 from dynamize.runtime.engine import default_backend
@@ -38,12 +39,20 @@ def calibrate(
         count: how many points.
         seed: of the cross-fitting folds.
 
+    Raises:
+        DynamizeError: the network decides nothing, or there are no images, or some without a class of the network.
+
     Example:
         >>> net = dz.source("dynamize:digits_resnet", pretrained=True)
         >>> dyn = dz.convert(net, [dz.Exits(), dz.Distill(epochs=1)], (1, 8, 8), context)  # a dz.Context
         >>> points = dz.calibrate(dyn, context.data.calibration, net)
         >>> dyn.set_operating_point(points.at(macs_ratio=0.9))
     """
+    if not isinstance(network, DynamicNetwork):
+        raise DynamizeError("dz.calibrate takes a converted network: make it with dz.convert(network, [dz.Exits()])")
+    if not network.decisions():
+        raise DynamizeError("dz.calibrate: the network has neither exits nor gates: convert it with dz.Exits() first")
+    given_network(teacher, "teacher")
     device = next(network.parameters()).device
     images = loader if hasattr(loader, "batches") else LoaderSet("calibration", loader)
     maker = TableMaker(network, images, teacher, device, default_backend(device))

@@ -106,7 +106,11 @@ class ImageSet(Dataset[Batch]):
             raise error.with_traceback(None)  # noqa: B904
 
     def training_loader(self, batch_size: int, seed: int) -> DataLoader[Batch]:
-        """Shuffled batches for `prepare`; the last, smaller batch is left out unless it is the only one."""
+        """Shuffled batches for `prepare`; the last, smaller batch is left out unless it is the only one.
+
+        Raises DynamizeError if there are no images.
+        """
+        _refuse_none(len(self), self.name)
         return loader(self, batch_size, shuffle=True, seed=seed, drop_last=len(self) >= batch_size)
 
 
@@ -171,10 +175,7 @@ class LoaderSet:
     @cached_property
     def labels(self) -> Tensor:
         """int64 (N,); the first use reads through the loader once."""
-        found = [labels for _, labels in self.batches(0)]
-        if not found:
-            raise DynamizeError(f"the {self.name} loader gave no batch; pass one that holds images")
-        return torch.cat(found)
+        return torch.cat([labels for _, labels in self.batches(0)])
 
     def __len__(self) -> int:
         dataset, sampler = getattr(self.loader, "dataset", None), getattr(self.loader, "sampler", None)
@@ -184,16 +185,36 @@ class LoaderSet:
 
     def batches(self, batch_size: int, device: str | torch.device = "cpu") -> Iterator[Batch]:
         """The user's batches on `device`; their size is the user's, whatever `batch_size` says."""
+        empty = True
         for batch in self.loader:
             images, labels = _checked_batch(batch, self.name)
             yield images.to(device), labels.to(device)
+            empty = False
+        if empty:
+            raise DynamizeError(f"the {self.name} loader gave no batch; pass one that holds images")
 
     def training_loader(self, batch_size: int, seed: int) -> Any:
+        """The user's loader. Raises DynamizeError if it gives nothing, or does not say how many batches it gives."""
+        try:
+            _refuse_none(len(self.loader), self.name)
+        except TypeError as error:
+            raise DynamizeError(
+                f"the {self.name} loader does not say how many batches it gives, which the learning rate depends on: "
+                "give one with a length, such as a list of batches or a DataLoader over a dataset with __len__"
+            ) from error
         return self.loader
 
     def prepare(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """The images as they are: the user's loader has augmented and normalised them."""
         return images
+
+
+def _refuse_none(count: int, name: str) -> None:
+    if not count:
+        raise DynamizeError(
+            f"there are no {name} images, and this step trains on them: leave the step out, or give some; images "
+            "without labels do for `distill` (unlabelled: FOLDER)"
+        )
 
 
 def _checked_batch(batch: Any, name: str) -> Batch:

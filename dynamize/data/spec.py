@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from dynamize.sections import InWords
+
 SOURCE_FORMS = {
     "imagefolder": "imagefolder:PATH",
     "torchvision": "torchvision:NAME@ROOT",
@@ -21,7 +23,7 @@ Share = Annotated[float, Field(strict=True, gt=0, lt=1)]
 Count = Annotated[int, Field(strict=True, ge=1)]
 
 
-class DataSpec(BaseModel):
+class DataSpec(BaseModel, metaclass=InWords):
     """What a recipe says about its images; the same object from YAML and from Python.
 
     `calibration` is a number of images or a share of the part that `calibration_from` names. With

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from dynamize.arguments import class_numbers
 from dynamize.data import Images
 from dynamize.nn.channels_last import images_for
 from dynamize.nn.network import DynamicNetwork, record_routing
@@ -35,6 +36,9 @@ def everything(network: DynamicNetwork, images: Images, device: torch.device, se
     """Run all images to the end; gates decide at ``setting``, by default the network's own.
 
     ``setting.forced`` is indexed by image of the whole split.
+
+    Raises:
+        DynamizeError: there are no images, or some without a label or of no class of the network.
     """
     network.to(device).eval()
     setting = network.setting if setting is None else setting
@@ -54,7 +58,7 @@ def everything(network: DynamicNetwork, images: Images, device: torch.device, se
                 logits[k].append(one.float().cpu())
                 scores[k].append(score.float().cpu())
             logits[-1].append(routed.logits.float().cpu())
-            labels.append(truth.cpu())
+            labels.append(class_numbers(truth.cpu(), routed.logits.shape[1], f"the {images.name} images"))
             options = routed.taken
             for name, each in taken.items():
                 each.append(options[name])
@@ -84,8 +88,9 @@ def top_answers(network: nn.Module, images: Images, device: torch.device) -> tup
     found, labels = [], []
     with torch.no_grad():
         for batch, truth in images.batches(_BATCH, device):
-            found.append(network(images_for(network, batch)).argmax(1).cpu())
-            labels.append(truth.cpu())
+            logits = network(images_for(network, batch))
+            found.append(logits.argmax(1).cpu())
+            labels.append(class_numbers(truth.cpu(), logits.shape[1], f"the {images.name} images"))
     return torch.cat(found), torch.cat(labels)
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div
 
+from dynamize.arguments import class_numbers, given_network
 from dynamize.errors import DynamizeError
 from dynamize.nn.channels_last import images_for
 from dynamize.nn.piece import Dense
@@ -54,7 +55,7 @@ class MultiExitLoss:
         from_last: float = 0.0,
         weights: Sequence[float] | None = None,
     ) -> None:
-        self.teacher = None if teacher is None else teacher.eval()
+        self.teacher = None if teacher is None else given_network(teacher, "dz.MultiExitLoss").eval()
         self.alpha = alpha if teacher is not None else 0.0
         self.temperature, self.from_last = temperature, from_last
         self.weights = None if weights is None else [w * len(weights) / sum(weights) for w in weights]
@@ -63,9 +64,10 @@ class MultiExitLoss:
         """What the network gave in train mode; images (N, C, H, W) for the teacher; labels (N,). A scalar.
 
         Raises:
-            DynamizeError: there are images without labels and no teacher.
+            DynamizeError: labels are no class numbers, or there are images without labels and no teacher.
         """
         exits = [one.float() for one in exit_logits(output)]
+        labels = class_numbers(labels, exits[0].shape[1], "the loss", unlabelled=True)
         taught = self._teach(images)
         weights = self.weights or [1.0] * len(exits)
         if taught is None and bool((labels == UNLABELLED).any()):
