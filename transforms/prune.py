@@ -115,7 +115,7 @@ class Prune(Transform):
         before, macs = sizes(network), whole_macs(network)
         multiple = engine_class(context.backend).liked_multiple if self.round_to == "auto" else self.round_to
         groups, lost = channel_groups(network, self.keep)
-        groups = [group for group in groups if group.channels > multiple]
+        groups = [group for group in groups if group.channels > group.step(multiple)]
         if not groups:
             raise DynamizeError(
                 f"prune: no channels can go: none of the groups that could be narrowed has more than {multiple} "
@@ -209,12 +209,12 @@ class Prune(Transform):
         self, network: DynamicNetwork, groups: list[ChannelGroup], final: Widths, context: Context, multiple: int
     ) -> list[str]:
         """Take the channels out, in rounds, and let the network recover after each. Returns notes."""
-        whole, notes = {group.name: group.channels for group in groups}, []
+        whole, notes = groups, []
         for done in range(1, self.steps + 1):
             if done > 1:
                 now = {group.name: group for group in channel_groups(network, self.keep)[0]}
-                groups = [now[name] for name in whole]
-            widths = between(list(whole.values()), final, done / self.steps, multiple)
+                groups = [now[group.name] for group in whole]
+            widths = between(whole, final, done / self.steps, multiple)
             removed = least_worth(groups, self._worth(network, groups, context), widths)
             if not faithful(network, groups, removed):
                 raise DynamizeError(

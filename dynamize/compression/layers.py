@@ -9,15 +9,16 @@ from dynamize.graph.replace import every_module
 from dynamize.nn.network import DynamicNetwork
 
 Sizes = dict[str, list[int]]
+STATELESS = (nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)  # norms that may hold no tensors
 _TENSORS = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
 
 
 def layers(network: DynamicNetwork) -> dict[str, nn.Module]:
-    """Modules that hold tensors themselves, by path in the original network, or ``pieces.NAME...``."""
+    """Modules that hold tensors themselves, and norms, by path in the original network, or ``pieces.NAME...``."""
     found: dict[str, nn.Module] = {}
     for prefix, root in (("", network.plain), ("pieces.", network.pieces)):
         for path, module in root.named_modules():
-            if any(True for _ in _tensors(module)):
+            if isinstance(module, STATELESS) or any(True for _ in _tensors(module)):
                 found[prefix + path] = module
     return found
 
@@ -29,8 +30,15 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def can_shrink(module: nn.Module) -> bool:
     """Whether this is a layer whose channels can be left out by leaving out parts of its tensors."""
-    kinds = (nn.Conv2d, nn.Linear, nn.modules.batchnorm._BatchNorm, nn.PReLU)
+    kinds = (nn.Conv2d, nn.Linear, nn.modules.batchnorm._BatchNorm, nn.PReLU, *STATELESS)
     return isinstance(module, kinds) and {name for name, _ in _tensors(module)} <= _TENSORS
+
+
+def channels_of(module: nn.Module) -> int:
+    """Of a layer that treats channels by themselves, or groups of them."""
+    if isinstance(module, STATELESS):
+        return module.num_channels if isinstance(module, nn.GroupNorm) else module.num_features
+    return max(len(tensor) for _, tensor in _tensors(module) if tensor.ndim)
 
 
 def is_depthwise(module: nn.Module) -> bool:
@@ -67,7 +75,7 @@ def sizes(network: DynamicNetwork) -> Sizes:
         elif isinstance(module, nn.Linear):
             found[path] = [module.out_features, module.in_features]
         elif can_shrink(module):
-            found[path] = [max(len(tensor) for _, tensor in _tensors(module) if tensor.ndim)]
+            found[path] = [channels_of(module)]
         elif type(module) is nn.Module or isinstance(module, fx.GraphModule):  # fx holds single tensors in these
             found.update({f"{path}.{name}".lstrip("."): list(tensor.shape) for name, tensor in _tensors(module)})
     return found
@@ -95,21 +103,20 @@ def resize(network: DynamicNetwork, wanted: Mapping[str, Sequence[int]]) -> None
             changed[id(getattr(module, name))] = _first(getattr(module, name), size)
             continue
         module = known[path]
-        shrunk.append(module)
+        shrunk.append((module, size[0]))
         for _, tensor in _tensors(module):
             if tensor.ndim:
                 changed[id(tensor)] = _first(tensor, _shape(module, tensor, size))
     put_tensors(network, changed)
-    for module in shrunk:
-        read_sizes(module)
+    for module, channels in shrunk:
+        read_sizes(module, channels)
 
 
 def _shape(module: nn.Module, tensor: Tensor, size: Sequence[int]) -> list[int]:
     if tensor.ndim == 1:
         return list(size[:1])
-    groups = module.groups if isinstance(module, nn.Conv2d) else 1
-    inputs = 1 if is_depthwise(module) else size[1] // groups
-    return [size[0], inputs, *tensor.shape[2:]]
+    grouped = isinstance(module, nn.Conv2d) and module.groups > 1  # its groups go whole
+    return [size[0], tensor.shape[1] if grouped else size[1], *tensor.shape[2:]]
 
 
 def _first(tensor: Tensor, shape: Sequence[int]) -> Tensor:
@@ -134,20 +141,24 @@ def put_tensors(network: DynamicNetwork, changed: Mapping[int, Tensor]) -> None:
                 module._non_persistent_buffers_set.discard(name)  # the source can make the old values only
 
 
-def read_sizes(module: nn.Module) -> None:
-    """Make a layer's own account of its sizes agree with its tensors."""
+def read_sizes(module: nn.Module, channels: int) -> None:
+    """Make a layer's own account of its sizes agree with its tensors.
+
+    Args:
+        channels: that it has now: what a convolution or linear layer gives, or what a norm treats.
+    """
     sized: Iterable[tuple[str, int]] = ()
     if isinstance(module, nn.Conv2d):
-        outputs, inputs = module.weight.shape[:2]
-        groups = outputs if is_depthwise(module) else module.groups
-        sized = (("out_channels", outputs), ("in_channels", inputs * groups), ("groups", groups))
+        inputs = module.weight.shape[1]
+        groups = channels * module.groups // module.out_channels if module.groups > 1 else 1
+        sized = (("out_channels", channels), ("in_channels", inputs * groups), ("groups", groups))
     elif isinstance(module, nn.Linear):
-        sized = (("out_features", module.weight.shape[0]), ("in_features", module.weight.shape[1]))
-    elif isinstance(module, nn.modules.batchnorm._BatchNorm):
-        held = module.running_mean if module.weight is None else module.weight
-        assert held is not None
-        sized = (("num_features", len(held)),)
+        sized = (("out_features", channels), ("in_features", module.weight.shape[1]))
+    elif isinstance(module, nn.GroupNorm):
+        sized = (("num_groups", channels * module.num_groups // module.num_channels), ("num_channels", channels))
+    elif isinstance(module, nn.modules.batchnorm._NormBase):
+        sized = (("num_features", channels),)
     elif isinstance(module, nn.PReLU):
-        sized = (("num_parameters", len(module.weight)),)
+        sized = (("num_parameters", channels),)
     for name, size in sized:
         setattr(module, name, size)

@@ -1,15 +1,17 @@
 """Channels that can only be left out together, and leaving them out of a network."""
 
 import copy
+import io
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from dynamize.compression.layers import dimensions, layers, place, put_tensors, read_sizes
+from dynamize.compression.layers import dimensions, layers, place, put_tensors, read_sizes, sizes
 from dynamize.nn.network import DynamicNetwork
 from dynamize.rewrite.exchange import exit_answers
 
@@ -41,18 +43,25 @@ class ChannelGroup:
 
     Attributes:
         name: path of the first layer that makes them.
-        channels: how many there are.
+        channels: how many there are; where they go in blocks, how many blocks.
         members: all layers that have a part in them.
+        together: how many channels of the first layer a block has.
     """
 
     name: str
     channels: int
     members: tuple[Member, ...]
+    together: int = 1
+
+    def step(self, multiple: int) -> int:
+        """By how many of its own the group gets narrower, so that widths are multiples of ``multiple``."""
+        return multiple // math.gcd(multiple, self.together)
 
 
 def remove(network: DynamicNetwork, groups: Sequence[ChannelGroup], removed: Removal) -> None:
     """Leave channels out of a network, in place. Shapes and MACs in its graph's annotation become stale."""
     places = _places(network, groups, removed, reading=False)
+    widths = _left(network, groups, removed)
     changed: dict[int, Tensor] = {}
     for (_, _), (tensor, cuts) in places.items():
         kept = tensor.detach()
@@ -62,9 +71,21 @@ def remove(network: DynamicNetwork, groups: Sequence[ChannelGroup], removed: Rem
         changed[id(tensor)] = kept
     put_tensors(network, changed)
     known = layers(network)
-    for path in dict.fromkeys(member.layer for group in groups for member in group.members):
-        if path in known:
-            read_sizes(known[path])
+    for path, channels in widths.items():
+        read_sizes(known[path], channels)
+
+
+def _left(network: DynamicNetwork, groups: Sequence[ChannelGroup], removed: Removal) -> dict[str, int]:
+    """The channels that each layer concerned gives then, or treats, by its path."""
+    known, had = layers(network), sizes(network)
+    gone: dict[str, set[int]] = {}
+    for group in groups:
+        for member in group.members if len(removed.get(group.name, ())) else ():
+            if member.layer in known:
+                found = gone.setdefault(member.layer, set())
+                cut = member.index[torch.as_tensor(removed[group.name], dtype=torch.int64)]
+                found.update(cut.flatten().tolist() if member.side != "in" else ())
+    return {path: had[path][0] - len(cut) for path, cut in gone.items()}
 
 
 @contextmanager
@@ -115,8 +136,9 @@ def faithful(network: DynamicNetwork, groups: Sequence[ChannelGroup], removed: R
         wanted = exit_answers(network)
     try:
         remove(without, groups, removed)
-        found = exit_answers(without)
-    except (RuntimeError, ValueError, IndexError):  # shapes that do not fit each other
+        with redirect_stderr(io.StringIO()):  # torch.fx prints the line of its own code that fails
+            found = exit_answers(without)
+    except (RuntimeError, ValueError, IndexError, TypeError):  # shapes that do not fit each other
         return False
     return all(
         ours.shape == theirs.shape

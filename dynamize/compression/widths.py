@@ -21,19 +21,21 @@ def kept_width(channels: int, share: float, multiple: int) -> int:
 
 def uniform(groups: Sequence[ChannelGroup], ratio: float, multiple: int) -> Widths:
     """Every group without this share of its channels."""
-    return tuple(kept_width(group.channels, 1 - ratio, multiple) for group in groups)
+    return tuple(kept_width(group.channels, 1 - ratio, group.step(multiple)) for group in groups)
 
 
 def spared(groups: Sequence[ChannelGroup], found: Sensitivity, drop: float, multiple: int) -> Widths:
     """Every group without as many channels as it loses alone for this accuracy drop."""
-    return tuple(kept_width(group.channels, 1 - found.ratio_at(group.name, drop), multiple) for group in groups)
+    return tuple(
+        kept_width(group.channels, 1 - found.ratio_at(group.name, drop), group.step(multiple)) for group in groups
+    )
 
 
-def between(channels: Sequence[int], final: Widths, progress: float, multiple: int) -> Widths:
+def between(groups: Sequence[ChannelGroup], final: Widths, progress: float, multiple: int) -> Widths:
     """Widths on the way from all channels (0) to ``final`` (1), each round taking the same share of what is left."""
     return tuple(
-        max(width, kept_width(whole, (width / whole) ** progress, multiple))
-        for whole, width in zip(channels, final, strict=True)
+        max(width, kept_width(group.channels, (width / group.channels) ** progress, group.step(multiple)))
+        for group, width in zip(groups, final, strict=True)
     )
 
 
@@ -73,5 +75,6 @@ def narrowed(network: DynamicNetwork, groups: Sequence[ChannelGroup], widths: Wi
 
 def removed_share(groups: Sequence[ChannelGroup], widths: Widths) -> float:
     """The share of all groups' channels that goes."""
-    channels = sum(group.channels for group in groups)
-    return 1 - sum(widths) / max(1, channels)
+    channels = sum(group.channels * group.together for group in groups)
+    left = sum(width * group.together for group, width in zip(groups, widths, strict=True))
+    return 1 - left / max(1, channels)

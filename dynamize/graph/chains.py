@@ -24,11 +24,12 @@ from dynamize.graph.channelwise import (
     REDUCTIONS,
     SHAPES,
     SUMS,
+    constants,
     is_drop_path,
-    is_elementwise,
     is_one_channel,
     is_per_channel_call,
     is_scalar,
+    is_value_per_channel,
     operator_name,
 )
 from dynamize.graph.slices import blocks_of, can_slice
@@ -125,13 +126,11 @@ class _Search:
         self.sizes: dict[fx.Node, _Group] = {}  # shapes of such tensors
         self.counts: dict[fx.Node, _Group] = {}  # numbers of channels taken from such a shape
         self.vectors: set[fx.Node] = set()  # pooled to 1 x 1, and what is computed from nothing else
-        self.constants: dict[fx.Node, set[fx.Node]] = {}  # computed from these tensors of the network only
+        self.constants = constants(region.graph)
         self.holders = Counter(id(tensor) for node in region.graph.nodes for tensor in self._tensors(node))
 
     def visit(self, node: fx.Node) -> None:
-        if self._is_constant(node):
-            sources = [self.constants[source] for source in node.all_input_nodes]
-            self.constants[node] = set().union(*sources) if sources else {node}
+        if node in self.constants:
             return
         if not self._understood(node):
             for source in node.all_input_nodes:
@@ -167,12 +166,6 @@ class _Search:
 
     def _is_one_block(self, node: fx.Node) -> bool:
         return node.op == "call_module" and blocks_of(self._module(node), node.meta["shape"][1]) == 1
-
-    def _is_constant(self, node: fx.Node) -> bool:
-        sources = node.all_input_nodes
-        if node.op == "get_attr":
-            return isinstance(self._tensors(node)[0], torch.Tensor)
-        return bool(sources) and all(one in self.constants for one in sources) and is_elementwise(node)
 
     def is_map(self, group: _Group) -> bool:
         """Whether the channels begin at a convolution of a feature map."""
@@ -336,15 +329,13 @@ class _Search:
         return bool(carriers) and self._carry(node, carriers[0])
 
     def _adopt(self, constant: fx.Node, carrier: fx.Node) -> bool:
-        """A value for each channel, computed from tensors that have one each: they belong to the channels."""
-        group, shape = self.of[carrier], carrier.meta["shape"]
-        aligned = (1,) * (len(shape) - len(constant.meta["shape"])) + constant.meta["shape"]
-        if len(aligned) != len(shape) or aligned[1] != shape[1] or math.prod(aligned) != shape[1]:
+        """A value for each channel: the tensors that it is computed from belong to the channels."""
+        leaves = self.constants[constant]
+        if not is_value_per_channel(constant, leaves, carrier):
             return False
-        leaves = [leaf for leaf in self.constants[constant] if math.prod(leaf.meta["shape"]) > 1]
-        group.per_channel += [leaf for leaf in leaves if leaf not in group.per_channel]
-        single = all(math.prod(leaf.meta["shape"]) == max(leaf.meta["shape"]) == shape[1] for leaf in leaves)
-        return single and all(self.holders[id(tensor)] == 1 for leaf in leaves for tensor in self._tensors(leaf))
+        group, several = self.of[carrier], [leaf for leaf in leaves if not is_scalar(leaf)]
+        group.per_channel += [leaf for leaf in several if leaf not in group.per_channel]
+        return all(self.holders[id(tensor)] == 1 for leaf in several for tensor in self._tensors(leaf))
 
     def _join(self, group: _Group, other: _Group, value: fx.Node) -> bool:
         """Make the channels of ``other`` those of ``group`` if ``value``, which carries them, is computed from it."""

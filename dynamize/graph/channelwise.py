@@ -93,3 +93,26 @@ def is_elementwise(node: fx.Node) -> bool:
         index: Any = node.args[1]
         return isinstance(index, tuple) and all(one in (slice(None), None, Ellipsis) for one in index)
     return name in (*ACTIVATIONS, *PRODUCTS, *SUMS, "unsqueeze")
+
+
+def constants(graph: fx.Graph) -> dict[fx.Node, set[fx.Node]]:
+    """The values that are computed element by element from tensors of the network, and from which of them."""
+    found: dict[fx.Node, set[fx.Node]] = {}
+    for node in graph.nodes:
+        sources = node.all_input_nodes
+        if node.op == "get_attr":
+            found[node] = {node}
+        elif sources and all(one in found for one in sources) and is_elementwise(node):
+            found[node] = set().union(*(found[one] for one in sources))
+    return found
+
+
+def is_value_per_channel(constant: fx.Node, leaves: set[fx.Node], carrier: fx.Node) -> bool:
+    """Whether a value computed from these tensors of the network alone is one for each channel of the carrier, as the
+    tensors are that have more than one element."""
+    shape, own = carrier.meta["shape"], constant.meta["shape"]
+    aligned = (1,) * (len(shape) - len(own)) + tuple(own)
+    if len(aligned) != len(shape) or aligned[1] != shape[1] or math.prod(aligned) != shape[1]:
+        return False
+    sizes = [leaf.meta["shape"] for leaf in leaves if not is_scalar(leaf)]
+    return all(math.prod(size) == max(size) == shape[1] for size in sizes)

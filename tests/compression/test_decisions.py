@@ -83,9 +83,9 @@ def test_liked_multiples() -> None:
 
 def test_rounds_take_equal_shares_of_what_is_left() -> None:
     # 64 -> 16 in two rounds halves twice; 32 -> 32 stays; never below the final width
-    assert between([64, 32], (16, 32), 0.5, 8) == (32, 32)
-    assert between([64, 32], (16, 32), 1.0, 8) == (16, 32)
-    assert between([20, 9], (19, 7), 0.5, 8) == (19, 8)
+    assert between([plain_group("a", 64), plain_group("b", 32)], (16, 32), 0.5, 8) == (32, 32)
+    assert between([plain_group("a", 64), plain_group("b", 32)], (16, 32), 1.0, 8) == (16, 32)
+    assert between([plain_group("a", 20), plain_group("b", 9)], (19, 7), 0.5, 8) == (19, 8)
 
 
 def test_uniform_and_shares() -> None:
