@@ -9,6 +9,7 @@ from torch import nn
 
 from dynamize.arguments import given_network, given_shape, given_steps, trained_network
 from dynamize.errors import DynamizeError
+from dynamize.graph.given import own_copy, unwrapped
 from dynamize.graph.trace import trace
 from dynamize.nn.network import DynamicNetwork
 from dynamize.sources import origin
@@ -16,21 +17,22 @@ from dynamize.transform import Context, Transform, check_order, parse_step
 from dynamize.upgrade import upgraded_names
 
 
-def wrap(network: nn.Module, input_shape: Sequence[int]) -> DynamicNetwork:
+def wrap(network: nn.Module, input_shape: Sequence[int], *, check: bool = True) -> DynamicNetwork:
     """The traced network as one static piece; ``network`` itself is left alone.
 
     Args:
         network: a classifier, (N, C, H, W) -> (N, classes); one that is wrapped already is only copied.
         input_shape: (C, H, W).
+        check: whether its answers have to be those of a trained classifier (:func:`dynamize.graph.trace.trace`).
 
     Raises:
         DynamizeError: it is no network that can be read and traced, or the shape is none.
     """
-    given_network(network, "a conversion")
+    network = unwrapped(given_network(network, "a conversion"))
     given_shape(input_shape)
     if isinstance(network, DynamicNetwork):
         return copy.deepcopy(network)
-    traced = trace(network, input_shape)
+    traced = trace(network, input_shape, check=check)
     wrapped = DynamicNetwork(traced, input_shape=input_shape)
     wrapped.source = origin(network)
     return wrapped.train(network.training)
@@ -45,7 +47,8 @@ def convert(
     """Apply transforms in order to a copy of ``network``.
 
     Args:
-        network: a trained classifier; it becomes the teacher unless ``context`` names another one.
+        network: a trained classifier, also inside ``torch.compile``, data parallelism or averaging; it becomes the
+            teacher unless ``context`` names another one.
         transforms: for example ``[Exits(count=2)]``.
         input_shape: (C, H, W).
         context: data, device and seed for transforms that need them.
@@ -59,16 +62,17 @@ def convert(
         >>> [step["pass"] for step in dyn.history]
         ['exits', 'skip_gates']
     """
-    trained_network(network, "dz.convert")
+    network = trained_network(unwrapped(given_network(network, "dz.convert")), "dz.convert")
     given_steps(transforms, Transform)
     if context is not None and not isinstance(context, Context):
         raise DynamizeError(f"context is a dz.Context, and a {type(context).__name__} was given: dz.Context(data=...)")
     done = [step["pass"] for step in network.history] if isinstance(network, DynamicNetwork) else []
     check_order(list(transforms), done)
-    if context is None or context.teacher is None:
-        teacher = copy.deepcopy(network).eval().requires_grad_(False)
-        context = Context(teacher=teacher) if context is None else replace(context, teacher=teacher)
     converted = wrap(network, input_shape)
+    if context is None or context.teacher is None:
+        teacher = own_copy(network).requires_grad_(False)
+        teacher.eval()
+        context = Context(teacher=teacher) if context is None else replace(context, teacher=teacher)
     for transform in transforms:
         converted = apply(converted, transform, context)[0]
     return converted
@@ -88,7 +92,7 @@ def replay(network: nn.Module, history: Sequence[dict[str, Any]], input_shape: S
 
     Its own history is of the current versions.
     """
-    rebuilt = wrap(network, input_shape).eval()
+    rebuilt = wrap(network, input_shape, check=False).eval()
     steps: list[Transform] = []
     for plain in history:
         step = parse_step(plain if "version" in plain else upgraded_names(plain, rebuilt))

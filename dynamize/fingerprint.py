@@ -11,7 +11,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from dynamize.graph.trace import blank
+from dynamize.graph.tracer import blank
 from dynamize.nn.gates import ALL_OPEN
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.piece import Setting

@@ -10,7 +10,7 @@ from torch import nn
 from dynamize.data.image_files import with_unlabelled
 from dynamize.errors import DynamizeError
 from dynamize.graph.macs import count_macs
-from dynamize.graph.trace import blank
+from dynamize.graph.tracer import blank
 from dynamize.measure.costs import exit_costs
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.piece import Choose

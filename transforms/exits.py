@@ -15,7 +15,8 @@ from dynamize.graph.cuts import CutPoint, cut_points, find_cut
 from dynamize.graph.macs import annotated_macs, count_macs
 from dynamize.graph.nodes import output_value, positions
 from dynamize.graph.tails import tail
-from dynamize.graph.trace import annotate, blank
+from dynamize.graph.trace import annotate
+from dynamize.graph.tracer import blank
 from dynamize.nn.confidence import ConfidenceName
 from dynamize.nn.exits import Exit, Fusion
 from dynamize.nn.heads import ExitHead, conv_body, linear_classifier, zero_fusion

@@ -16,7 +16,7 @@ from dynamize.compression.layers import dimensions, is_depthwise, layers, place
 from dynamize.compression.removal import ChannelGroup, Member, Removal, faithful
 from dynamize.compression.ties import Coupled, Item, joined
 from dynamize.errors import DynamizeError, closest
-from dynamize.graph.trace import blank
+from dynamize.graph.tracer import blank
 from dynamize.nn.network import DynamicNetwork
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from dynamize.graph.integers import Places, find_places, note_shapes, prepared
 from dynamize.graph.nodes import output_value, placeholder, positions
-from dynamize.graph.trace import blank
+from dynamize.graph.tracer import blank
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.piece import Part
 

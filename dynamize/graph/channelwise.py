@@ -10,6 +10,8 @@ from torch import fx, nn
 from torch.nn import functional as F
 from torchvision.ops import stochastic_depth
 
+from dynamize.graph.modes import Dropping
+
 _Op = Callable[..., Any]
 ACTIVATIONS = (
     *("relu", "relu_", "relu6", "hardtanh", "hardtanh_", "sigmoid", "sigmoid_", "tanh", "tanh_", "silu", "mish"),
@@ -49,7 +51,7 @@ def operator_name(node: fx.Node) -> str:
 
 
 def is_drop_path(module: nn.Module) -> bool:
-    return "DropPath" in type(module).__name__
+    return isinstance(module, Dropping) or "DropPath" in type(module).__name__
 
 
 def is_per_channel_call(node: fx.Node, name: str, shape: tuple[int, ...]) -> bool:

@@ -1,6 +1,6 @@
 """Where a network can be cut in two: the nodes that all paths from input to output run through."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 from torch import fx
@@ -34,12 +34,17 @@ def cut_points(traced: fx.GraphModule) -> list[CutPoint]:
     """
     return [
         CutPoint(node.name, module_path(node), tuple(node.meta["shape"][1:]), macs)
-        for node, macs in _separating_nodes(traced)
+        for node, macs in separating(traced.graph)
     ]
 
 
-def _separating_nodes(traced: fx.GraphModule) -> list[tuple[fx.Node, float]]:
-    nodes = list(traced.graph.nodes)
+def separating(graph: fx.Graph, ignored: Container[fx.Node] = ()) -> list[tuple[fx.Node, float]]:
+    """The nodes that separate an annotated graph, with the MACs per image up to each.
+
+    Args:
+        ignored: nodes that count neither as data nor as users of data.
+    """
+    nodes = list(graph.nodes)
     position = {node: i for i, node in enumerate(nodes)}
     found: list[tuple[fx.Node, float]] = []
     depends: set[fx.Node] = set()  # on the image, not only on parameters
@@ -47,14 +52,15 @@ def _separating_nodes(traced: fx.GraphModule) -> list[tuple[fx.Node, float]]:
     macs = 0.0
     for i, node in enumerate(nodes):
         macs += node.meta["macs"]
-        if node.op == "placeholder" or any(source in depends for source in node.all_input_nodes):
+        read = node not in ignored and any(source in depends for source in node.all_input_nodes)
+        if node.op == "placeholder" or read:
             depends.add(node)
         if macs and open_until <= i and node in depends and _is_feature_map(node):
             if found and found[-1][1] == macs:
                 found.pop()
             found.append((node, macs))
         if node in depends:
-            open_until = max([open_until, *(position[user] for user in node.users)])
+            open_until = max([open_until, *(position[user] for user in node.users if user not in ignored)])
     return found
 
 

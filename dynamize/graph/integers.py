@@ -12,9 +12,10 @@ from torch.nn import functional
 from torchvision.ops import StochasticDepth
 
 from dynamize.graph.fold import folded, has_hooks
+from dynamize.graph.modes import Dropping
 from dynamize.graph.nodes import output_value
 
-_DROPPED = (nn.modules.dropout._DropoutNd, StochasticDepth, nn.Identity)
+_DROPPED = (nn.modules.dropout._DropoutNd, StochasticDepth, Dropping, nn.Identity)
 _CLAMPS: tuple[Any, ...] = (nn.ReLU, nn.ReLU6, nn.Hardtanh, functional.relu, functional.relu6, functional.hardtanh,
                             torch.relu, torch.clamp, "relu", "clamp")  # fmt: skip
 _CURVES: tuple[Any, ...] = (nn.Sigmoid, nn.Hardsigmoid, nn.Hardswish, nn.SiLU, nn.Tanh, nn.LeakyReLU, torch.sigmoid,

@@ -15,7 +15,7 @@ from dynamize.graph.chains import Chain, private_chains
 from dynamize.graph.macs import counting_macs
 from dynamize.graph.nodes import placeholder
 from dynamize.graph.slices import held, keep_first, scale_of, taken
-from dynamize.graph.trace import blank
+from dynamize.graph.tracer import blank
 
 
 def importance(region: fx.GraphModule, chain: Chain) -> Tensor:

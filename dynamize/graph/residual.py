@@ -17,7 +17,7 @@ from dynamize.errors import DynamizeError
 from dynamize.graph.cuts import CutPoint, cut_points, module_path
 from dynamize.graph.extract import cone, extract
 from dynamize.graph.nodes import nodes_by_name, output_value, placeholder
-from dynamize.graph.trace import blank
+from dynamize.graph.tracer import blank
 
 _ADDITIONS = (operator.add, operator.iadd, torch.add, torch.Tensor.add, torch.Tensor.add_)
 _CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)

@@ -1,6 +1,6 @@
 """Reading a network: a symbolic trace whose leaves keep everything that training and folding need."""
 
-import copy
+import logging
 import traceback
 import types
 from collections.abc import Sequence
@@ -8,70 +8,23 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torchvision.ops import StochasticDepth
 
 from dynamize.errors import DynamizeError
+from dynamize.graph.answers import check_answers
+from dynamize.graph.early import read_late
+from dynamize.graph.given import own_copy, unwrapped
 from dynamize.graph.macs import counting_macs
+from dynamize.graph.modes import Unmatched, freeze_as, keep_modes
+from dynamize.graph.tracer import NetworkTracer, blank
 
+log = logging.getLogger(__name__)
 
-class Whole(nn.Module):
-    """A module of ours that stays one node when a network is traced."""
-
-
-# Subclasses outside torch.nn (timm's BatchNormAct2d, Conv2dSame, ...) must stay modules: traced through, a
-# batch norm freezes its training flag and disappears from the network.
-_LEAF_TYPES: tuple[type[nn.Module], ...] = (
-    nn.modules.batchnorm._NormBase,
-    nn.modules.conv._ConvNd,
-    nn.Linear,
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.modules.dropout._DropoutNd,
-    StochasticDepth,
-    Whole,
-)
-# Kept whole by timm because of an in-place `mul_` whose result nothing names; `annotate` puts it in order.
-_TRACED_ALL_THE_SAME = ("NormFreeBlock",)
 _COPYING = {"view": "reshape", "view_as": "reshape_as"}
 _READS_MEMORY = ("as_strided", "stride", "view", torch.as_strided, torch.view_as_complex)
 _BEAR_ANY_MEMORY = ("torch", "torchvision", "timm")  # whose functions do
 
 
-class NetworkTracer(fx.Tracer):
-    """``fx.Tracer`` with the leaf lists of torchvision and, where it is installed, timm."""
-
-    def __init__(self) -> None:
-        functions, self._timm_leaves = _timm_leaves()
-        super().__init__(autowrap_functions=functions)
-        self.visiting = ""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, _LEAF_TYPES + self._timm_leaves) or "DropPath" in type(m).__name__:
-            return True
-        return super().is_leaf_module(m, module_qualified_name)
-
-    def create_proxy(self, kind: str, target: Any, args: tuple, kwargs: dict, *rest: Any, **more: Any) -> Any:
-        if kind == "placeholder" and args and self.graph.find_nodes(op="placeholder"):
-            return args[0]  # forward(images, mask=None): a classifier is called with the images only
-        return super().create_proxy(kind, target, args, kwargs, *rest, **more)
-
-    def call_module(self, m: nn.Module, forward: object, args: tuple, kwargs: dict) -> object:
-        outer, self.visiting = self.visiting, self.path_of_module(m)
-        result = super().call_module(m, forward, args, kwargs)  # type: ignore[arg-type]
-        self.visiting = outer  # not restored on an error: it then names the module that failed
-        return result
-
-
-def _timm_leaves() -> tuple[tuple, tuple[type[nn.Module], ...]]:
-    try:
-        from timm.models._features_fx import get_notrace_functions, get_notrace_modules
-    except ImportError:
-        return (), ()
-    modules = [module for module in get_notrace_modules() if module.__name__ not in _TRACED_ALL_THE_SAME]
-    return tuple(get_notrace_functions()), tuple(modules)
-
-
-def trace(network: nn.Module, input_shape: Sequence[int]) -> fx.GraphModule:
+def trace(network: nn.Module, input_shape: Sequence[int], *, check: bool = True) -> fx.GraphModule:
     """Trace a copy of ``network`` in eval mode and annotate every node.
 
     Each node's ``meta`` gets ``shape`` (of its tensor for one image, else None) and ``macs`` (multiply-accumulates
@@ -81,24 +34,92 @@ def trace(network: nn.Module, input_shape: Sequence[int]) -> fx.GraphModule:
     Args:
         network: any CNN classifier, ``(N, C, H, W) -> (N, classes)``.
         input_shape: ``(C, H, W)``.
+        check: whether answers are looked at; not those of a network whose weights are still to come.
 
     Raises:
-        DynamizeError: the network cannot be traced, run on this shape, or does not return class scores.
+        DynamizeError: the network cannot be traced, run on this shape, does not return class scores, or its answers
+            cannot be taken apart (:func:`dynamize.graph.answers.check_answers`).
     """
-    network = copy.deepcopy(network).eval()
-    tracer = NetworkTracer()
-    try:
-        graph = tracer.trace(network)
-    except Exception as error:
-        raise DynamizeError(_why_untraceable(network, tracer, error)) from error
+    network = unwrapped(network)
+    network, trainer = own_copy(network), own_copy(network)
+    network.eval()  # by itself: an own `train()` may return nothing
+    trainer.train()
+    flags = {path: module.training for path, module in trainer.named_modules()}
+    graph, leaves = _read_both(network, trainer, input_shape)
     _copy_where_views_fail(graph)
+    for name, leaf in leaves.items():
+        network.add_module(name, leaf)
     traced = fx.GraphModule(network, graph, type(network).__name__)
+    for name in leaves:
+        delattr(network, name)
+    freeze_as(traced, flags)
     annotate(traced, input_shape)
+    read_late(traced.graph)
     _give_plain_memory(traced.graph)
     traced.graph.eliminate_dead_code()
     traced.recompile()
-    _check_answers(network, traced, input_shape)
+    if check:
+        check_answers(network, traced, input_shape)
     return traced
+
+
+def _read_both(
+    network: nn.Module, trainer: nn.Module, input_shape: Sequence[int]
+) -> tuple[fx.Graph, dict[str, nn.Module]]:
+    """The graph of a network in evaluation, and the leaves in it that do otherwise in training.
+
+    A module of which the training step cannot be read is left whole.
+    """
+    whole: frozenset[str] = frozenset()
+    while True:
+        graph = _read(network, input_shape, whole)
+        try:
+            return graph, keep_modes(network, graph, trainer, _read(trainer, input_shape, whole))
+        except Unmatched as error:
+            path, why = error.module, "it changes something by the way"
+        except _Unreadable as error:
+            path, why = error.module, str(error)
+        if not path or path in whole:
+            raise DynamizeError(
+                f"{type(network).__name__} does otherwise in training than in evaluation, and that cannot be traced: "
+                f"{why}. Put what depends on `self.training` into a module of its own, which then stays whole. "
+                "Nothing was changed."
+            )
+        log.warning("'%s' is kept whole, as what it does in training cannot be traced: %s", path, why)
+        whole |= {path}
+
+
+class _Unreadable(DynamizeError):
+    def __init__(self, message: str, module: str) -> None:
+        super().__init__(message)
+        self.module = module
+
+
+def _read(network: nn.Module, input_shape: Sequence[int], whole: frozenset[str]) -> fx.Graph:
+    """A graph in the mode that the network is in; what is computed of buffers is recorded only where that helps."""
+    failure: _Unreadable | None = None
+    found: fx.Graph | None = None
+    for buffers in (False, True):
+        tracer = NetworkTracer(input_shape, buffers=buffers, whole=whole)
+        try:
+            graph = tracer.trace(network)
+        except Exception as error:
+            failure = failure or _unreadable(network, tracer, error)
+            continue
+        if tracer.drawing is not None:
+            where = f"'{tracer.drawing}'" if tracer.drawing else type(network).__name__
+            raise _Unreadable(
+                f"{where} asks a random number what to do, which a graph cannot. Draw a tensor of random numbers for "
+                "the images instead, as torch.nn.Dropout does",
+                tracer.drawing,
+            )
+        if not tracer.lost:
+            return graph
+        found = found or graph
+    if found is not None:
+        return found
+    assert failure is not None
+    raise failure
 
 
 def _copy_where_views_fail(graph: fx.Graph) -> None:
@@ -164,13 +185,6 @@ def annotate(traced: fx.GraphModule, input_shape: Sequence[int]) -> None:
     annotator.order_overwriting()
 
 
-def blank(module: nn.Module, *shape: int) -> torch.Tensor:
-    """Zeros on the device and of the floating type that ``module`` computes with."""
-    tensors = [*module.parameters(), *module.buffers()]
-    floating = next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
-    return torch.zeros(shape, device=tensors[0].device if tensors else "cpu", dtype=floating)
-
-
 class _Annotator(fx.Interpreter):
     def __init__(self, traced: fx.GraphModule) -> None:
         super().__init__(traced)
@@ -215,48 +229,21 @@ def _same_memory(value: object, held: torch.Tensor) -> bool:
     return value.shape == held.shape and value.stride() == held.stride()
 
 
-def _check_answers(network: nn.Module, traced: fx.GraphModule, input_shape: Sequence[int]) -> None:
-    """Refuse a network that the tracer misread (it follows one branch and takes ``x += y`` for ``x = x + y``), or in
-    which a layer does not bear the channels-last memory of training and the eager backend."""
-    like = blank(network, 2, *input_shape)
-    images_NCHW = torch.randn(like.shape, generator=torch.Generator().manual_seed(0)).to(like)
-    answers: list[torch.Tensor] = []
-    for module in (network, traced):
-        with torch.no_grad(), torch.random.fork_rng():
-            torch.manual_seed(0)
-            try:
-                answers.append(module(images_NCHW.clone()))
-            except Exception as error:
-                raise DynamizeError(
-                    f"the network runs on one image but not on two: {_first_line(error)}. A converted network works "
-                    "on batches of any size: take the batch size from the tensors"
-                ) from error
-    try:
-        with torch.no_grad(), torch.random.fork_rng():
-            traced(images_NCHW.contiguous(memory_format=torch.channels_last))
-    except Exception as error:
-        raise DynamizeError(
-            f"the network does not run on images that lie channels last in memory: {_first_line(error)}. A layer that "
-            "tracing keeps whole calls `view`: write `reshape` there. Nothing was changed."
-        ) from error
-    wanted, found = answers
-    if not torch.allclose(found, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()), equal_nan=True):
-        raise DynamizeError(
-            f"{type(network).__name__} answers differently once it is traced: something in its forward depends on the "
-            "values, or `x += y` changes a tensor that another name still holds. Write `x = x + y` there, or wrap the "
-            "function with torch.fx.wrap so that tracing keeps it whole. Nothing was changed."
-        )
-
-
-def _why_untraceable(network: nn.Module, tracer: NetworkTracer, error: Exception) -> str:
+def _unreadable(network: nn.Module, tracer: NetworkTracer, error: Exception) -> _Unreadable:
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "torch/fx" not in f.filename.replace("\\", "/")]
-    frames = [f for f in frames if not f.filename.endswith("graph/trace.py") and "/torch/nn/" not in f.filename]
+    frames = [
+        f
+        for f in frames
+        if not f.filename.endswith(("graph/trace.py", "graph/tracer.py")) and "/torch/nn/" not in f.filename
+    ]
     line = f", {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
     where = f"module '{tracer.visiting}'" if tracer.visiting else "the top module"
-    return (
-        f"{type(network).__name__} cannot be traced: {where}{line}: {_first_line(error)}. "
+    mode = " in training" if network.training else ""
+    return _Unreadable(
+        f"{type(network).__name__} cannot be traced{mode}: {where}{line}: {_first_line(error)}. "
         "Control flow must not depend on tensor values or shapes there: rewrite that line, or wrap the function "
-        "with torch.fx.wrap so that tracing keeps it whole. Nothing was changed."
+        "with torch.fx.wrap so that tracing keeps it whole. Nothing was changed.",
+        tracer.visiting,
     )
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dynamize.graph.trace import blank
+from dynamize.graph.tracer import blank
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from safetensors.torch import save
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dynamize.graph.trace import blank
+from dynamize.graph.tracer import blank
 from dynamize.nn.gates import ALL_OPEN
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.piece import Setting

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from dynamize.errors import DynamizeError
 from dynamize.graph.replace import every_module
-from dynamize.graph.trace import blank
+from dynamize.graph.tracer import blank
 from dynamize.nn.executor import CACHE, Program, Routed, execute, names, program
 from dynamize.nn.exits import CONTEXT, Leaving
 from dynamize.nn.flow import Flow

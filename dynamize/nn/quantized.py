@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dynamize.graph.trace import Whole
+from dynamize.graph.tracer import Whole
 
 LEVELS = 255  # steps of an unsigned byte, and of a signed one without -128
 _LARGEST_BIAS = 2.0**30  # of what a sum of products of bytes can hold besides

@@ -8,7 +8,8 @@ from torch import Tensor, fx, nn
 from dynamize.errors import DynamizeError
 from dynamize.graph.fold import norm_pairs
 from dynamize.graph.replace import TOLERANCE, difference, every_module, replace_modules
-from dynamize.graph.trace import NetworkTracer, annotate, blank
+from dynamize.graph.trace import annotate
+from dynamize.graph.tracer import NetworkTracer, blank
 from dynamize.nn.gates import ALL_OPEN
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.piece import Setting

@@ -6,7 +6,8 @@ import torch
 from torch import fx, nn
 
 from dynamize.graph.splice import splice
-from dynamize.graph.trace import NetworkTracer, annotate
+from dynamize.graph.trace import annotate
+from dynamize.graph.tracer import NetworkTracer
 from dynamize.nn.network import DynamicNetwork
 
 

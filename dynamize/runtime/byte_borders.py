@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from dynamize.graph.nodes import output_value, placeholder
-from dynamize.graph.trace import Whole
+from dynamize.graph.tracer import Whole
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.piece import Part
 from dynamize.nn.quantized import LEVELS, Quantizer

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dynamize.errors import DynamizeError
-from dynamize.graph.trace import blank
+from dynamize.graph.tracer import blank
 from dynamize.nn.gates import pool_map
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.quantized import is_quantized

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dynamize.graph.macs import count_macs
-from dynamize.graph.trace import blank
+from dynamize.graph.tracer import blank
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.piece import Choose
 from dynamize.training.objectives import Output, exit_logits

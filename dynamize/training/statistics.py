@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dynamize.data import Images
-from dynamize.graph.trace import NetworkTracer
+from dynamize.graph.tracer import NetworkTracer
 from dynamize.nn.flow import Flow
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.piece import Call, Part, Setting

@@ -126,7 +126,7 @@ def test_a_batch_size_written_into_the_network_is_refused() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.linear(self.conv2(self.conv1(x)).mean((2, 3)).view(1, 8))
 
-    with pytest.raises(DynamizeError, match="runs on one image but not on two"):
+    with pytest.raises(DynamizeError, match="runs on one image but not on several"):
         trace(OneOnly(), ThreeLayer.shape)
 
 

@@ -244,7 +244,7 @@ FRESH = """
 import sys, numpy as np, torch
 import dynamize as dz
 from digits import DigitNet
-from dynamize.graph.trace import NetworkTracer
+from dynamize.graph.tracer import NetworkTracer
 NetworkTracer()  # imports timm, which makes classes of its own with pickle
 def no_pickle(*_, **__):
     raise AssertionError("an artifact needs no pickle")
