@@ -11,6 +11,7 @@ from dynamize.cli import artifacts, catalogue, look, runs
 from dynamize.cli.console import complain
 from dynamize.cli.suggest import suggest
 from dynamize.errors import DynamizeError
+from dynamize.runtime.threads import share_threads
 
 _USER_ERRNOS = {
     getattr(errno, name)
@@ -78,4 +79,5 @@ app.add_typer(catalogue.recipes, name="recipes")
 
 def main() -> None:
     """Entry point of the `dynamize` command."""
+    share_threads()
     app(prog_name="dynamize")

@@ -19,6 +19,7 @@ from dynamize.nn.piece import Decision
 from dynamize.report.ledger import Row, Timing
 from dynamize.runtime.compiled import CompiledNetwork, compile_network
 from dynamize.runtime.engine import engine_class
+from dynamize.runtime.threads import Threads, chosen_threads
 from dynamize.transform import Progress, quiet
 
 _INPUTS = 96  # images timed in each round, at least one batch
@@ -74,6 +75,7 @@ class Evaluator:
         batches: batch sizes timed.
         seconds: how long each comparison of times takes.
         progress: wraps the loop over batch sizes.
+        threads: of sessions, "own" or "shared" (:func:`dynamize.compile_network`).
 
     Raises:
         DynamizeError: an unknown backend.
@@ -88,13 +90,16 @@ class Evaluator:
         batches: Sequence[int] = (1, 64),
         seconds: float = 5.0,
         progress: Progress = quiet,
+        threads: Threads | None = None,
     ) -> None:
         self.static, self.images, self.device = static, images, device
         self.backends, self.batches, self.seconds = tuple(backends), tuple(batches), seconds
-        self.progress = progress
+        self.progress, self.threads = progress, threads
+        self.notes: list[str] = []  # what backends left to torch when networks were last timed
         self._compiled: dict[str, CompiledNetwork] = {}
         for backend in self.backends:
             engine_class(backend)  # an unknown one is refused before anything is timed
+        chosen_threads(threads)
 
     @cached_property
     def reference(self) -> Judgement:
@@ -138,7 +143,7 @@ class Evaluator:
             seconds=round(seconds, 1),
             size=saved_bytes(network),
             peak_memory=peak_bytes(network),
-            notes=[*notes, *busy(times)],
+            notes=[*notes, *self.notes, *busy(times)],
         )
 
     def times(self, network: DynamicNetwork, judged: Judgement, alone: bool = False) -> dict[tuple[str, int], Times]:
@@ -147,18 +152,20 @@ class Evaluator:
         The images timed cost as the whole split does, from the cheapest to the dearest.
         """
         found: dict[tuple[str, int], Times] = {}
+        self.notes = []
         chosen = representative(judged.macs, max(_INPUTS, *self.batches))
         images = gather(self.images, chosen, self.device)
         images = images[torch.arange(max(len(images), *self.batches)) % len(images)]
         for backend in self.backends:
             if backend not in self._compiled:
-                self._compiled[backend] = compile_network(self.static, backend, self.device)
+                self._compiled[backend] = compile_network(self.static, backend, self.device, self.threads)
             contenders = {"static": self._compiled[backend]}
             if not alone:
-                contenders["dynamic"] = compile_network(network, backend, self.device)
+                contenders["dynamic"] = compile_network(network, backend, self.device, self.threads)
             for batch in self.progress(self.batches, f"timing on {backend}, batch by batch", len(self.batches)):
                 inputs = [images[i : i + batch] for i in range(0, len(images) - batch + 1, batch)]
                 found[backend, batch] = interleave(contenders, inputs, self.device, self.seconds)
+            self.notes += [f"{name}: {note}" for name, one in contenders.items() for note in one.notes]
         return found
 
 

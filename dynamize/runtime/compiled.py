@@ -8,12 +8,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from dynamize.errors import DynamizeError
+from dynamize.graph.trace import blank
 from dynamize.nn.executor import CACHE, Program, Routed, execute, program
 from dynamize.nn.exits import CONTEXT
 from dynamize.nn.flow import Flow
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.piece import Call, Part, Piece, Run, Setting
 from dynamize.runtime.engine import Border, Engine, engine_class, one_torch_thread
+from dynamize.runtime.inputs import why_refused
+from dynamize.runtime.maker import Maker
+from dynamize.runtime.threads import Threads, chosen_threads
 
 
 class CompiledNetwork:
@@ -34,26 +39,53 @@ class CompiledNetwork:
             piece.fold()
         self._frozen = engine.prepare(frozen)
         self.row = self._frozen.row
+        self._shape, self._dtype = torch.Size(network.input_shape), blank(self._frozen, 1).dtype
+        self._maker = Maker(self._frozen, engine)
         self._parts: dict[str, list[Part]] = {}
         for part in self._frozen.parts():
             self._parts.setdefault(part.owner, []).append(part)
-        self._made: dict[tuple[object, ...], Call] = {}
+        self._made: dict[tuple[object, ...], Call | None] = {}
         self._programs: dict[tuple[bool, ...], Program] = {}
         self._last: tuple[Setting, Program] | None = None
-        self._program(Setting({piece.name: 0.0 for piece in self.row}))  # what the backend cannot take is refused now
+        self._program(Setting({piece.name: 0.0 for piece in self.row}))
+
+    @property
+    def notes(self) -> list[str]:
+        """Parts that the backend refuses or gets wrong, which torch computes therefore."""
+        return list(self._maker.notes)
 
     def __call__(self, images_NCHW: Tensor) -> Tensor:
         return self.run(images_NCHW).logits
 
     def run(self, images_NCHW: Tensor, setting: Setting | None = None) -> Routed:
-        """Logits (N, classes) and the options that each image took, at a setting, by default the network's own."""
+        """Logits (N, classes) and the options that each image took, at a setting, by default the network's own.
+
+        Raises:
+            DynamizeError: images of another shape, type or device, or no tensor.
+        """
+        try:
+            fits = images_NCHW.shape[1:] == self._shape and images_NCHW.dtype == self._dtype
+        except AttributeError:
+            fits = False
+        if not fits:
+            self._refuse(images_NCHW)
         setting = self.network.setting if setting is None else setting
         last = self._last  # read once: another thread may run at another setting
         if last is None or last[0] is not setting:
             last = self._last = setting, self._program(setting)
         found = last[1]
-        with torch.inference_mode(), one_torch_thread() if self.engine.one_torch_thread else nullcontext():
-            return execute(found, setting, images_NCHW, cache=self.cache)
+        one_thread = self.engine.one_torch_thread and not self._maker.path_in_torch
+        with torch.inference_mode(), one_torch_thread() if one_thread else nullcontext():
+            try:
+                return execute(found, setting, images_NCHW, cache=self.cache)
+            except Exception:
+                self._refuse(images_NCHW)
+                raise
+
+    def _refuse(self, images: Any) -> None:
+        """Say what is wrong with images, if something is."""
+        if reason := why_refused(images, tuple(self._shape), self._dtype, self.device):
+            raise DynamizeError(reason)
 
     def calls(self, piece: Piece, following: Piece | None = None) -> dict[str, Call]:
         """The compiled parts of a piece by name; ``following`` may want to be handed channel means."""
@@ -84,13 +116,8 @@ class CompiledNetwork:
         takes, gives = self._border(part.before, may_overwrite=part.before > 0), self._border(part.after, means=means)
         key = id(part.module), takes, gives
         if key not in self._made:
-            if part.role == "path":
-                self._made[key] = self.engine.path(part.module, takes, gives)
-            elif part.role == "gate":
-                self._made[key] = self.engine.gate(part.module, takes)
-            else:
-                self._made[key] = self.engine.head(part.module, takes, self._frozen.contexts[part.owner])
-        return self._made[key]
+            self._made[key] = self._maker.part(part, takes, gives)
+        return cast(Call, self._made[key])
 
     def _border(self, number: int, **facts: bool) -> Border:
         if number < 0:
@@ -105,6 +132,7 @@ class CompiledNetwork:
         if idle not in self._programs:
             active = [piece for piece, off in zip(self.row, idle, strict=True) if not off]
             self._programs[idle] = program(self._bound(active), self.row)
+            self._maker.features.forget()
         return self._programs[idle]
 
     def _bound(self, active: Sequence[Piece]) -> list[tuple[Piece, Run]]:
@@ -132,9 +160,9 @@ class CompiledNetwork:
         takes, gives = self._border(path.before, may_overwrite=path.before > 0), self._border(path.after)
         key = id(path.module), id(reader.module), takes, gives
         if key not in self._made:
-            context = self._frozen.contexts[head.name]
-            self._made[key] = self.engine.both(path.module, reader.module, takes, gives, context)
-        return _run_both(self._made[key], cast(Any, head).decide) if self._made[key] is not None else None
+            self._made[key] = self._maker.both(path, reader, takes, gives)
+        made = self._made[key]
+        return None if made is None else _run_both(made, cast(Any, head).decide)
 
 
 def _run_both(call: Call, decide: Callable[..., Any]) -> Run:
@@ -146,16 +174,25 @@ def _run_both(call: Call, decide: Callable[..., Any]) -> Run:
     return run
 
 
-def compile_network(network: DynamicNetwork, backend: str, device: torch.device | str = "cpu") -> CompiledNetwork:
-    """Compile every static part of ``network`` for ``backend``.
+def compile_network(
+    network: DynamicNetwork, backend: str, device: torch.device | str = "cpu", threads: Threads | None = None
+) -> CompiledNetwork:
+    """Compile every static part of ``network`` for ``backend``, and compare each with torch.
+
+    A part that the backend refuses or gets wrong is computed by torch; ``notes`` of what is returned names it.
 
     Args:
         network: a converted network, or a static one from :func:`dynamize.conversion.wrap`.
         backend: ``eager`` (batch norms folded, channels last), ``onnxruntime``, ``openvino`` (float32) or
             ``openvino-bf16``.
+        threads: "own": sessions of ONNX Runtime have threads of their own, beside those of any other session in this
+            process. "shared": they share one pool, which is about a twentieth faster, and from then on ONNX Runtime
+            refuses every session in this process that is not made to share it. By default "own", and "shared" in the
+            `dynamize` command.
 
     Raises:
-        DynamizeError: unknown backend, or a part that the backend cannot take.
+        DynamizeError: unknown backend, one that does not run on the device, in the network's type or with these
+            threads.
 
     Example:
         >>> import torch
@@ -165,4 +202,6 @@ def compile_network(network: DynamicNetwork, backend: str, device: torch.device 
         >>> torch.allclose(fast(images), dyn(images), atol=1e-4)
         True
     """
-    return CompiledNetwork(network, engine_class(backend)(torch.device(device)))
+    engine = engine_class(backend)(torch.device(device))
+    engine.threads = chosen_threads(threads)
+    return CompiledNetwork(network, engine)

@@ -16,6 +16,7 @@ class Eager(Engine):
     """PyTorch itself, on any device."""
 
     name = "eager"
+    tried = (1,)
 
     def prepare(self, network: DynamicNetwork) -> DynamicNetwork:
         for part in network.parts():

@@ -12,6 +12,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dynamize.errors import DynamizeError, closest
+from dynamize.runtime.threads import Threads
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +30,10 @@ ANYWHERE = "eager"  # the backend that runs on any device
 _LOCK = Lock()
 _HELD: list[int] = []  # torch's own number of threads, then one entry for each call that holds it at one
 FASTEST = {"cpu": "onnxruntime"}  # as measured; that one elsewhere
+
+
+class RefusedPart(DynamizeError):
+    """A backend cannot take a part."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +64,21 @@ class Engine(ABC):
         liked_multiple: numbers of channels that it computes without waste.
         one_torch_thread: whether torch has to keep to one thread between calls: a parallel region of torch, however
             small, leaves its threads spinning against those of sessions.
+        late_gates: whether a gate is compiled when it is first needed: mostly the way before has handed on what it
+            reads.
+        tried: numbers of images that a part is tried with once it is compiled (:mod:`dynamize.runtime.trial`).
+        limit: what it may differ by from torch, as a share of the spread of the values.
+        threads: whose its sessions run on.
     """
 
     name: ClassVar[str]
     devices: ClassVar[tuple[str, ...]] = ()
     liked_multiple: ClassVar[int] = 8
     one_torch_thread: ClassVar[bool] = False
+    late_gates: ClassVar[bool] = False
+    tried: ClassVar[tuple[int, ...]] = (3, 1)
+    limit: ClassVar[float] = 1e-3
+    threads: Threads = "own"
 
     def __init__(self, device: "torch.device") -> None:
         if self.devices and device.type not in self.devices:
@@ -82,6 +96,14 @@ class Engine(ABC):
     def blocks(self, shape: tuple[int, ...]) -> bool:
         """Whether features of this shape, (C, H, W), can be handed on in the engine's own layout."""
         return False
+
+    def plain(self, features: "torch.Tensor") -> "torch.Tensor":
+        """Features (N, C, H, W) out of the engine's own layout."""
+        return features
+
+    def own(self, features: "torch.Tensor") -> "torch.Tensor":
+        """Features (N, C, H, W) brought into the engine's own layout."""
+        return features
 
     @abstractmethod
     def path(self, module: "nn.Module", takes: Border, gives: Border) -> Callable[..., Any]:
@@ -135,6 +157,14 @@ def _loaded() -> dict[str, type[Engine]]:
         found.append(waiting.pop(0))
         waiting += found[-1].__subclasses__()
     return {cls.name: cls for cls in found if "name" in vars(cls)}
+
+
+def torch_threads() -> int:
+    """How many torch has between calls that hold it at one."""
+    import torch
+
+    with _LOCK:
+        return _HELD[0] if _HELD else torch.get_num_threads()
 
 
 @contextmanager

@@ -11,22 +11,42 @@ from collections.abc import Mapping, MutableSequence, Sequence
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnxruntime as ort
 from onnx import ModelProto, NodeProto, TensorProto, helper
+from torch import Tensor
 
 from dynamize.runtime.session import session_options
+from dynamize.runtime.threads import Threads
 
 _DOMAIN = "com.microsoft.nchwc"
 BLOCK = 16  # channels; 8 on some machines
+_PROBED = np.array([1, BLOCK, 4, 4])
 
 
-def blocks(shape: Sequence[int]) -> bool:
+def blocks(shape: Sequence[int], threads: Threads) -> bool:
     """Whether features of this shape, (C, H, W), fill whole blocks of channels and this machine computes in them."""
-    return len(shape) == 3 and shape[0] % BLOCK == 0 and _machine_has_blocks()
+    return len(shape) == 3 and shape[0] % BLOCK == 0 and _machine_has_blocks(threads)
 
 
-def exchange_blocked(model: bytes, channels: Mapping[str, int]) -> bytes:
+def from_blocks(features: Tensor, threads: Threads) -> Tensor:
+    """Features (N, C, H, W) in blocks as they are elsewhere."""
+    images, channels, *size = features.shape
+    block = _block(threads)
+    apart = features.contiguous().view(images, channels // block, *size, block)
+    return apart.movedim(-1, 2).reshape(features.shape)
+
+
+def to_blocks(features: Tensor, threads: Threads) -> Tensor:
+    """Features (N, C, H, W), whole blocks of channels, as sessions hand them on."""
+    images, channels, *size = features.shape
+    block = _block(threads)
+    apart = features.reshape(images, channels // block, block, *size)
+    return apart.movedim(2, -1).contiguous().view(features.shape)
+
+
+def exchange_blocked(model: bytes, channels: Mapping[str, int], threads: Threads) -> bytes:
     """The model as ONNX Runtime optimises it for this machine, with some inputs and outputs in the blocked layout.
 
     Args:
@@ -36,7 +56,7 @@ def exchange_blocked(model: bytes, channels: Mapping[str, int]) -> bytes:
     Returns:
         ONNX for a session that does not optimise again.
     """
-    optimised = _optimise(model)
+    optimised = _optimise(model, threads)
     graph = optimised.graph
     given = {value.name for value in graph.input}
     nodes = list(graph.node)
@@ -107,20 +127,37 @@ def _reorder(kind: str, source: str, target: str, **attributes: int) -> NodeProt
     return node
 
 
-def _optimise(model: bytes) -> ModelProto:
+def _optimise(model: bytes, threads: Threads) -> ModelProto:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "optimised.onnx"
-        options = session_options()
+        options = session_options(threads)
         options.optimized_model_filepath = str(path)
         ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         return onnx.load(path)
 
 
 @cache
-def _machine_has_blocks() -> bool:
-    shape = [1, BLOCK, 4, 4]
-    features, out = (helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in ("x", "y"))
+def _machine_has_blocks(threads: Threads) -> bool:
     weight = helper.make_tensor("w", TensorProto.FLOAT, [BLOCK, BLOCK, 1, 1], [1.0] * BLOCK * BLOCK)
-    graph = helper.make_graph([helper.make_node("Conv", ["x", "w"], ["y"])], "probe", [features], [out], [weight])
-    probe = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
-    return any(node.domain == _DOMAIN for node in _optimise(probe.SerializeToString()).graph.node)
+    probe = _probe(helper.make_node("Conv", ["x", "w"], ["y"]), weight)
+    return any(node.domain == _DOMAIN for node in _optimise(probe, threads).graph.node)
+
+
+@cache
+def _block(threads: Threads) -> int:
+    """Channels that lie together on this machine."""
+    options = session_options(threads)
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession(_probe(_reorder("ReorderInput", "x", "y")), options, ["CPUExecutionProvider"])
+    values = np.arange(_PROBED.prod(), dtype=np.float32).reshape(_PROBED)
+    (found,) = session.run(None, {"x": values})
+    return int(np.flatnonzero(found.ravel() == 1)[0])  # the second pixel of the first channel lies behind a block
+
+
+def _probe(node: NodeProto, *weights: TensorProto) -> bytes:
+    """A model of one operator, x -> y."""
+    features, out = (helper.make_tensor_value_info(name, TensorProto.FLOAT, _PROBED.tolist()) for name in ("x", "y"))
+    graph = helper.make_graph([node], "probe", [features], [out], list(weights))
+    domains = [helper.make_opsetid("", 18), helper.make_opsetid(_DOMAIN, 1)]
+    found: bytes = helper.make_model(graph, opset_imports=domains, ir_version=9).SerializeToString()
+    return found

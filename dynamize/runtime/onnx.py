@@ -19,7 +19,8 @@ from dynamize.nn.gates import pool_map
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.quantized import is_quantized
 from dynamize.runtime.byte_borders import exchange_bytes
-from dynamize.runtime.engine import Border, Engine
+from dynamize.runtime.engine import Border, Engine, RefusedPart
+from dynamize.runtime.exportable import Exportable
 from dynamize.runtime.layout import BLOCK
 
 FEATURES, CONTEXT, NEXT, NEXT_CONTEXT, MEANS = "features", "context", "next_features", "next_context", "means"
@@ -35,6 +36,7 @@ class OnnxEngine(Engine):
 
     devices = ("cpu",)
     one_torch_thread = True
+    late_gates = True
     prepares_blocks = False  # whether exports are prepared for ONNX Runtime's blocked layout
 
     @abstractmethod
@@ -47,6 +49,12 @@ class OnnxEngine(Engine):
         """
 
     def prepare(self, network: DynamicNetwork) -> DynamicNetwork:
+        dtype = blank(network, 1).dtype
+        if dtype != torch.float32:
+            raise DynamizeError(
+                f"backend {self.name} computes networks in float32, and this one is in {str(dtype).rpartition('.')[2]}: "
+                "give it network.float(), or use --backend eager"
+            )
         self.byte_borders = exchange_bytes(network.cpu())
         return network
 
@@ -67,14 +75,8 @@ class OnnxEngine(Engine):
         return run
 
     def gate(self, gate: nn.Module, takes: Border) -> Callable[..., Any]:
-        made: list[Session] = []  # when it is first needed: mostly the way before has handed on what a gate reads
-
-        def run(features: Tensor) -> Tensor:
-            if not made:
-                made.append(self.load(self._export(gate, takes, 0, ["description"]), _ends(takes), False))
-            return made[0]([features])[0]
-
-        return run
+        session = self.load(self._export(gate, takes, 0, ["description"]), _ends(takes), False)
+        return lambda features: session([features])[0]
 
     def head(self, head: nn.Module, takes: Border, context: int) -> Callable[..., Any]:
         session = self.load(self._export(head, takes, context, None), _ends(takes), False)
@@ -132,6 +134,9 @@ def export_onnx(
         context: width of its second input, (N, D); 0 for none.
         outputs: their names; None names them as a path and a head give them.
         blocks: prepare for ONNX Runtime's blocked layout.
+
+    Raises:
+        RefusedPart: the exporter does not know an operator.
     """
     features = blank(module, 2, *takes.shape)
     inputs = [features.to(takes.dtype or features.dtype)]
@@ -144,20 +149,20 @@ def export_onnx(
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         try:
             outputs = outputs or output_names(module(*[one.clone() for one in inputs]))
-            torch.onnx.export(
-                module,
-                tuple(inputs),
-                buffer,  # type: ignore[arg-type]  # the tracing exporter takes a stream
-                input_names=names,
-                output_names=outputs,
-                dynamic_axes={name: {0: "batch"} for name in [*names, *outputs]},
-                opset_version=_OPSET,
-                dynamo=False,
-            )
+            with Exportable():
+                torch.onnx.export(
+                    module,
+                    tuple(inputs),
+                    buffer,  # type: ignore[arg-type]  # the tracing exporter takes a stream
+                    input_names=names,
+                    output_names=outputs,
+                    dynamic_axes={name: {0: "batch"} for name in [*names, *outputs]},
+                    opset_version=_OPSET,
+                    dynamo=False,
+                )
         except Exception as error:
-            raise DynamizeError(
-                f"a segment cannot be exported to ONNX: {str(error).splitlines()[0]}. Use --backend eager."
-            ) from error
+            reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(". ")
+            raise RefusedPart(f"it cannot be exported to ONNX: {reason}") from error
     return buffer.getvalue()
 
 
@@ -182,6 +187,7 @@ class _Plain(nn.Module):
         self.module, self.blocks = module, blocks and not is_quantized(module)
 
     def forward(self, features: Tensor, *context: Tensor) -> Any:
+        torch._C._jit_set_onnx_log_enabled(False)  # on by mistake: graphs that cannot be exported are printed on stdout
         if self.blocks and features.dim() == 4 and features.shape[1] % BLOCK == 0:
             features = functional.max_pool2d(features, 1)
         return self.module(features, *context)

@@ -1,4 +1,4 @@
-"""The ONNX Runtime backend. Its sessions are all on one thread pool."""
+"""The ONNX Runtime backend."""
 
 from collections.abc import Mapping
 
@@ -7,11 +7,11 @@ import torch
 from onnxruntime.capi import onnxruntime_pybind11_state as _ort
 from torch import Tensor
 
-from dynamize.errors import DynamizeError
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.quantized import is_quantized
+from dynamize.runtime.engine import RefusedPart
 from dynamize.runtime.inplace import InPlace, can_write_over
-from dynamize.runtime.layout import BLOCK, blocks, exchange_blocked
+from dynamize.runtime.layout import BLOCK, blocks, exchange_blocked, from_blocks, to_blocks
 from dynamize.runtime.onnx import FEATURES, INPUTS, NEXT, OnnxEngine, Session, as_array
 from dynamize.runtime.session import session_options
 
@@ -27,17 +27,23 @@ class OnnxRuntime(OnnxEngine):
         return super().prepare(network)
 
     def blocks(self, shape: tuple[int, ...]) -> bool:
-        return self.prepares_blocks and blocks(shape)
+        return self.prepares_blocks and blocks(shape, self.threads)
+
+    def plain(self, features: Tensor) -> Tensor:
+        return from_blocks(features, self.threads)
+
+    def own(self, features: Tensor) -> Tensor:
+        return to_blocks(features, self.threads)
 
     def load(self, model: bytes, channels: Mapping[str, int], overwrite: bool) -> Session:
-        options = session_options()
+        options = session_options(self.threads)
         try:
             if channels:
-                model = exchange_blocked(model, channels)
+                model = exchange_blocked(model, channels, self.threads)
                 options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
             session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         except (_ort.Fail, _ort.NotImplemented, _ort.InvalidGraph) as error:
-            raise DynamizeError(f"ONNX Runtime refuses a segment: {error}. Use --backend eager.") from error
+            raise RefusedPart(f"ONNX Runtime refuses it: {error}") from error
 
         def run(inputs: list[Tensor]) -> list[Tensor]:
             arrays = map(as_array, inputs)

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from dynamize.errors import DynamizeError
+from dynamize.runtime.engine import RefusedPart, torch_threads
 from dynamize.runtime.onnx import OnnxEngine, Session, as_array
+from dynamize.runtime.trial import agree, limit_of
 
 Precision = Literal["f32", "bf16"]
 _CAPABILITY = "BF16"
@@ -34,10 +36,16 @@ class OpenVino(OnnxEngine):
 
     name = "openvino"
     precision: ClassVar[Precision] = "f32"
+    tried = (3, 2)  # a model for one image is compared when it is made
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        _openvino()
 
     def load(self, model: bytes, channels: Mapping[str, int], overwrite: bool) -> Session:
         make = partial(_compiled, model, self.precision)
-        return _Shaped(make, torch.get_num_threads(), small=len(model) <= _SMALL_MODEL)
+        limit = limit_of(self, in_bytes=b"DequantizeLinear" in model)
+        return _Shaped(make, torch_threads(), small=len(model) <= _SMALL_MODEL, limit=limit)
 
 
 class OpenVinoBfloat16(OpenVino):
@@ -45,6 +53,7 @@ class OpenVinoBfloat16(OpenVino):
 
     name = "openvino-bf16"
     precision = "bf16"
+    limit = 0.1
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
@@ -80,11 +89,12 @@ class _Shaped:
     Single images always have a model of their own (a ResNet-56 in bytes: 0.60 against 0.78 ms). The model for any size
     takes a tenth to a quarter longer for a batch of another size than the one before (stages of the same network, 38
     and 13 images), and behind an exit they are of all sizes; so, while models are small, sizes that come often have one
-    too, and a batch is filled up to the next of these sizes.
+    too, and a batch is filled up to the next of these sizes. One that answers otherwise than the model for any is not
+    used.
     """
 
-    def __init__(self, make: Callable[[int, int | None], Session], threads: int, small: bool) -> None:
-        self._make, self._threads, self._small = make, threads, small
+    def __init__(self, make: Callable[[int, int | None], Session], threads: int, small: bool, limit: float) -> None:
+        self._make, self._threads, self._small, self._limit = make, threads, small, limit
         self._any = make(threads, None)
         self._fixed: dict[int, Session] = {}
         self._asked: Counter[int] = Counter()
@@ -92,7 +102,9 @@ class _Shaped:
     def __call__(self, inputs: list[Tensor]) -> list[Tensor]:
         size = _filled_up(len(inputs[0]))
         if size not in self._fixed and self._worth_a_model(size, inputs):
-            self._fixed[size] = self._of_one_shape(size, inputs)
+            made = self._of_one_shape(size, inputs)
+            alike = agree(made(inputs), self._any(inputs), self._limit)
+            self._fixed[size] = made if alike else self._any
         return self._fixed.get(size, self._any)(inputs)
 
     def _worth_a_model(self, size: int, inputs: list[Tensor]) -> bool:
@@ -143,7 +155,7 @@ def _compiled(model: bytes, precision: Precision, threads: int, size: int | None
         compiled = _core().compile_model(read, "CPU", options)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
-        raise DynamizeError(f"OpenVINO refuses a segment: {reason}. Use --backend eager.") from error
+        raise RefusedPart(f"OpenVINO refuses it: {reason}") from error
     request = compiled.create_infer_request()
     return _any_size(request, len(compiled.outputs)) if size is None else _of_size(request)
 

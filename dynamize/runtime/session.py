@@ -1,27 +1,39 @@
-"""Options of all ONNX Runtime sessions: they share threads and memory."""
+"""Options of all ONNX Runtime sessions: whose threads they run on, and the memory that they share."""
 
 from functools import cache
 
 import numpy as np
 import onnxruntime as ort
-import torch
+
+from dynamize.runtime.engine import torch_threads
+from dynamize.runtime.threads import Threads, note_pool
 
 
-def session_options() -> ort.SessionOptions:
-    """For a session on the shared pool that says errors only."""
-    _share()
+def session_options(threads: Threads) -> ort.SessionOptions:
+    """For a session that says nothing: what goes wrong is raised."""
+    _share_memory()
     options = ort.SessionOptions()
-    options.use_per_session_threads = False
+    if threads == "shared":
+        _share_threads()
+        options.use_per_session_threads = False
+    else:
+        options.intra_op_num_threads = torch_threads()
+        options.add_session_config_entry("session.force_spinning_stop", "1")  # else they spin against the next session
     options.add_session_config_entry("session.use_env_allocators", "1")
-    options.log_severity_level = 3
+    options.log_severity_level = 4
     return options
 
 
+def _share_threads() -> None:
+    """One pool: several sessions that each own a spinning one run two to three times slower."""
+    if note_pool():
+        ort.set_global_thread_pool_sizes(torch_threads(), 1)
+
+
 @cache
-def _share() -> None:
-    """One pool: several sessions that each own a spinning one run two to three times slower. One arena: what a session
-    writes in between lies where the one before it wrote, in the cache (5 % of a ResNet-50 with skip gates)."""
-    ort.set_global_thread_pool_sizes(torch.get_num_threads(), 1)
+def _share_memory() -> None:
+    """One arena: what a session writes in between lies where the one before it wrote, in the cache (5 % of a ResNet-50
+    with skip gates). Only sessions that ask for it use it."""
     memory = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
     ort.create_and_register_allocator(memory, ort.OrtArenaCfg(0, -1, -1, -1))
     _keep_freed_memory()

@@ -14,6 +14,7 @@ from dynamize.evaluation import Evaluator, Judgement, busy
 from dynamize.nn.network import DynamicNetwork
 from dynamize.report import share_of_saving_shown
 from dynamize.runtime.engine import default_backend
+from dynamize.runtime.threads import Threads, chosen_threads
 from dynamize.sources import build
 from dynamize.transform import Progress, quiet
 
@@ -40,7 +41,10 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What was compared: mean MACs per image, the share of test images that leave at each exit, and times."""
+    """What was compared: mean MACs per image, the share of test images that leave at each exit, and times.
+
+    ``sessions`` had "own" threads, as in a user's process, or a "shared" pool.
+    """
 
     source: str
     operating_point: str | None
@@ -53,6 +57,7 @@ class Benchmark:
     static_macs: float
     macs_ratio: float
     comparisons: list[Comparison]
+    sessions: Threads
     warnings: list[str] = field(default_factory=list)
 
 
@@ -66,6 +71,7 @@ def benchmark(
     seconds: float = 5.0,
     trust_code: bool = False,
     progress: Progress = quiet,
+    threads: Threads | None = None,
 ) -> Benchmark:
     """Time an artifact at its operating point.
 
@@ -78,6 +84,7 @@ def benchmark(
         batches: batch sizes.
         backends: none means the fastest one here.
         seconds: for each backend and batch size.
+        threads: of sessions, "own" or "shared" (:func:`dynamize.compile_network`).
     """
     manifest = artifact.read_manifest(path)
     network = artifact.load(path, trust_code=trust_code)
@@ -89,7 +96,7 @@ def benchmark(
     spec = artifact.image_spec(manifest, path, data)
     images = load_data(spec, (channels, height, width), len(manifest.classes) or None).test
     names = tuple(backends) or (default_backend(chosen),)
-    evaluator = Evaluator(static, images, chosen, names, batches, seconds, progress)
+    evaluator = Evaluator(static, images, chosen, names, batches, seconds, progress, threads)
     judged = evaluator.judge(network)
     shares = judged.shares(network.exit_count)
     macs = float(judged.macs.mean())
@@ -108,6 +115,7 @@ def benchmark(
         static_macs=evaluator.static_macs,
         macs_ratio=ratio,
         comparisons=comparisons,
+        sessions=chosen_threads(threads),
         warnings=warnings,
     )
 
@@ -134,4 +142,4 @@ def _compare(
                 saving_shown=share_of_saving_shown(macs_ratio, speedup),
             )
         )
-    return comparisons, busy(times)
+    return comparisons, [*evaluator.notes, *busy(times)]

@@ -63,6 +63,7 @@ def test_on_onnx_runtime(fields: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = compile_network(network, "onnxruntime")
     with torch.no_grad():
         set_thresholds(network, [float("inf"), float("inf")])
+        given.clear()
         compiled.run(images())
         features, _, score = given[0][:3]
         assert [one[0].dtype for one in given[:2]] == [features.dtype, torch.uint8] == [torch.uint8] * 2

@@ -117,6 +117,8 @@ def test_onnxruntime_runs_no_head_that_is_off(monkeypatch: pytest.MonkeyPatch) -
     ran.clear()
     set_thresholds(dynamic, [None, None])
     compiled(images(2))
+    ran.clear()  # other parts are compiled for it, and tried
+    compiled(images(2))
     assert ran == [1, 1, 1]
 
 
@@ -181,7 +183,7 @@ def test_double_precision_runs_eagerly_and_is_refused_by_onnxruntime() -> None:
     found = compile_network(dynamic, "eager").run(batch)
     assert torch.equal(found.exits, wanted.exits_N)
     assert close(found.logits, wanted.answers_NC)
-    with pytest.raises(DynamizeError, match="ONNX Runtime refuses a segment: .*Use --backend eager"):
+    with pytest.raises(DynamizeError, match="this one is in float64: give it network.float.., or use --backend eager"):
         compile_network(dynamic, "onnxruntime")
 
 

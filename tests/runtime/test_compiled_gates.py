@@ -87,6 +87,7 @@ def test_onnxruntime_runs_each_way_for_those_that_chose_it(monkeypatch: pytest.M
     monkeypatch.setattr(OnnxRuntime, "path", counting)
     network = gated_resnet(blocks=[["layer1.1"], ["layer2.0"]])
     compiled = compile_network(network, "onnxruntime")
+    ran.clear()
     choices = compiled.run(images(16)).choices
     counts = [int((choices[:, u] == path).sum()) for u in range(2) for path in range(2)]
     assert min(counts) > 0

@@ -20,7 +20,7 @@ from dynamize.runtime.onnx import export_onnx
 from dynamize.runtime.session import session_options
 from dynamize.transforms import Exits, SkipGates
 
-pytestmark = pytest.mark.skipif(not blocks((16, 4, 4)), reason="ONNX Runtime computes in no blocks on this machine")
+pytestmark = pytest.mark.skipif(not blocks((16, 4, 4), "own"), reason="ONNX Runtime computes in no blocks on this machine")
 
 CHANNELS = 32
 
@@ -69,11 +69,11 @@ class WithMeans(nn.Module):
 
 def optimised(module: nn.Module, outputs: int) -> bytes:
     exported = export_onnx(module, Border((CHANNELS, 8, 8)), outputs=["next_features", "means"][:outputs], blocks=True)
-    return exchange_blocked(exported, dict.fromkeys(("features", "next_features"), CHANNELS))
+    return exchange_blocked(exported, dict.fromkeys(("features", "next_features"), CHANNELS), "own")
 
 
 def session(model: bytes) -> ort.InferenceSession:
-    options = session_options()
+    options = session_options("own")
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 

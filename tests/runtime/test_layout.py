@@ -22,7 +22,7 @@ from dynamize.runtime.session import session_options
 from dynamize.transform import Transform
 from dynamize.transforms import Exits, SkipGates
 
-pytestmark = pytest.mark.skipif(not blocks((16, 4, 4)), reason="ONNX Runtime computes in no blocks on this machine")
+pytestmark = pytest.mark.skipif(not blocks((16, 4, 4), "own"), reason="ONNX Runtime computes in no blocks on this machine")
 
 CHANNELS = 32
 
@@ -66,7 +66,7 @@ def exported(name: str) -> tuple[nn.Module, bytes]:
 
 
 def run(model: bytes, features: Tensor) -> list[Tensor]:
-    options = session_options()
+    options = session_options("own")
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     return [torch.from_numpy(value) for value in session.run(None, {"features": features.numpy()})]
@@ -79,6 +79,7 @@ def block_size(channels: int = CHANNELS) -> int:
     model = exchange_blocked(
         export_onnx(module, Border((channels, 2, 2)), outputs=["next_features"], blocks=True),
         {"next_features": channels},
+        "own",
     )
     pixels = torch.arange(4.0).view(1, 1, 2, 2).expand(1, channels, 2, 2).contiguous()
     return int(np.flatnonzero(run(model, pixels)[0].flatten().numpy() == 1)[0])
@@ -97,7 +98,7 @@ def test_the_same_numbers_in_another_order(name: str, ends: tuple[str, ...]) -> 
     with torch.no_grad():
         wanted, means = module(features)
     channels = {"features": CHANNELS, "next_features": wanted.shape[1]}
-    changed = exchange_blocked(model, {end: channels[end] for end in ends})
+    changed = exchange_blocked(model, {end: channels[end] for end in ends}, "own")
     found = run(changed, to_blocks(features) if "features" in ends else features)
     assert torch.allclose(found[0], to_blocks(wanted) if "next_features" in ends else wanted, rtol=1e-4, atol=1e-5)
     assert torch.allclose(found[1], means, rtol=1e-4, atol=1e-5)
@@ -105,7 +106,7 @@ def test_the_same_numbers_in_another_order(name: str, ends: tuple[str, ...]) -> 
 
 def test_no_step_is_left_between_two_residual_blocks() -> None:
     changed = onnx.load_from_string(
-        exchange_blocked(exported("residual")[1], dict.fromkeys(("features", "next_features"), CHANNELS))
+        exchange_blocked(exported("residual")[1], dict.fromkeys(("features", "next_features"), CHANNELS), "own")
     )
     kinds = [node.op_type for node in changed.graph.node]
     assert kinds.count("Conv") == 2
@@ -117,12 +118,12 @@ def test_no_step_is_left_between_two_residual_blocks() -> None:
 
 @pytest.mark.parametrize(("shape", "found"), [((24, 4, 4), False), ((48, 4, 4), True), ((16,), False)])
 def test_whole_blocks_of_channels_only(shape: tuple[int, ...], found: bool) -> None:
-    assert blocks(shape) is found
+    assert blocks(shape, "own") is found
 
 
 def test_a_machine_without_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layout, "_machine_has_blocks", lambda: False)
-    assert not blocks((48, 4, 4))
+    monkeypatch.setattr(layout, "_machine_has_blocks", lambda threads: False)
+    assert not blocks((48, 4, 4), "own")
 
 
 @pytest.mark.parametrize(
@@ -135,7 +136,7 @@ def test_parts_of_a_network_hand_each_other_blocks(step: Transform, monkeypatch:
     monkeypatch.setattr(
         onnxruntime,
         "exchange_blocked",
-        lambda model, channels: (exchanged.append(set(channels)), kept(model, channels))[1],
+        lambda model, channels, threads: (exchanged.append(set(channels)), kept(model, channels, threads))[1],
     )
     dynamic = convert(torchvision_network("resnet18"), [step], (3, 64, 64))
     set_thresholds(dynamic, [float("inf")] * len(dynamic.leaving))

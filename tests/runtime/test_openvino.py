@@ -209,7 +209,7 @@ def test_what_cannot_be_had_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     network = with_exits()
     with pytest.raises(DynamizeError, match="openvino-bf16 runs on the CPU here, not on cuda: use --backend eager"):
         compile_network(network, "openvino-bf16", "cuda")
-    with pytest.raises(DynamizeError, match="OpenVINO refuses a segment: .* Use --backend eager"):
+    with pytest.raises(DynamizeError, match="OpenVINO refuses it: "):
         openvino._compiled(b"no model", precision="f32", threads=1, size=None)
     monkeypatch.setattr(openvino, "_CAPABILITY", "NO SUCH")
     with pytest.raises(DynamizeError, match="does not compute in bfloat16. Use --backend openvino"):

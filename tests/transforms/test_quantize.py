@@ -107,7 +107,7 @@ def test_one_stage_is_within_a_step(trained: DynamicNetwork, data: Splits, tmp_p
 
     network, _ = apply(copy.deepcopy(trained), Quantize(max_drop=None), context(data))
     export(network, tmp_path / "deploy")
-    session = ort.InferenceSession(tmp_path / "deploy" / "stage-1.onnx", session_options())
+    session = ort.InferenceSession(tmp_path / "deploy" / "stage-1.onnx", session_options("own"))
     batch = images(data)
     found = torch.from_numpy(session.run(["next_features"], {"features": batch.numpy()})[0])
     with torch.no_grad():
@@ -124,7 +124,7 @@ def test_onnx_runtime_computes_in_bytes(trained: DynamicNetwork, data: Splits, t
     network, _ = apply(copy.deepcopy(trained), Quantize(max_drop=None), context(data))
     export(network, tmp_path / "deploy")
     for number in (1, 2, 3):
-        options = session_options()
+        options = session_options("own")
         options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
         ort.InferenceSession(tmp_path / "deploy" / f"stage-{number}.onnx", options)
         kinds = [node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node]
