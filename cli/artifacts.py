@@ -32,6 +32,12 @@ def bench(
     ] = None,
     device: Device = "auto",
     seconds: Annotated[float, typer.Option(min=0.0, help="For each backend and batch size.")] = 5.0,
+    threads: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KIND", help="Of ONNX Runtime's sessions: shared, as here, or own, as in a user's own process."
+        ),
+    ] = None,
     trust_code: TrustCode = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -53,6 +59,7 @@ def bench(
             seconds=seconds,
             trust_code=trust_code,
             progress=progress,
+            threads=threads,
         )
     if as_json:
         show_json(asdict(found))

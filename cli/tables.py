@@ -169,7 +169,7 @@ def benchmark(found: "Benchmark") -> Group:
         parts += [Text(f"\n{backend}"), _times([one for one in found.comparisons if one.backend == backend])]
     legend = (
         "ms: median per call, timed in turns in one process. x: speed-up. saving shown: share of the saved MACs that "
-        f"is saved time too. {found.device}, {found.threads} threads, {found.images} test images."
+        f"is saved time too. {found.device}, {found.threads} threads ({found.sessions}), {found.images} test images."
     )
     warnings = [Text(f"! {text}", style="yellow") for text in found.warnings]
     return Group(*parts, Text("\n" + legend, style="dim"), *warnings)

@@ -1,5 +1,8 @@
 """Modules of torch.nn with arguments that are not the defaults, by what they are: (N, 8, 9, 11) -> anything."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -10,7 +13,7 @@ CHANNELS, HEIGHT, WIDTH = 8, 9, 11
 class Apply(nn.Module):
     """A function as a module."""
 
-    def __init__(self, function: object, *args: object, **kwargs: object) -> None:
+    def __init__(self, function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> None:
         super().__init__()
         self.function, self.args, self.kwargs = function, args, kwargs
 
@@ -45,7 +48,7 @@ def _convolutions() -> dict[str, nn.Module]:
         },
         "conv same reflect": nn.Conv2d(8, 6, 3, padding="same", dilation=2, padding_mode="reflect"),
         "conv transposed": nn.ConvTranspose2d(8, 6, 3, stride=2, padding=1, output_padding=1),
-        "conv transposed groups": nn.ConvTranspose2d(8, 8, 3, stride=(2, 3), padding=1, dilation=2, groups=4, bias=False),
+        "conv transposed groups": nn.ConvTranspose2d(8, 8, 3, (2, 3), 1, dilation=2, groups=4, bias=False),
         "conv 1d": rows(nn.Conv1d(8, 6, 5, stride=2, padding=3, dilation=2, groups=2)),
         "conv 1d same": rows(nn.Conv1d(8, 6, 4, padding="same", dilation=2)),
         "conv 1d circular": rows(nn.Conv1d(8, 6, 3, padding=2, padding_mode="circular")),
@@ -220,7 +223,7 @@ def _resampling() -> dict[str, nn.Module]:
         "area divides": Apply(functional.interpolate, size=(3, 11), mode="area"),
         "fold": nn.Sequential(nn.Unfold(3, stride=2, padding=1), nn.Fold((9, 11), 3, stride=2, padding=1)),
         "unfold": nn.Unfold((2, 3), dilation=2, padding=1, stride=(1, 2)),
-        "grid": Apply(_on_a_grid),
+        "grid": _Grid(),
     }
     for mode in ("bilinear", "bicubic"):
         for align in (False, True):
@@ -231,10 +234,28 @@ def _resampling() -> dict[str, nn.Module]:
     return found
 
 
-def _on_a_grid(features: Tensor) -> Tensor:
-    turn = torch.tensor([[[0.8, -0.5, 0.1], [0.4, 0.9, -0.2]]]).expand(features.shape[0], 2, 3)
-    grid = functional.affine_grid(turn, [features.shape[0], 8, 6, 7], align_corners=False)
-    return functional.grid_sample(features, grid, padding_mode="border", align_corners=True)
+class _Grid(nn.Module):
+    """Turns the map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        turn = torch.tensor([[[0.8, -0.5, 0.1], [0.4, 0.9, -0.2]]])
+        self.register_buffer("grid", functional.affine_grid(turn, [1, 8, 6, 7], align_corners=False))
+
+    def forward(self, features: Tensor) -> Tensor:
+        grid = self.grid + 0 * features[:, 0, :6, :7, None]  # one for each image
+        return functional.grid_sample(features, grid, padding_mode="border", align_corners=True)
+
+
+class _Bilinear(nn.Module):
+    """A product of a map with itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.product = nn.Bilinear(WIDTH, WIDTH, 3)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.product(features, features)
 
 
 def _shuffles() -> dict[str, nn.Module]:
@@ -249,7 +270,7 @@ def _shuffles() -> dict[str, nn.Module]:
         "unflatten": nn.Unflatten(1, (2, 4)),
         "dropout": nn.Dropout2d(0.4),
         "alpha dropout": nn.FeatureAlphaDropout(0.4),
-        "bilinear": nn.Sequential(nn.Flatten(2), Apply(lambda x: nn.functional.bilinear(x, x, torch.ones(3, 99, 99)))),
+        "bilinear layer": _Bilinear(),
     }
 
 

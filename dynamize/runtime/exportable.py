@@ -31,8 +31,10 @@ def _size(features: Tensor, dim: int | None = None) -> Any:
 
 
 def _shape(features: Tensor) -> Any:
-    images, *others = features.shape or [()]
-    return torch.Size([images, *map(int, others)]) if features.dim() else features.shape
+    if not features.dim():
+        return features.shape
+    images, *others = features.shape
+    return torch.Size([images, *map(int, others)])
 
 
 def _sizes(features: Tensor, dims: int) -> list[int]:
@@ -57,9 +59,7 @@ def _conv(dims: int, conv: Callable[..., Tensor]) -> Callable[..., Tensor]:
         groups: int = 1,
     ) -> Tensor:
         if padding == "same":
-            whole = [
-                step * (size - 1) for step, size in zip(_each(dilation, dims), _sizes(weight, dims), strict=True)
-            ]
+            whole = [step * (size - 1) for step, size in zip(_each(dilation, dims), _sizes(weight, dims), strict=True)]
             padding = [pad // 2 for pad in whole]
             if any(pad % 2 for pad in whole):
                 input = functional.pad(input, [end for pad in whole[::-1] for end in (pad // 2, pad - pad // 2)])

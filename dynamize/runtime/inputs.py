@@ -19,7 +19,9 @@ def why_refused(images: Any, shape: tuple[int, ...], dtype: torch.dtype, device:
         if tuple(images.shape[2:]) == shape[1:]:
             return f"the network takes {shape[0]} channels, and these images have {images.shape[1]}: {wanted}"
         if tuple(images.shape[1:]) == (*shape[1:], shape[0]):
-            return f"the network takes channels first, {wanted}, and these have them last: give it images.movedim(-1, 1)"
+            return (
+                f"the network takes channels first, {wanted}, and these have them last: give it images.movedim(-1, 1)"
+            )
         return f"the network was compiled for images {wanted}, and these are {given}: resize them, or compile it anew"
     if images.dtype != dtype:
         name = str(dtype).rpartition(".")[2]

@@ -1,4 +1,4 @@
-"""Compiled parts that can be relied on: each is tried, and torch computes those that a backend refuses or gets wrong."""
+"""Compiled parts that can be relied on: each is tried, and torch computes what a backend refuses or gets wrong."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -103,8 +103,7 @@ class Maker:
         if reason is None:
             return made
         self.notes.append(
-            f"backend {self.engine.name}: {_CALLED[part.role]} of '{part.owner}' runs in {ANYWHERE} PyTorch: "
-            f"{reason}"
+            f"backend {self.engine.name}: {_CALLED[part.role]} of '{part.owner}' runs in {ANYWHERE} PyTorch: {reason}"
         )
         self.path_in_torch = self.path_in_torch or part.role == "path"
         return self._in_torch(plain, takes, shown)

@@ -52,8 +52,8 @@ class OnnxEngine(Engine):
         dtype = blank(network, 1).dtype
         if dtype != torch.float32:
             raise DynamizeError(
-                f"backend {self.name} computes networks in float32, and this one is in {str(dtype).rpartition('.')[2]}: "
-                "give it network.float(), or use --backend eager"
+                f"backend {self.name} computes networks in float32, and this one is in "
+                f"{str(dtype).rpartition('.')[2]}: give it network.float(), or use --backend eager"
             )
         self.byte_borders = exchange_bytes(network.cpu())
         return network

@@ -24,7 +24,7 @@ def note_pool() -> bool:
     return not had
 
 
-def chosen_threads(wanted: Threads | None) -> Threads:
+def chosen_threads(wanted: str | None) -> Threads:
     """Those asked for, or what suits the process.
 
     Raises:
@@ -34,7 +34,9 @@ def chosen_threads(wanted: Threads | None) -> Threads:
         raise DynamizeError(f"threads={wanted!r}: sessions have their 'own', or a 'shared' pool")
     if wanted == "own" and "made" in _SHARED:
         raise DynamizeError(
-            "this process has a shared pool of threads already, beside which ONNX Runtime lets no session have its own: "
-            "compile with threads='own' before anything is compiled with threads='shared', or in another process"
+            "this process has a shared pool of threads already, beside which ONNX Runtime lets no session have its "
+            "own: compile with threads='own' before anything is compiled with threads='shared', or in another process"
         )
-    return wanted or ("shared" if _SHARED else "own")
+    if wanted is None:
+        return "shared" if _SHARED else "own"
+    return "own" if wanted == "own" else "shared"

@@ -61,7 +61,6 @@ class Features:
         found: Tensor = ways[-1].module(self._reach(ways[-1].before).clone())
         return found
 
-
     def _random(self, features: Tensor) -> Tensor:
         if len(self._noise) < features.numel():
             self._noise = torch.randn(features.numel(), generator=torch.Generator().manual_seed(1))

@@ -71,7 +71,7 @@ def benchmark(
     seconds: float = 5.0,
     trust_code: bool = False,
     progress: Progress = quiet,
-    threads: Threads | None = None,
+    threads: str | None = None,
 ) -> Benchmark:
     """Time an artifact at its operating point.
 
@@ -86,6 +86,7 @@ def benchmark(
         seconds: for each backend and batch size.
         threads: of sessions, "own" or "shared" (:func:`dynamize.compile_network`).
     """
+    sessions = chosen_threads(threads)
     manifest = artifact.read_manifest(path)
     network = artifact.load(path, trust_code=trust_code)
     assert manifest.source is not None  # load refuses an artifact without one
@@ -96,7 +97,7 @@ def benchmark(
     spec = artifact.image_spec(manifest, path, data)
     images = load_data(spec, (channels, height, width), len(manifest.classes) or None).test
     names = tuple(backends) or (default_backend(chosen),)
-    evaluator = Evaluator(static, images, chosen, names, batches, seconds, progress, threads)
+    evaluator = Evaluator(static, images, chosen, names, batches, seconds, progress, sessions)
     judged = evaluator.judge(network)
     shares = judged.shares(network.exit_count)
     macs = float(judged.macs.mean())
@@ -115,7 +116,7 @@ def benchmark(
         static_macs=evaluator.static_macs,
         macs_ratio=ratio,
         comparisons=comparisons,
-        sessions=chosen_threads(threads),
+        sessions=sessions,
         warnings=warnings,
     )
 

@@ -20,7 +20,9 @@ from dynamize.runtime.onnx import export_onnx
 from dynamize.runtime.session import session_options
 from dynamize.transforms import Exits, SkipGates
 
-pytestmark = pytest.mark.skipif(not blocks((16, 4, 4), "own"), reason="ONNX Runtime computes in no blocks on this machine")
+pytestmark = pytest.mark.skipif(
+    not blocks((16, 4, 4), "own"), reason="ONNX Runtime computes in no blocks on this machine"
+)
 
 CHANNELS = 32
 

@@ -22,7 +22,9 @@ from dynamize.runtime.session import session_options
 from dynamize.transform import Transform
 from dynamize.transforms import Exits, SkipGates
 
-pytestmark = pytest.mark.skipif(not blocks((16, 4, 4), "own"), reason="ONNX Runtime computes in no blocks on this machine")
+pytestmark = pytest.mark.skipif(
+    not blocks((16, 4, 4), "own"), reason="ONNX Runtime computes in no blocks on this machine"
+)
 
 CHANNELS = 32
 

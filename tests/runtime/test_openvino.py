@@ -153,7 +153,7 @@ def test_single_images_go_where_they_are_faster(
     seconds: dict[int, float], fastest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     models = FakeModels(monkeypatch, seconds)
-    shaped = openvino._Shaped(models, threads=8, small=False)
+    shaped = openvino._Shaped(models, threads=8, small=False, limit=1e-3)
     assert models.last(shaped, 2) == (8, None, 2)
     assert models.made == [None]  # no other model is made for them
     assert models.last(shaped, 1) == (fastest, 1, 1)
@@ -164,7 +164,7 @@ def test_single_images_go_where_they_are_faster(
 
 def test_a_size_that_comes_often_has_a_model_up_to_which_batches_are_filled(monkeypatch: pytest.MonkeyPatch) -> None:
     models = FakeModels(monkeypatch)
-    shaped = openvino._Shaped(models, threads=2, small=True)
+    shaped = openvino._Shaped(models, threads=2, small=True, limit=1e-3)
     for images in [38, 39] * (openvino._OFTEN // 2 - 1) + [40]:
         assert models.last(shaped, images) == (2, None, images)
     assert models.last(shaped, 37) == (2, 40, 37)
@@ -176,10 +176,18 @@ def test_a_size_that_comes_often_has_a_model_up_to_which_batches_are_filled(monk
         assert last == (1 if images == 1 else 2, images if images < openvino._MOST_SHAPES else None, images)
 
 
+def test_a_model_of_one_shape_that_answers_otherwise_is_not_used() -> None:
+    def make(threads: int, size: int | None) -> Any:
+        return lambda inputs: [inputs[0] * (1.0 if size is None else 1.01)]
+
+    shaped, values = openvino._Shaped(make, threads=1, small=True, limit=1e-3), torch.randn(1, 8)
+    assert torch.equal(shaped([values])[0], values)
+
+
 def test_what_is_large_has_one_model_for_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     models = FakeModels(monkeypatch)
     for small, bytes_each in ((False, 1), (True, openvino._SMALL_FEATURES // 4 + 1)):
-        shaped = openvino._Shaped(models, threads=2, small=small)
+        shaped = openvino._Shaped(models, threads=2, small=small, limit=1e-3)
         for _ in range(openvino._OFTEN + 1):
             assert models.last(shaped, 4, bytes_each) == (2, None, 4)
 
