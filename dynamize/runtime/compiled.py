@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dynamize.errors import DynamizeError
-from dynamize.graph.trace import blank
+from dynamize.graph.tracer import blank
 from dynamize.nn.executor import CACHE, Program, Routed, execute, program
 from dynamize.nn.exits import CONTEXT
 from dynamize.nn.flow import Flow

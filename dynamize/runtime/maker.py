@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynamize.graph.trace import blank
+from dynamize.graph.tracer import blank
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.piece import Call, Part, eager_call
 from dynamize.nn.quantized import is_quantized

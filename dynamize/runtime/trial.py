@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dynamize.graph.trace import blank
+from dynamize.graph.tracer import blank
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.piece import Call
 from dynamize.runtime.engine import Border, Engine
