@@ -1,8 +1,20 @@
 """Networks that nobody chose take what dynamize does to them, or refuse it in words."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from networks import close
 from random_networks import random_network
+from torch import Tensor
+from torch.nn import functional as F
+
+from dynamize.artifact import load, save
+from dynamize.conversion import convert
+from dynamize.nn.flow import Flow
+from dynamize.nn.network import DynamicNetwork
+from dynamize.nn.piece import Choose, Setting
+from dynamize.transforms import Exits, SkipGates
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -14,3 +26,54 @@ def test_a_seed_is_one_network_that_answers_each_image_by_itself(seed: int) -> N
     alone = torch.cat([drawn.network(image[None]) for image in images])
     assert answers.shape == (3, 7)
     assert torch.allclose(alone, answers, rtol=1e-3, atol=1e-4 * float(answers.detach().abs().max()))
+
+
+def take(seed: int, tmp_path: Path) -> None:
+    """Exits and skip gates wherever there is something to cut or skip, and all that has to hold for them."""
+    drawn = random_network(seed)
+    images = torch.randn(4, *drawn.input_shape)
+    wanted = drawn.network(images).detach()
+    for steps in ([Exits(count=1, share=0.9)], *([[SkipGates(group=1, keep_first=False)]] if drawn.skippable else [])):
+        dynamic = convert(drawn.network, steps, drawn.input_shape).eval()
+        assert close(dynamic(images), wanted)
+        choices = {unit.name: torch.tensor([0, 1, 0, 1]) for unit in dynamic.changing}
+        assert len(choices) == (drawn.skippable if not dynamic.leaving else 0)
+        with torch.no_grad():
+            skipped = dynamic.run(images, Setting(forced=choices)).logits
+            assert close(skipped, masked(dynamic, images, choices))
+            save(dynamic, tmp_path / steps[0].pass_name)
+            again = load(tmp_path / steps[0].pass_name, network=random_network(seed).network).eval()
+            assert torch.equal(again.run(images, Setting(forced=choices)).logits, skipped)
+        dynamic.train()
+        dense = dynamic.dense(images)
+        sum(logits.sum() for logits in dense.logits).backward()  # type: ignore[union-attr]
+
+
+def masked(dynamic: DynamicNetwork, images: Tensor, choices: dict[str, Tensor]) -> Tensor:
+    """What the dense forward of training says, with every layer in evaluation."""
+    flow = Flow(images, everyone=True)
+    flow.ahead = dynamic.exit_count
+    choose = Forced(choices)
+    for piece in dynamic.row:
+        piece.dense(flow, choose)
+    return flow.features
+
+
+class Forced(Choose):
+    def __init__(self, choices: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.choices = choices
+
+    def __call__(self, name: str, features: Tensor, scores_NP: Tensor) -> Tensor:
+        return F.one_hot(self.choices[name], scores_NP.shape[1]).to(scores_NP)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 8, 38])
+def test_a_few_take_exits_and_skip_gates(seed: int, tmp_path: Path) -> None:
+    take(seed, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(60))
+def test_all_take_exits_and_skip_gates(seed: int, tmp_path: Path) -> None:
+    take(seed, tmp_path)

@@ -8,11 +8,16 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from dynamize.graph.fold import has_hooks
+
 Ranks = tuple[int, ...]  # one for a linear layer or 1x1 convolution; outputs and inputs of the core for a larger kernel
 
 
 def can_factorize(layer: nn.Module) -> bool:
-    """Whether this is a linear layer, or a convolution in which every output reads every input."""
+    """Whether this is a linear layer, or a convolution in which every output reads every input; its weight is its own,
+    and not computed (``weight_norm``)."""
+    if has_hooks(layer):
+        return False
     if type(layer) is nn.Linear:
         return True
     return type(layer) is nn.Conv2d and layer.groups == 1 and (not _pointwise(layer) or layer.padding == (0, 0))

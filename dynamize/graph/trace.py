@@ -15,6 +15,7 @@ from dynamize.graph.early import read_late
 from dynamize.graph.given import own_copy, unwrapped
 from dynamize.graph.macs import counting_macs
 from dynamize.graph.modes import Unmatched, freeze_as, keep_modes
+from dynamize.graph.subclasses import plain_convolutions
 from dynamize.graph.tracer import NetworkTracer, blank
 
 log = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ def trace(network: nn.Module, input_shape: Sequence[int], *, check: bool = True)
         delattr(network, name)
     freeze_as(traced, flags)
     annotate(traced, input_shape)
+    plain_convolutions(traced)
     read_late(traced.graph)
     _give_plain_memory(traced.graph)
     traced.graph.eliminate_dead_code()

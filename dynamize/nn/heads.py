@@ -1,6 +1,7 @@
 """Exit heads: small classifiers on an intermediate feature map."""
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 class ExitHead(nn.Module):
@@ -32,6 +33,17 @@ def linear_classifier(channels: int, classes: int) -> nn.Sequential:
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
 
 
+class LoneNorm(nn.BatchNorm2d):
+    """Batch norm that also bears, in training, one image of one pixel: it has no variance, so the running statistics
+    stand in, and stay."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        lone = self.training and input.numel() == input.shape[1]
+        if not lone:
+            return super().forward(input)
+        return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+
+
 def conv_body(channels: int, width: int, size: int, pool: int = 1) -> nn.Sequential:
     """Stride-2 3x3 convolutions to ``width`` channels: MSDNet's classifier (Huang et al. 2018, sec. 4).
 
@@ -43,7 +55,7 @@ def conv_body(channels: int, width: int, size: int, pool: int = 1) -> nn.Sequent
     """
     layers: list[nn.Module] = [nn.AvgPool2d(pool)] if pool > 1 else []
     for inputs in [channels, width][: 2 if size // pool >= 8 else 1]:
-        layers += [nn.Conv2d(inputs, width, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+        layers += [nn.Conv2d(inputs, width, 3, stride=2, padding=1, bias=False), LoneNorm(width), nn.ReLU()]
     return nn.Sequential(*layers)
 
 

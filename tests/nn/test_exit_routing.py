@@ -265,3 +265,15 @@ def test_autocast_where_heads_and_last_layer_differ_in_type() -> None:
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         found = dynamic(batch)
     assert close(found.float(), wanted.answers_NC, 0.05)
+
+
+def test_a_conv_head_that_ends_in_one_pixel_trains_on_one_image() -> None:
+    dynamic = with_exits(at=["layer3"], size=[16]).train()
+    for module in dynamic.plain.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+    before = copy.deepcopy(dynamic.state_dict())
+    for count in (1, 2):
+        dynamic.dense(torch.randn(count, *SmallResNet.shape)).logits[0].sum().backward()
+    assert all(value.isfinite().all() for value in dynamic.state_dict().values())
+    assert any(not torch.equal(value, before[name]) for name, value in dynamic.state_dict().items())
