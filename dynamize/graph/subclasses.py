@@ -1,6 +1,7 @@
 """Convolutions of classes of their own that compute what torch's does, made into torch's, which all steps know."""
 
 import copy
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -28,21 +29,19 @@ def _plain(layer: nn.Conv2d, given: tuple[int, ...] | None, gives: tuple[int, ..
     names = {name for name, _ in [*layer.named_parameters(), *layer.named_buffers()]}
     if given is None or gives is None or not names <= {"weight", "bias"} or "weight" not in layer._parameters:
         return None
-    padding = layer.padding
+    padding: Any = layer.padding
     if not inherited:
         reach = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
         missing = [out + r - size for out, r, size in zip(gives[2:], reach, given[2:], strict=True)]
         if tuple(layer.stride) != (1, 1) or any(one % 2 or one < 0 for one in missing):
             return None
         padding = (missing[0] // 2, missing[1] // 2)
+    same: Any = {name: getattr(layer, name) for name in ("kernel_size", "stride", "dilation", "groups")}
     plain = nn.Conv2d(
         layer.in_channels,
         layer.out_channels,
-        layer.kernel_size,
-        layer.stride,
-        padding,
-        layer.dilation,
-        layer.groups,
+        **same,
+        padding=padding,
         bias=layer.bias is not None,
         padding_mode=layer.padding_mode if inherited else "zeros",
         device="meta",
