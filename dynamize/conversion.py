@@ -11,6 +11,7 @@ from dynamize.arguments import given_network, given_shape, given_steps, trained_
 from dynamize.errors import DynamizeError
 from dynamize.graph.given import own_copy, unwrapped
 from dynamize.graph.trace import trace
+from dynamize.measure.accuracy import judgeable
 from dynamize.nn.network import DynamicNetwork
 from dynamize.sources import origin
 from dynamize.transform import Context, Transform, check_order, parse_step
@@ -73,6 +74,8 @@ def convert(
         teacher = own_copy(network).requires_grad_(False)
         teacher.eval()
         context = Context(teacher=teacher) if context is None else replace(context, teacher=teacher)
+    if context.data is not None and context.teacher is not None:
+        context = replace(context, data=judgeable(context.data, context.teacher, context.device))
     for transform in transforms:
         converted = apply(converted, transform, context)[0]
     return converted

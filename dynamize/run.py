@@ -40,6 +40,7 @@ from dynamize.folders import (
     check_folder,
     clear,
 )
+from dynamize.measure.accuracy import judgeable
 from dynamize.nn.network import DynamicNetwork
 from dynamize.recipe import Bound, Recipe
 from dynamize.report import Ledger, ReportData, Row, html, markdown
@@ -161,9 +162,10 @@ class Runner:
         recipe = self.recipe
         with torch.no_grad():
             classes = self.teacher(torch.zeros(1, *recipe.model.input, device=self.device)).shape[1]
-        return load_data(
+        data = load_data(
             recipe.data.model_copy(update={"seed": recipe.data.seed or recipe.seed}), recipe.model.input, classes
         )
+        return judgeable(data, self.teacher, self.device)
 
     def _apply(
         self, index: int, transform: Transform | None, network: DynamicNetwork

@@ -6,6 +6,7 @@ device they then lie on. Evaluation reads `batches`: network input under the tes
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler
 
 from dynamize.data.augment import Normalize, augment, random_resized_crop
+from dynamize.data.readers import UNLABELLED
 from dynamize.data.storage import Geometry, PixelStorage, Storage, UnreadableImage
 from dynamize.errors import DynamizeError
 
@@ -30,6 +32,11 @@ class Images(Protocol):
 
     @property
     def labels(self) -> Tensor: ...
+
+    @property
+    def unlabelled(self) -> bool: ...
+
+    def relabelled(self, labels: Tensor) -> Any: ...
 
     def __len__(self) -> int: ...
 
@@ -72,6 +79,17 @@ class ImageSet(Dataset[Batch]):
     def in_memory(self) -> bool:
         ready = self.geometry.resize is None
         return ready and isinstance(self.storage, PixelStorage) and self.storage.shape == self.geometry.shape
+
+    @property
+    def unlabelled(self) -> bool:
+        """Whether images without a label, -1, are among them."""
+        return bool((self.labels == UNLABELLED).any())
+
+    def relabelled(self, labels: Tensor) -> ImageSet:
+        """The same images, with these labels (N,) where they have none."""
+        other = copy.copy(self)
+        other.labels = torch.where(self.labels == UNLABELLED, labels.to(self.labels), self.labels)
+        return other
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -158,6 +176,7 @@ class LoaderSet:
         self.name = name
         self.loader = loader
         self.classes = classes
+        self._instead: Tensor | None = None
         self._check(shuffled_is_wrong=name != "train")
 
     def _check(self, shuffled_is_wrong: bool) -> None:
@@ -172,6 +191,18 @@ class LoaderSet:
                 "make it with shuffle=False"
             )
 
+    @property
+    def unlabelled(self) -> bool:
+        """Whether images without a label, -1, are in the first batch."""
+        first = next(iter(self.batches(0)), None)
+        return first is not None and bool((first[1] == UNLABELLED).any())
+
+    def relabelled(self, labels: Tensor) -> LoaderSet:
+        """The same images, with these labels (N,) where they have none."""
+        other = LoaderSet(self.name, self.loader, self.classes)
+        other._instead = labels.cpu()
+        return other
+
     @cached_property
     def labels(self) -> Tensor:
         """int64 (N,); the first use reads through the loader once."""
@@ -185,12 +216,14 @@ class LoaderSet:
 
     def batches(self, batch_size: int, device: str | torch.device = "cpu") -> Iterator[Batch]:
         """The user's batches on `device`; their size is the user's, whatever `batch_size` says."""
-        empty = True
+        start = 0
         for batch in self.loader:
             images, labels = _checked_batch(batch, self.name)
+            if self._instead is not None:
+                labels = torch.where(labels == UNLABELLED, self._instead[start : start + len(labels)], labels)
             yield images.to(device), labels.to(device)
-            empty = False
-        if empty:
+            start += len(labels)
+        if not start:
             raise DynamizeError(f"the {self.name} loader gave no batch; pass one that holds images")
 
     def training_loader(self, batch_size: int, seed: int) -> Any:

@@ -6,8 +6,8 @@ import difflib
 import inspect
 import os
 import zipfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from dynamize.data.spec import DataSpec, split_source
 from dynamize.data.storage import FileStorage, ItemStorage, PixelStorage, Storage
 from dynamize.errors import DynamizeError
 
+PARTS = ("train", "val", "test")
+UNLABELLED = -1
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
 
 
@@ -34,10 +36,11 @@ class Pool:
 
 @dataclass(frozen=True)
 class Source:
-    """What a reader found: class names, and either train, test (and val) pools or one pool called "all".
+    """What a reader found: class names, and either pools called train, test and val or one called "all".
 
-    `held_out` is the share of a single pool that is test; `standard` fixes its split for every seed. Classes
-    that are not `named` were counted from the labels.
+    There may be no train pool; images without labels are labelled -1. `held_out` is the share of a single pool that is
+    test; `standard` fixes its split for every seed. Classes that are not `named` were counted from the labels.
+    `warnings` are sentences for the report.
     """
 
     classes: tuple[str, ...]
@@ -45,6 +48,7 @@ class Source:
     held_out: float = 0.1
     standard: bool = False
     named: bool = True
+    warnings: tuple[str, ...] = ()
 
 
 def read_source(spec: DataSpec) -> Source:
@@ -61,28 +65,58 @@ def read_source(spec: DataSpec) -> Source:
 
 
 def read_imagefolder(root: Path) -> Source:
-    """PATH/{train,val,test}/CLASS/image (test or val may be absent), or PATH/CLASS/image."""
+    """PATH/{train,val,test}/CLASS/image (any of train, val and test alone, but train), or PATH/CLASS/image.
+
+    Images that lie in no class folder have no labels: PATH/test/image, or PATH/image for test images alone.
+    """
     if not root.is_dir():
         what = "is a file, not a folder" if root.exists() else "does not exist"
         raise DynamizeError(f"image folder {root.absolute()} {what}; give the folder of train/ and test/")
-    parts = {part: root / part for part in ("train", "val", "test") if _subfolders(root / part)}
+    parts = {part: root / part for part in PARTS if _subfolders(root / part) or _holds_images(root / part)}
     if not parts:
+        if _holds_images(root) and not _subfolders(root):
+            return Source((), {"test": _unlabelled_pool(root)}, named=False)
         classes = _class_names(root)
-        if set(classes) <= {"train", "val", "test"}:
+        if set(classes) <= set(PARTS):
             _class_names(root / classes[0])
-        return Source(classes, {"all": _folder_pool(root, classes)})
-    if "train" not in parts or len(parts) == 1:
-        lacks = "train/" if "train" not in parts else "test/ and val/"
+        return _labelled({"all": root}, classes)
+    if list(parts) == ["train"]:
         raise DynamizeError(
-            f"image folder {root.absolute()} has class folders in {' and '.join(parts)}/ but no {lacks}; "
-            "add it, or move all class folders directly below the image folder to have them split"
+            f"image folder {root.absolute()} has images in train/ but no test/ or val/; add one, or move all class "
+            "folders directly below the image folder to have them split"
         )
     if "test" not in parts:
         parts["test"] = parts.pop("val")
-    classes = _class_names(parts["train"])
-    for folder in parts.values():
-        _same_classes(folder, classes, parts["train"])
-    return Source(classes, {part: _folder_pool(folder, classes) for part, folder in parts.items()})
+    labelled = {part: folder for part, folder in parts.items() if _subfolders(folder)}
+    first = labelled.get("train")
+    names = _class_names(first) if first else sorted({name for one in labelled.values() for name in _subfolders(one)})
+    for folder in labelled.values() if first else ():
+        _no_other_classes(folder, tuple(names), first)
+    found = _labelled(labelled, tuple(names)) if labelled else Source((), {}, named=False)
+    bare = {part: _unlabelled_pool(folder) for part, folder in parts.items() if part not in labelled}
+    return replace(found, pools={part: {**found.pools, **bare}[part] for part in parts})
+
+
+def _holds_images(folder: Path) -> bool:
+    """Whether images lie in the folder itself."""
+    return folder.is_dir() and any(entry.name.lower().endswith(IMAGE_ENDINGS) for entry in os.scandir(folder))
+
+
+def _unlabelled_pool(folder: Path) -> Pool:
+    found = sorted(images_below(str(folder)))
+    labels = np.full(len(found), UNLABELLED, dtype=np.int64)
+    return Pool(str(folder.absolute()), FileStorage([path for path, _ in found]), labels, [key for _, key in found])
+
+
+def _labelled(folders: Mapping[str, Path], classes: tuple[str, ...]) -> Source:
+    """The images of class folders; a class may have none in some of them."""
+    pools = {part: _folder_pool(folder, classes) for part, folder in folders.items()}
+    warnings = []
+    for part, pool in pools.items():
+        if missing := [name for label, name in enumerate(classes) if label not in pool.labels]:
+            what = "the images" if part == "all" else f"the {part} images"
+            warnings.append(f"{what} in {pool.place} have none of {_some(missing)}: nothing is judged on these classes")
+    return Source(classes, pools, warnings=tuple(warnings))
 
 
 def _subfolders(folder: Path) -> list[str]:
@@ -98,15 +132,14 @@ def _class_names(folder: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _same_classes(folder: Path, classes: tuple[str, ...], train: Path) -> None:
-    found = set(_class_names(folder))
-    missing, extra = sorted(set(classes) - found), sorted(found - set(classes))
-    if missing or extra:
-        lacks = f"lacks the class folders {_some(missing)}" if missing else ""
-        has = f"has the class folders {_some(extra)} that train does not" if extra else ""
+def _no_other_classes(folder: Path, classes: tuple[str, ...], train: Path | None) -> None:
+    extra = sorted(set(_class_names(folder)) - set(classes))
+    if extra and train is not None:
+        missing = sorted(set(classes) - set(_class_names(folder)))
+        lacks = f" and lacks {_some(missing)}" if missing else ""
         raise DynamizeError(
-            f"{folder.absolute()} {' and '.join(filter(None, (lacks, has)))}; "
-            f"it must hold the same classes as {train.absolute()}"
+            f"{folder.absolute()} has the class folders {_some(extra)} that train does not{lacks}; name its folders as "
+            f"those of {train.absolute()}"
         )
 
 
@@ -115,15 +148,15 @@ def _folder_pool(folder: Path, classes: tuple[str, ...]) -> Pool:
     keys: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        found = sorted(images_below(os.path.join(folder, name)))
-        if not found:
-            raise DynamizeError(
-                f"class folder {(folder / name).absolute()} holds no image ({' '.join(IMAGE_ENDINGS)}); "
-                "put images there or delete the folder"
-            )
+        inside = os.path.join(folder, name)
+        found = sorted(images_below(inside)) if os.path.isdir(inside) else []
         paths += [path for path, _ in found]
         keys += [key for _, key in found]
         labels += [label] * len(found)
+    if not paths:
+        raise DynamizeError(
+            f"the class folders in {folder.absolute()} hold no image ({' '.join(IMAGE_ENDINGS)}); put images there"
+        )
     return Pool(str(folder.absolute()), FileStorage(paths), np.array(labels, dtype=np.int64), keys)
 
 
@@ -145,6 +178,8 @@ def images_below(folder: str) -> list[tuple[str, str]]:
 def read_npz(path: Path) -> Source:
     """Arrays x_train, y_train, x_test, y_test (and x_val, y_val), or x and y; optionally names in `classes`.
 
+    x_train may be absent, and so may the labels of what is not trained on.
+
     Images are (N, H, W), (N, H, W, C) or (N, C, H, W): uint8, whole numbers in 0..255 or floats in 0..1.
     """
     where = path.absolute()
@@ -157,25 +192,31 @@ def read_npz(path: Path) -> Source:
         raise DynamizeError(
             f"cannot read {where}: {error}; save plain arrays with numpy.savez(x_train=..., y_train=..., ...)"
         ) from error
-    parts = [part for part in ("train", "val", "test") if f"x_{part}" in arrays]
+    parts = [part for part in PARTS if f"x_{part}" in arrays]
     names = {part: (f"x_{part}", f"y_{part}") for part in parts} or {"all": ("x", "y")}
-    if "all" not in names and not {"train", "test"} <= names.keys():
-        names |= {part: (f"x_{part}", f"y_{part}") for part in ("train", "test")}
-    absent = [key for pair in names.values() for key in pair if key not in arrays]
+    if "test" not in names and "val" in names:
+        names["test"] = names.pop("val")
+    wanted = [x for x, _ in names.values()] + (["y_train"] if "train" in names else [])
+    absent = [key for key in wanted if key not in arrays] + (["x_test", "y_test"] if list(names) == ["train"] else [])
     if absent:
         raise DynamizeError(
             f"{where} lacks {_some(absent)} (it holds {_some(sorted(arrays))}); "
-            "it needs x_train, y_train, x_test and y_test, or x and y"
+            "it needs x_train, y_train, x_test and y_test, or x and y; x_train, y_test and y may be left out"
         )
     pools = {
-        part: _array_pool(arrays[x], arrays[y], f"{where} ({x}, {y})", f"{part}:") for part, (x, y) in names.items()
+        part: _array_pool(arrays[x], arrays.get(y), f"{where} ({x}, {y})", f"{part}:") for part, (x, y) in names.items()
     }
+    if "all" in pools and "y" not in arrays:
+        pools = {"test": pools["all"]}
     highest = max(int(pool.labels.max(initial=0)) for pool in pools.values())
-    classes = tuple(str(n) for n in arrays.get("classes", np.arange(highest + 1)))
+    labelled = any(y in arrays for _, y in names.values())
+    classes = tuple(str(n) for n in arrays.get("classes", np.arange(highest + 1 if labelled else 0)))
     return Source(classes, pools, named="classes" in arrays)
 
 
-def _array_pool(x: np.ndarray, y: np.ndarray, place: str, prefix: str) -> Pool:
+def _array_pool(x: np.ndarray, y: np.ndarray | None, place: str, prefix: str) -> Pool:
+    if y is None:
+        y = np.full(len(x), UNLABELLED)
     labels = y.reshape(-1) if y.ndim == 2 and y.shape[1] == 1 else y
     if labels.ndim != 1 or len(labels) != len(x) or labels.dtype.kind not in "iu":
         raise DynamizeError(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch.utils.data import SequentialSampler, Subset, SubsetRandomSampler
 
 from dynamize.data.augment import Normalize
 from dynamize.data.images import Images, ImageSet, LoaderSet
-from dynamize.data.readers import Pool, Source, read_source
+from dynamize.data.readers import UNLABELLED, Pool, Source, read_source
 from dynamize.data.spec import DataSpec
 from dynamize.data.storage import Geometry, PixelStorage, Progress, decode
 from dynamize.errors import DynamizeError
@@ -47,6 +47,21 @@ class Splits:
     spec: DataSpec | None = None
     warnings: list[str] = field(default_factory=list)
 
+    def relabelled(self, answer: Callable[[Images], Tensor]) -> Splits:
+        """The same, with what ``answer`` says (N,) of calibration and test images where these have no label."""
+        found: dict[str, Any] = {}
+        warnings = list(self.warnings)
+        for name in ("calibration", "test"):
+            images: Images = getattr(self, name)
+            if images.unlabelled:
+                found[name] = images.relabelled(answer(images))
+                warnings.append(
+                    f"{name} images have no labels: the original network's answers stand in for them, so that accuracy "
+                    "is agreement with it"
+                )
+                logger.warning(warnings[-1])
+        return replace(self, **found, warnings=warnings) if found else self
+
 
 def load_data(
     spec: DataSpec,
@@ -62,7 +77,7 @@ def load_data(
     """
     _check_channels(spec, input_shape[0])
     source = read_source(spec)
-    _check_classes(source, num_classes)
+    source = _check_classes(source, num_classes)
     dealt, spec = _deal(source, spec)
     warnings = _warnings(source, spec, input_shape)
     sets = {
@@ -71,8 +86,9 @@ def load_data(
     _check_disjoint({name: set(images.keys) for name, images in sets.items()})
     decode_what_fits(sets, spec.memory_gb, progress)
     if spec.normalize is None:
-        spec = spec.model_copy(update={"normalize": _pixel_statistics(sets["train"])})
-        logger.info("data.normalize computed on the train split: %s", spec.normalize)
+        seen = sets["train"] if len(sets["train"]) else sets["calibration"]
+        spec = spec.model_copy(update={"normalize": _pixel_statistics(seen)})
+        logger.info("data.normalize computed on the %s split: %s", seen.name, spec.normalize)
     if spec.normalize is not None:
         for images in sets.values():
             images.normalize = Normalize(*spec.normalize)
@@ -133,24 +149,29 @@ def _check_channels(spec: DataSpec, channels: int) -> None:
         )
 
 
-def _check_classes(source: Source, num_classes: int | None) -> None:
+def _check_classes(source: Source, num_classes: int | None) -> Source:
+    """The source, with as many classes as the network where they were counted from labels."""
+    if not source.named and num_classes is not None and len(source.classes) < num_classes:
+        source = replace(source, classes=tuple(map(str, range(num_classes))))
     count, place = len(source.classes), next(iter(source.pools.values())).place
     for pool in source.pools.values():
         if len(pool.labels) == 0:
             raise DynamizeError(f"{pool.place} holds no images; add some or name another source")
         low, high = int(pool.labels.min()), int(pool.labels.max())
         limit = count if source.named or num_classes is None else num_classes
-        if low < 0 or high >= limit:
+        if (low < 0 and not low == high == UNLABELLED) or high >= limit:
             raise DynamizeError(
                 f"{pool.place} has labels {low} to {high}, out of range for {limit} classes; "
                 f"count them from 0 to {limit - 1}"
             )
     if num_classes is not None and count != num_classes:
         names = ", ".join(source.classes[:5]) + (", ..." if count > 5 else "")
+        fewer = "add an empty folder for each class without images, " if source.named and count < num_classes else ""
         raise DynamizeError(
-            f"{place} has {count} classes ({names}) and the network answers {num_classes}; "
+            f"{place} has {count} classes ({names}) and the network answers {num_classes}; {fewer}"
             "give the data the network was trained for, or a checkpoint with that many classes"
         )
+    return source
 
 
 def _deal(source: Source, spec: DataSpec) -> tuple[dict[str, tuple[Pool, np.ndarray]], DataSpec]:
@@ -159,6 +180,8 @@ def _deal(source: Source, spec: DataSpec) -> tuple[dict[str, tuple[Pool, np.ndar
         parts = _cut_single_pool(source, spec)
     else:
         parts = {name: (pool, np.arange(len(pool.labels))) for name, pool in source.pools.items()}
+    if "train" not in parts and "calibration_from" not in spec.model_fields_set:
+        spec = spec.model_copy(update={"calibration_from": "val" if "val" in parts else "test"})
     if spec.calibration_from not in parts:
         raise DynamizeError(
             f"data.calibration_from is {spec.calibration_from}, which {spec.source} does not have; "
@@ -168,11 +191,13 @@ def _deal(source: Source, spec: DataSpec) -> tuple[dict[str, tuple[Pool, np.ndar
     calibration, rest = _draw_calibration(pool, index, source, spec)
     parts["calibration"] = pool, calibration
     parts[spec.calibration_from] = pool, rest
+    trains = "train" in parts
+    parts.setdefault("train", (pool, np.array([], dtype=np.int64)))
     for name, limit in (("train", spec.train_limit), ("test", spec.test_limit)):
         pool, index = parts[name]
         if limit is not None and limit < len(index):
             parts[name] = pool, _stratified(pool.labels, index, limit, spec.seed)
-        if len(parts[name][1]) == 0:
+        if len(parts[name][1]) == 0 and (trains or name == "test"):
             raise DynamizeError(f"no {name} image of {spec.source} is left; lower data.calibration")
     resolved = spec.model_copy(update={"calibration": len(calibration)})
     return {name: parts[name] for name in ("train", "calibration", "test")}, resolved
@@ -184,7 +209,8 @@ def _cut_single_pool(source: Source, spec: DataSpec) -> dict[str, tuple[Pool, np
     By default the training images are the same in both cases."""
     pool = source.pools["all"]
     everything = np.arange(len(pool.labels))
-    count, seed = round(source.held_out * len(everything)), _seed(source, spec)
+    least = min(FEWEST, len(everything) // 3)
+    count, seed = max(round(source.held_out * len(everything)), least), _seed(source, spec)
     test = _stratified(pool.labels, everything, count, seed)
     train = np.setdiff1d(everything, test)
     if spec.calibration_from == "test":
@@ -203,7 +229,8 @@ def _draw_calibration(pool: Pool, index: np.ndarray, source: Source, spec: DataS
         available = index[rank % spec.folds == spec.fold]
     asked = spec.calibration
     if asked is None:
-        count = round(default * whole) if spec.calibration_from == "train" else len(available)
+        few = min(FEWEST, len(available) // 2)
+        count = max(round(default * whole), few) if spec.calibration_from == "train" else len(available)
     else:
         count = asked if isinstance(asked, int) else round(asked * whole)
     if not FEWEST <= count <= len(available):
@@ -282,7 +309,14 @@ def _geometry(name: str, pool: Pool, spec: DataSpec, channels: int, height: int,
 
 
 def _warnings(source: Source, spec: DataSpec, shape: tuple[int, int, int]) -> list[str]:
-    found = []
+    found = list(source.warnings)
+    if "train" not in source.pools and "all" not in source.pools:
+        found.append(f"{spec.source} has no train images: no step can train, but `distill` with unlabelled: FOLDER")
+        if spec.normalize is None:
+            found.append(
+                "data.normalize is not given and there are no train images to compute it on: it comes from the "
+                "calibration images; give the means and deviations that the network was trained with"
+            )
     size = next(iter(source.pools.values())).labels.size
     usual = source.standard and (spec.calibration or 0) <= round(source.held_out * size)
     if spec.calibration_from == "train" and not usual:

@@ -126,10 +126,10 @@ class PixelStorage:
     def at(self, index: Sequence[int]) -> PixelStorage:
         if len(index) == len(self.pixels) and list(index) == list(range(len(index))):
             return self
-        return PixelStorage(self.pixels[torch.as_tensor(index)])
+        return PixelStorage(self.pixels[torch.as_tensor(index, dtype=torch.int64)])
 
     def read(self, index: Sequence[int], geometry: Geometry) -> Tensor:
-        return geometry.of_pixels(self.pixels[torch.as_tensor(index)])
+        return geometry.of_pixels(self.pixels[torch.as_tensor(index, dtype=torch.int64)])
 
 
 class FileStorage:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dynamize.arguments import class_numbers
-from dynamize.data import Images
+from dynamize.data import Images, Splits
 from dynamize.nn.channels_last import images_for
 from dynamize.nn.network import DynamicNetwork, record_routing
 from dynamize.nn.piece import Setting
@@ -80,6 +80,19 @@ def exit_accuracies(network: DynamicNetwork, images: Images, device: torch.devic
 def accuracy(logits: Tensor, labels: Tensor) -> float:
     """Top-1."""
     return float((logits.argmax(1) == labels).double().mean())
+
+
+def judgeable(data: Splits, teacher: nn.Module, device: torch.device) -> Splits:
+    """The splits, with the teacher's answers where calibration and test images have no labels."""
+    return data.relabelled(lambda images: _answers(teacher, images, device))
+
+
+def _answers(network: nn.Module, images: Images, device: torch.device) -> Tensor:
+    network.to(device).eval()
+    with torch.no_grad():
+        return torch.cat(
+            [network(images_for(network, one)).argmax(1).cpu() for one, _ in images.batches(_BATCH, device)]
+        )
 
 
 def top_answers(network: nn.Module, images: Images, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from dynamize.conversion import wrap
 from dynamize.data import load_data
 from dynamize.devices import choose_device
 from dynamize.evaluation import Evaluator, Judgement, busy
+from dynamize.measure.accuracy import judgeable
 from dynamize.nn.network import DynamicNetwork
 from dynamize.report import share_of_saving_shown
 from dynamize.runtime.engine import default_backend
@@ -95,7 +96,8 @@ def benchmark(
     chosen = choose_device(device)
     channels, height, width = manifest.input
     spec = artifact.image_spec(manifest, path, data)
-    images = load_data(spec, (channels, height, width), len(manifest.classes) or None).test
+    splits = load_data(spec, (channels, height, width), len(manifest.classes) or None)
+    images = judgeable(splits, network, chosen).test
     names = tuple(backends) or (default_backend(chosen),)
     evaluator = Evaluator(static, images, chosen, names, batches, seconds, progress, sessions)
     judged = evaluator.judge(network)

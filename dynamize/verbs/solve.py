@@ -13,6 +13,7 @@ from dynamize.data import load_data
 from dynamize.devices import choose_device
 from dynamize.errors import DynamizeError
 from dynamize.faults import explain
+from dynamize.measure.accuracy import judgeable
 from dynamize.nn.network import DynamicNetwork
 from dynamize.runtime.engine import default_backend
 from dynamize.sources import SourceSpec, Weights, load_source
@@ -69,7 +70,7 @@ def recalibrate(
     channels, height, width = manifest.input
     spec = artifact.image_spec(manifest, path, data)
     context = Context(
-        data=load_data(spec, (channels, height, width), len(manifest.classes) or None),
+        data=judgeable(load_data(spec, (channels, height, width), len(manifest.classes) or None), teacher, chosen),
         teacher=teacher,
         device=chosen,
         seed=int(manifest.about.get("seed", 0)),
