@@ -126,7 +126,7 @@ def class_numbers(labels: Any, classes: int, where: str, *, unlabelled: bool = F
         missing = int((labels == -1).sum())
         raise DynamizeError(
             f"{where}: {missing} of {len(labels)} images have no label (-1), so that answers to them cannot be judged: "
-            "leave them out, or give dz.splits images without labels, which the original network's answers stand in for"
+            "leave them out, or give them to dz.convert in a dz.Context, where the original network's answers stand in"
         )
     if low < (-1 if unlabelled else 0) or high >= classes:
         hint = ": subtract 1" if low == 1 and high == classes else ""

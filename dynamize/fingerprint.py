@@ -35,16 +35,13 @@ class Answers(BaseModel):
 
     @classmethod
     def of(cls, network: DynamicNetwork) -> Self | None:
-        """The answers of a network, which is left alone; None where they are random or not finite."""
-        for exact in (True, False):
-            try:
-                found, again = (_answers(network, exact, seed) for seed in (0, 1))
-            except (RuntimeError, TypeError, ValueError):  # a layer of one type only
-                continue
-            if _distance(found.logits, again.logits) > found.tolerance or not _finite(found.logits):
-                return None
-            return cls(dtype=found.dtype, logits=[one.tolist() for one in found.logits])
-        return None
+        """The answers of a network, which is left alone; None where they are not finite."""
+        try:
+            dtype, logits = _answers(network, exact=True)
+        except (RuntimeError, TypeError, ValueError):  # a layer of one type only
+            dtype, logits = _answers(network, exact=False)
+        finite = all(bool(one.isfinite().all()) for one in logits)
+        return cls(dtype=dtype, logits=[one.tolist() for one in logits]) if finite else None
 
     def distance(self, network: DynamicNetwork) -> float:
         """How far those of another network lie from these, relative to how these spread.
@@ -53,7 +50,7 @@ class Answers(BaseModel):
             RuntimeError, TypeError, ValueError: it does not run in the type of these.
         """
         given = [torch.tensor(one, dtype=torch.float64) for one in self.logits]
-        return _distance(given, _answers(network, self.dtype == _EXACT, seed=0).logits)
+        return _distance(given, _answers(network, self.dtype == _EXACT)[1])
 
     @property
     def tolerance(self) -> float:
@@ -61,23 +58,17 @@ class Answers(BaseModel):
         return _TOLERANCE.get(self.dtype, _ROUNDED)
 
 
-class _Found:
-    def __init__(self, logits: list[Tensor], dtype: torch.dtype) -> None:
-        self.logits = [one.double()[:, :_CLASSES] for one in logits]
-        self.dtype = str(dtype).removeprefix("torch.")
-        self.tolerance = _TOLERANCE.get(self.dtype, _ROUNDED)
-
-
-def _answers(network: DynamicNetwork, exact: bool, seed: int) -> _Found:
+def _answers(network: DynamicNetwork, exact: bool) -> tuple[str, list[Tensor]]:
+    """What they were computed in, and the logits of each exit (images, classes)."""
     alone = copy.deepcopy(network).cpu().eval()
     if exact:
         alone.double()
     like = blank(alone, 1)
     noise = np.random.RandomState(0).standard_normal((_IMAGES, *network.input_shape))  # the same in every version
-    with torch.no_grad(), torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with torch.no_grad():
         routed = alone.run(torch.from_numpy(noise).to(like), Setting(offset=ALL_OPEN), everyone=True)
-    return _Found([*(logits for _, logits, _ in routed.seen), routed.logits], like.dtype)
+    logits = [*(logits for _, logits, _ in routed.seen), routed.logits]
+    return str(like.dtype).removeprefix("torch."), [one.double()[:, :_CLASSES] for one in logits]
 
 
 def _distance(given: list[Tensor], found: list[Tensor]) -> float:
@@ -89,7 +80,3 @@ def _distance(given: list[Tensor], found: list[Tensor]) -> float:
         least = max(1e-3 * float(one.abs().max()), 1e-12)  # exits may answer alike everywhere
         worst = max(worst, apart / max(spread, least) if apart == apart else float("inf"))
     return worst
-
-
-def _finite(logits: list[Tensor]) -> bool:
-    return all(bool(one.isfinite().all()) for one in logits)

@@ -44,7 +44,7 @@ class TestSteps:
     @pytest.mark.parametrize(
         ("version", "message"),
         [
-            (2, "`exits`: the step is of version 2, and this installation knows `exits` up to version 1: install"),
+            (3, "`exits`: the step is of version 3, and this installation knows `exits` up to version 2: install"),
             ("1", "version '1' is none"),
             (0, "version 0 is none"),
             (True, "version True is none"),
