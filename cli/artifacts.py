@@ -75,6 +75,12 @@ def calibrate(
     macs_ratio: Annotated[float | None, typer.Option(help="Mean MACs as a share of the original's.")] = None,
     macs: Annotated[float | None, typer.Option(help="Mean MACs per image.")] = None,
     latency_ms: Annotated[float | None, typer.Option(help="Mean milliseconds per image.")] = None,
+    labels: Annotated[
+        str | None, typer.Option(metavar="given|none", help="none: judge by agreement with the original network.")
+    ] = None,
+    certain: Annotated[
+        float | None, typer.Option(help="Confidence with which the budget is kept, such as 0.95.")
+    ] = None,
     data: Data = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Of the original network, against which drops are judged; by default the run's.")
@@ -94,7 +100,14 @@ def calibrate(
     with reporting(quiet):
         from dynamize.verbs.solve import budget, recalibrate
 
-        step = budget(max_drop=max_drop, macs_ratio=macs_ratio, macs=macs, latency_ms=latency_ms)
+        step = budget(
+            max_drop=max_drop,
+            macs_ratio=macs_ratio,
+            macs=macs,
+            latency_ms=latency_ms,
+            labels=labels,
+            certain=certain,
+        )
         file = weights(checkpoint, part)
         network, notes = recalibrate(out, step, data=data, checkpoint=file, device=device, trust_code=trust_code)
     chosen = network.operating_point

@@ -19,7 +19,7 @@ from dynamize.calibration.operating import Certificate, OperatingPoint
 from dynamize.calibration.points import point_for
 from dynamize.calibration.solver import frontier_budgets, solve_budget
 from dynamize.calibration.table import EVERYONE, ConfidenceTable, Evaluation, Thresholds
-from dynamize.errors import InfeasibleError
+from dynamize.errors import DynamizeError, InfeasibleError
 
 LEARNT = 0.4  # of the images: what is chosen, is chosen on them
 SETTINGS = 60  # of a learnt order, spread evenly over the costs
@@ -52,26 +52,51 @@ class Certified:
     more: Callable[[float], int | None]
 
 
-def parted(images: int, seed: int) -> tuple[Indices, Indices]:
-    """Indices of the images to choose on, and of those to judge by, in random order both."""
-    order = np.random.default_rng(seed).permutation(images)
-    count = round(LEARNT * images)
-    return order[:count], order[count:]
+@dataclass(frozen=True)
+class Trial:
+    """Who judges what.
+
+    Attributes:
+        certain: the confidence, such as 0.95.
+        order: of settings, the dearest first, where it needs no images.
+        learnt: indices of the images to choose on; none where nothing is chosen.
+        judging: indices of the others, in random order.
+    """
+
+    certain: float
+    order: list[Candidate] | None
+    learnt: Indices
+    judging: Indices
+
+    @classmethod
+    def of(
+        cls, certain: float, order: list[Candidate] | None, images: int, seed: int, chooses: bool = False
+    ) -> "Trial":
+        """Part the images if something ``chooses`` on them, or the order has to be learnt."""
+        if not 0.5 <= certain < 1:
+            raise DynamizeError(f"certain={certain:g} is no confidence: give 0.95 for 95 %.")
+        mixed = np.random.default_rng(seed).permutation(images)
+        count = round(LEARNT * images) if chooses or order is None else 0
+        return cls(certain, None if chooses else order, mixed[:count], mixed[count:])
+
+    def certify(self, tables: Tables, offsets: Sequence[float], goal: Goal, dearest: float) -> Certified:
+        """Test the order of settings, or one that is learnt at these offsets (:func:`certify`)."""
+        order = self.order or learnt_order(tables, offsets, self.learnt, goal)
+        return certify(tables, order, self.judging, goal, self.certain, dearest)
 
 
-def fixed_order(decisions: int) -> list[Thresholds] | None:
-    """An order of settings that needs no images: of one threshold over all scores there are; None for more than one."""
-    if decisions == 0:
-        return [[]]
-    if decisions > 1:
+def fixed_order(decisions: int, offsets: Sequence[float] = (0.0,)) -> list[Candidate] | None:
+    """An order of settings, the dearest first, that needs no images: of one offset, or of one threshold over all scores
+    that there are. None where more than one number is free."""
+    if decisions > 1 or (decisions and len(offsets) > 1):
         return None
-    order: list[Thresholds] = [[None]]
-    order += [[score] for score in _scores()]
-    return order
+    if not decisions:
+        return [Candidate(offset, []) for offset in sorted(offsets, reverse=True)]
+    return [Candidate(offsets[0], [score]) for score in (None, *_scores())]
 
 
 def learnt_order(tables: Tables, offsets: Sequence[float], images: Indices, goal: Goal) -> list[Candidate]:
-    """The most accurate setting on these images and cheaper ones, or the cheapest first where the goal is a cost."""
+    """The setting that looks safest on these images and cheaper ones, none of which another one beats."""
     found: list[tuple[float, float, Candidate]] = []
     count = max(8, SETTINGS // len(offsets))
     for offset in offsets:
@@ -84,8 +109,18 @@ def learnt_order(tables: Tables, offsets: Sequence[float], images: Indices, goal
     for _, accuracy, candidate in sorted(found, key=lambda one: (one[0], -one[1])):
         if not front or accuracy > front[-1][0]:
             front.append((accuracy, candidate))
-    cheapest_first = [candidate for _, candidate in front]
-    return cheapest_first[::-1] if goal.about_accuracy else cheapest_first
+    off = tables(offsets[-1])
+    order = [Candidate(offsets[-1], [off.never] * (off.exits - 1)), *(candidate for _, candidate in reversed(front))]
+    if not goal.about_accuracy:
+        return order
+    doubts = [_doubt(goal.losses(tables(one.offset).subset(images), one.thresholds)) for one in order]
+    return order[doubts.index(min(doubts)) :]
+
+
+def _doubt(losses: NDArray[np.float64]) -> float:
+    """Where the mean may well be: two standard errors above what was seen."""
+    n = len(losses)
+    return float(losses.mean() + 2 * math.sqrt((losses.var() + 1 / n) / n))
 
 
 def certify(
@@ -95,7 +130,7 @@ def certify(
 
     Args:
         tables: of all calibration images.
-        order: of settings, chosen without these images.
+        order: of settings, the dearest first, chosen without these images; a cost is tested from the cheapest on.
         images: in random order.
         goal: the limit.
         certain: the confidence, such as 0.95.
@@ -104,6 +139,7 @@ def certify(
     Raises:
         InfeasibleError: the first setting fails; it says what these images certify and how many would do.
     """
+    order = order if goal.about_accuracy else order[::-1]
     judge = _Judge(tables, images, goal, 1 - certain, dearest)
     passed = order[: fixed_sequence((judge.p_value(one) for one in order), 1 - certain)]
     least = judge.least(order[0])
@@ -168,7 +204,7 @@ class _Judge:
 def _refusal(judge: _Judge, first: Candidate, certain: float, least: float) -> InfeasibleError:
     goal, more = judge.goal, judge.images_more(first)
     mean = float(judge.losses(first).mean()) * judge.unit
-    help_ = f"about {more:,} images more would do" if more else f"it is at {goal.words(mean)} on them"
+    help_ = f"about {more:,} images more would do" if more else f"even that one is at {goal.words(mean)} on them"
     return InfeasibleError(
         f"no setting is certain at {certain:.0%} to keep {goal.words(goal.limit)}: what {len(judge.images):,} images "
         f"certify of the safest one is {goal.words(least)}, and {help_}.",

@@ -1,6 +1,7 @@
 """Filling tables: one pass over the images, and one timing of the exits and paths."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -24,7 +25,8 @@ class TableMaker:
     """Makes tables of one network, at several offsets; what does not depend on the offset is found once.
 
     Its exits are timed on ``backend``, and their temperatures fitted on ``images`` at the offset at which the network
-    stands.
+    stands: on those in ``fitted_on``, all by default; on none, they are 1. Where the images are not ``labelled``, the
+    teacher's answers take the place of labels.
     """
 
     def __init__(
@@ -35,7 +37,10 @@ class TableMaker:
         device: torch.device,
         backend: str,
         latency_batch: int = 1,
+        labelled: bool = True,
+        fitted_on: NDArray[np.intp] | None = None,
     ) -> None:
+        self.labelled = labelled
         self.network, self.teacher, self.images, self.device = network, teacher, images, device
         self.reference = top_answers(teacher, images, device)[0].numpy()
         static = wrap(teacher, network.input_shape)
@@ -46,9 +51,7 @@ class TableMaker:
         if network.changing:
             times = option_latency(network, backend, device)
             self.saved_ms = {name: costs[-1] - np.array(costs) for name, costs in times.options.items()}
-        seen = everything(network, images, device)
-        for piece, logits in zip(network.leaving, seen.logits, strict=False):
-            piece.temperature.fill_(fit_temperature(logits.numpy(), seen.labels.numpy()))
+        self._fit_temperatures(np.arange(len(self.reference)) if fitted_on is None else fitted_on)
 
     def table(self, offset: float, others: Images | None = None) -> ConfidenceTable:
         """The table at an offset of what changes: of the images whose temperatures it has, or of others to judge on."""
@@ -56,8 +59,20 @@ class TableMaker:
         seen = everything(self.network, images, self.device, Setting(offset=offset))
         reference = self.reference if others is None else top_answers(self.teacher, others, self.device)[0].numpy()
         costs = {"macs": self.costs.cumulative(), "ms": self.milliseconds}
+        seen = seen if self.labelled else replace(seen, labels=torch.from_numpy(reference))
         saved = {"macs": self.costs.savings(seen.taken), "ms": _looked_up(self.saved_ms, seen.taken)}
-        return _table(seen, reference, self.costs, costs, saved, self.static_cost)
+        table = _table(seen, reference, self.costs, costs, saved, self.static_cost)
+        return table if self.labelled else replace(table, labelled=False)
+
+    def _fit_temperatures(self, chosen: NDArray[np.intp]) -> None:
+        if not len(chosen):
+            for piece in self.network.leaving:
+                piece.temperature.fill_(1.0)
+            return
+        seen = everything(self.network, self.images, self.device)
+        labels = seen.labels.numpy() if self.labelled else self.reference
+        for piece, logits in zip(self.network.leaving, seen.logits, strict=False):
+            piece.temperature.fill_(fit_temperature(logits.numpy()[chosen], labels[chosen]))
 
 
 def macs_table(network: DynamicNetwork, seen: Seen, reference: Tensor, static_macs: float) -> ConfidenceTable:

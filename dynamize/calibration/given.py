@@ -15,10 +15,12 @@ _MOST = 1.01  # that probabilities may sum to, in half precision
 
 
 class Named(NamedTuple):
-    """One network's classes (n, k), the most probable first, and their log-probabilities (n, k)."""
+    """One network's classes (n, k), the most probable first, and their log-probabilities (n, k); ``whole`` if these are
+    all classes."""
 
     classes: Classes
     log_probabilities: Floats
+    whole: bool = False
 
 
 def as_named(name: str, given: Any) -> Named:
@@ -45,7 +47,7 @@ def as_named(name: str, given: Any) -> Named:
     order = np.argsort(-probabilities, axis=1, kind="stable")
     logs = np.log(np.maximum(np.take_along_axis(probabilities, order, axis=1), LEAST_PROBABILITY))
     if not pair:
-        return Named(order, logs)
+        return Named(order, logs, whole=True)
     classes = np.asarray(given[0])
     if classes.shape != probabilities.shape or not np.issubdtype(classes.dtype, np.integer) or classes.min() < 0:
         raise DynamizeError(f"{name}: classes have to be indices, one for each of its probabilities.")
@@ -61,7 +63,7 @@ def from_logits(name: str, logits: NDArray[Any]) -> Named:
         raise DynamizeError(f"{name}: give finite logits (images, classes); these have the shape {logits.shape}.")
     logs = log_softmax(logits.astype(np.float64), axis=1)
     order = np.argsort(-logs, axis=1, kind="stable")
-    return Named(order, np.take_along_axis(logs, order, axis=1))
+    return Named(order, np.take_along_axis(logs, order, axis=1), whole=True)
 
 
 def as_labels(labels: ArrayLike, images: int) -> Classes:
@@ -75,7 +77,10 @@ def as_costs(measure: str, given: Mapping[str, float], names: Sequence[str]) -> 
     missing = [name for name in names if name not in given]
     if missing:
         raise DynamizeError(f"{measure} of {', '.join(missing)} is missing: give one number for each network.")
-    return np.array([float(given[name]) for name in names])
+    costs = np.array([float(given[name]) for name in names])
+    if not (np.isfinite(costs) & (costs > 0)).all():
+        raise DynamizeError(f"{measure} are {costs.tolist()}: give positive numbers, of each network alone.")
+    return costs
 
 
 def read_arrays(file: Path) -> dict[str, NDArray[Any]]:

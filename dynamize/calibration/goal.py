@@ -14,6 +14,10 @@ from dynamize.errors import DynamizeError, InfeasibleError, rounded_up
 
 Budget = Literal["max_drop", "macs_ratio", "macs", "latency_ms"]
 DEFAULT_DROP = 0.2
+UNLABELLED = (
+    "labels: none: what is held below the limit is how often the answer differs from the original network's; the "
+    "accuracy lost against that network cannot be more, and is usually much less; how accurate either is, is not known"
+)
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,8 @@ class Goal:
         """A value of the limit for people: "a drop of 0.50 points"."""
         if self.about_accuracy:
             return f"a drop of {100 * limit:.2f} points"
-        return f"a mean of {self._as_typed(limit):.4g} {self.asked}"
+        unit = {"macs_ratio": "of the MACs", "macs": "MACs", "latency_ms": "ms"}[self.asked]
+        return f"a mean of {self._as_typed(limit):.4g} {unit}"
 
     def instead(self, limit: float) -> tuple[str, str]:
         """A value of the limit as it is typed, rounded up so that it works."""

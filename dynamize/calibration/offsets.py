@@ -4,11 +4,13 @@ Under each offset images take other paths, so each has a table of its own; exits
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from torch import nn
 
 from dynamize.arguments import given_network
+from dynamize.calibration.certified import Candidate, fixed_order
 from dynamize.calibration.collect import TableMaker
 from dynamize.calibration.operating import OperatingPoint, OperatingPoints, named_by_cost, undominated
 from dynamize.calibration.points import operating_points
@@ -71,11 +73,24 @@ class OffsetTables:
         """The grid, the cheapest first."""
         return list(OFFSETS) if self.maker.network.changing else [0.0]
 
+    def dearest(self, measure: str) -> float:
+        """The most that any image can cost."""
+        return float(self.at(self.offsets()[-1]).cost(measure).max())
+
     def at(self, offset: float) -> ConfidenceTable:
         """The table at this offset."""
         if offset not in self._tables:
             self._tables[offset] = self.maker.table(offset)
         return self._tables[offset]
+
+
+def order_without_images(network: DynamicNetwork) -> list[Candidate] | None:
+    """An order in which its settings can be tested that needs no images, if there is one: of its single threshold, or
+    of its offset, twice as fine as the grid."""
+    if not network.changing:
+        return fixed_order(len(network.leaving))
+    middles = [(low + high) / 2 for low, high in pairwise(OFFSETS) if high < ALL_OPEN]
+    return fixed_order(len(network.leaving), [*OFFSETS, *middles])
 
 
 def best_point(tables: OffsetTables, solve: Solver, cheapest: bool) -> OperatingPoint:

@@ -23,7 +23,7 @@ def operating_points(table: ConfidenceTable, count: int = 20, measure: str = "ma
     more accurate, so that "full" is missing where exits answer better.
     """
     budgets = frontier_budgets(table, measure, count)
-    off: Thresholds = [None] * (table.exits - 1)
+    off: Thresholds = [table.never] * (table.exits - 1)
     points = [point_for(table, "full", lambda part: off, seed=seed)]
     if points[0].thresholds:
         points.append(point_for(table, "cheapest", _budget_solver(budgets[0], measure), seed=seed))
@@ -78,7 +78,7 @@ def point_for_drop(
             f"max_drop={max_drop!r} is no loss of accuracy: give points from 0 to 100, for example 0.2."
         )
     limit = max_drop / 100
-    off: Thresholds = [None] * (table.exits - 1)
+    off: Thresholds = [table.never] * (table.exits - 1)
     tried = [(off, apply_folds(table, off, [off] * folds, folds, seed))]
     tried += _around_drop(table, limit, measure, folds, seed)
     met = [found for found in tried if found[1].drop.mean() <= limit * SLACK + 1e-12]

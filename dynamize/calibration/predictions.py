@@ -14,19 +14,15 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dynamize.calibration.certified import Candidate, certify, fixed_order, learnt_order, parted, verdict
+from dynamize.calibration.certified import Candidate, Trial, fixed_order, verdict
 from dynamize.calibration.evidence import Combine, Evidence, Reading, Score
 from dynamize.calibration.given import Named, as_costs, as_labels, as_named, from_arrays, from_logits, read_arrays
-from dynamize.calibration.goal import Goal
+from dynamize.calibration.goal import UNLABELLED, Goal
 from dynamize.calibration.operating import OperatingPoint, OperatingPoints
 from dynamize.calibration.points import operating_points
-from dynamize.calibration.table import ConfidenceTable, Evaluation, Thresholds
+from dynamize.calibration.table import LARGEST, ConfidenceTable, Evaluation
 from dynamize.errors import DynamizeError, InfeasibleError
 
-LABELS_NONE = (
-    "there are no labels: what is limited is how often the answer differs from the last network's. The accuracy lost "
-    "against that network cannot be more, and is usually much less; how accurate it is, is not known"
-)
 _FOLDS = 2  # by which combinations are compared
 _CURVE = 8  # points at which they are, where there is no goal
 
@@ -90,6 +86,9 @@ class PredictionTable:
         if len(set(counts.values())) > 1:
             raise DynamizeError(f"the networks answered different numbers of images: {counts}.")
         self.images = counts[self.names[0]]
+        whole = {name: one.classes.shape[1] for name, one in self.named.items() if one.whole}
+        if len(set(whole.values())) > 1:
+            raise DynamizeError(f"the networks have different numbers of classes: {whole}. They must be the same ones.")
         self.labels = None if labels is None else as_labels(labels, self.images)
         self.costs = {"macs": as_costs("macs", macs, self.names)}
         if ms is not None:
@@ -127,7 +126,10 @@ class PredictionTable:
     def subset(self, index: ArrayLike) -> "PredictionTable":
         """The table of some images: an index array or a boolean mask over the n images."""
         chosen = np.asarray(index)
-        named = {name: Named(one.classes[chosen], one.log_probabilities[chosen]) for name, one in self.named.items()}
+        named = {
+            name: Named(one.classes[chosen], one.log_probabilities[chosen], one.whole)
+            for name, one in self.named.items()
+        }
         costs = {measure: dict(zip(self.names, cost, strict=True)) for measure, cost in self.costs.items()}
         labels = None if self.labels is None else self.labels[chosen]
         return PredictionTable(named, costs["macs"], labels, ms=costs.get("ms"), class_count=self.class_count)
@@ -141,7 +143,11 @@ class PredictionTable:
         return self._evidence
 
     def read(self, reading: Reading) -> ConfidenceTable:
-        """The table that thresholds are solved on; the last network is what drops and costs are compared with."""
+        """The table that thresholds are solved on; the last network is what drops and costs are compared with.
+
+        A threshold of None leaves a network out altogether, which is possible where later answers do not build on it.
+        """
+        builds = reading.combine != "last" or reading.score == "agreement"
         scores, answers = self.evidence.read(reading)
         reference = self.evidence.answers[-1]
         return ConfidenceTable(
@@ -151,8 +157,10 @@ class PredictionTable:
             reference=reference,
             costs={measure: np.cumsum(cost) for measure, cost in self.costs.items()},
             static_cost={measure: float(cost[-1]) for measure, cost in self.costs.items()},
+            head_costs={} if builds else {measure: cost[:-1] for measure, cost in self.costs.items()},
             names=self.names[:-1],
             labelled=self.labels is not None,
+            never=LARGEST if builds else None,
         )
 
     def choose(self, goal: Goal | None, score: Score, combine: Combine | Literal["auto"], seed: int = 0) -> Choice:
@@ -165,7 +173,7 @@ class PredictionTable:
         if self.labels is None:
             if combine not in ("auto", "last"):
                 raise DynamizeError(f"combine={combine!r} cannot be judged without labels: leave it out, or give some.")
-            return Choice(Reading(score, "last", plain), (LABELS_NONE,))
+            return Choice(Reading(score, "last", plain), (UNLABELLED,))
         fitted = self.evidence.temperatures(self.labels)
         readings = [Reading(score, one, fitted) for one in (get_args(Combine) if combine == "auto" else (combine,))]
         readings += [Reading(score, one.combine, plain) for one in readings if one.combine != "last"]
@@ -218,6 +226,8 @@ class PredictionTable:
         goal = Goal.of(static, max_drop=max_drop, macs_ratio=macs_ratio, macs=macs, latency_ms=latency_ms)
         if goal.measure not in self.costs:
             raise DynamizeError("milliseconds are not known: give `ms`, or a limit in MACs.")
+        if score == "agreement" and len(self.names) < 3:
+            raise DynamizeError("agreement is that of at least two networks before the last: give three, or a score.")
         if certain is None:
             reading, notes = self.choose(goal, score, combine, seed)
             return Plan(goal.solve(self.read(reading), seed), reading, notes)
@@ -241,29 +251,22 @@ class PredictionTable:
     def _certified(
         self, goal: Goal, certain: float, score: Score, combine: Combine | Literal["auto"], seed: int
     ) -> Plan:
-        if not 0.5 <= certain < 1:
-            raise DynamizeError(f"certain={certain:g} is no confidence: give 0.95 for 95 %.")
-        decisions, alone = len(self.names) - 1, combine == "last" or self.labels is None
+        decisions = len(self.names) - 1
         order = _agreeing(decisions) if score == "agreement" else fixed_order(decisions)
-        learnt, judging = parted(self.images, seed)
-        if alone and order is not None:
-            reading, notes = Choice(Reading(score, "last", (1.0,) * len(self.names)), ())
-            judging = np.concatenate([learnt, judging])
+        chooses = self.labels is not None and combine != "last"
+        trial = Trial.of(certain, order, self.images, seed, chooses)
+        if len(trial.learnt):
+            choice = self.subset(trial.learnt).choose(goal, score, combine, seed)
         else:
-            reading, notes = self.subset(learnt).choose(goal, score, combine, seed)
-        table = self.read(reading)
-        if order is None or not alone:
-            candidates = learnt_order(lambda _: table, [0.0], learnt, goal)
-        else:
-            fixed = order if goal.about_accuracy else order[::-1]
-            candidates = [Candidate(0.0, thresholds) for thresholds in fixed]
-        dearest = float(table.cost(goal.measure).max())
-        found = certify(lambda _: table, candidates, judging, goal, certain, dearest)
+            words = () if self.labels is not None else (UNLABELLED,)
+            choice = Choice(Reading(score, "last", (1.0,) * len(self.names)), words)
+        table = self.read(choice.reading)
+        found = trial.certify(lambda _: table, [0.0], goal, float(table.cost(goal.measure).max()))
         try:
             plain = goal.solve(table, seed)
         except InfeasibleError:
             plain = None
-        return Plan(found.point, reading, (*notes, *verdict(found, plain, goal)))
+        return Plan(found.point, choice.reading, (*choice.notes, *verdict(found, plain, goal)))
 
 
 def _worth(table: ConfidenceTable, goal: Goal | None, seed: int) -> tuple[float, str]:
@@ -277,6 +280,6 @@ def _worth(table: ConfidenceTable, goal: Goal | None, seed: int) -> tuple[float,
     return point.accuracy, f"{100 * point.accuracy:.2f} %"
 
 
-def _agreeing(decisions: int) -> list[Thresholds]:
-    """Settings of agreement, the safest first: those that ask more networks are safer."""
-    return [[None] * (decisions - m) + [1.0] * m for m in range(decisions)]
+def _agreeing(decisions: int) -> list[Candidate]:
+    """Settings of agreement, the dearest first: the later networks have to agree, the more of them do."""
+    return [Candidate(0.0, [*[LARGEST] * (decisions - m), *[1.0] * m]) for m in range(decisions)]

@@ -29,6 +29,7 @@ class Search:
 
     def __init__(self, table: ConfidenceTable, measure: str) -> None:
         ranked = [_ranks(row) for row in table.scores[:-1]]
+        self.never = table.never
         self.distinct = [distinct for _, distinct in ranked]
         groups = np.array([groups for groups, _ in ranked], dtype=np.intp).reshape(table.exits - 1, table.images)
         cost = table.cost(measure)
@@ -72,7 +73,7 @@ class Search:
         """Numbers that separate the groups: the midpoint in float32 where that still separates them, so
         that a runtime comparing in either precision routes alike."""
         return [
-            None if p == 0 else EVERYONE if p == len(scores) else _between(scores[p], scores[p - 1])
+            self.never if p == 0 else EVERYONE if p == len(scores) else _between(scores[p], scores[p - 1])
             for p, scores in zip(positions.tolist(), self.distinct, strict=True)
         ]
 

@@ -43,7 +43,8 @@ class ConfidenceTable:
     spent, the stated costs do not. image_costs: under some measures, the cost (K, n) for each image by itself, where
     gates make it differ; stated costs are exact then, and the search uses ``costs``, a mean. names: of the decisions
     (K-1,) at which images leave; "exit.1", ... if not given. labelled: False where labels are the reference, for want
-    of true ones. Raises DynamizeError where the parts do not fit together.
+    of true ones. never: the threshold at which nobody leaves: None turns an exit off, the largest number keeps it
+    running for what later ones build on. Raises DynamizeError where the parts do not fit together.
     """
 
     scores: NDArray[np.float64]
@@ -56,6 +57,7 @@ class ConfidenceTable:
     image_costs: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
     names: tuple[str, ...] = ()
     labelled: bool = True
+    never: float | None = None
     cache: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -155,6 +157,7 @@ class ConfidenceTable:
             {name: cost[:, chosen] for name, cost in self.image_costs.items()},
             self.names,
             self.labelled,
+            self.never,
         )
 
     def route(self, thresholds: Sequence[float | None]) -> NDArray[np.int64]:

@@ -60,6 +60,17 @@ def drop(share: float) -> str:
     return "0.00" if text in ("+0.00", "-0.00") else text
 
 
+def certificate(point: OperatingPoint) -> str:
+    """What is certified of a point: drop ≤ 0.50, 95 %."""
+    found = point.certified
+    if found is None:
+        return ABSENT
+    limits = {"macs": found.macs, "ms": found.latency_ms}
+    kept = [f"drop ≤ {percent(found.max_drop)}"] if found.max_drop is not None else []
+    kept += [f"{name} ≤ {count(limit)}" for name, limit in limits.items() if limit is not None]
+    return f"{kept[0]}, {found.certain:.0%}"
+
+
 def half_width(value: float, interval: Interval) -> str:
     """The longer arm of an interval around a share, in points."""
     return percent(max(interval[1] - value, value - interval[0]))
@@ -161,19 +172,25 @@ def exit_column(ledger: Ledger) -> list[Column]:
 
 
 def point_columns(points: Sequence[OperatingPoint]) -> list[Column]:
-    """The operating points: expected cost and accuracy, half of the 95 % interval, exit shares."""
+    """The operating points: expected cost and accuracy, half of the 95 % interval, what is certain, exit shares.
+
+    Where the images had no labels, agreement with the original network and disagreement stand in their place.
+    """
+    right, lost = ("agree\n%", "differ") if all(point.labels == "none" for point in points) else ("acc\n%", "drop")
     columns = [
         Column("point", [point.name for point in points], right=False),
         Column("MACs", [count(point.macs) for point in points]),
         Column("MACs\nratio", [f"{point.macs_ratio:.2f}" for point in points]),
-        Column("acc\n%", [percent(point.accuracy) for point in points]),
+        Column(right, [percent(point.accuracy) for point in points]),
         Column("±", [half_width(point.accuracy, point.accuracy_ci) for point in points]),
-        Column("drop", [drop(point.accuracy_drop) for point in points]),
-        Column("drop\n±", [half_width(point.accuracy_drop, point.accuracy_drop_ci) for point in points]),
+        Column(lost, [drop(point.accuracy_drop) for point in points]),
+        Column(f"{lost}\n±", [half_width(point.accuracy_drop, point.accuracy_drop_ci) for point in points]),
     ]
     if any(point.latency_ms is not None for point in points):
         times = [ABSENT if point.latency_ms is None else three_digits(point.latency_ms) for point in points]
         columns.append(Column("ms", times))
+    if any(point.certified is not None for point in points):
+        columns.append(Column("certain", [certificate(point) for point in points], right=False))
     leaving = [shares(point.exits) for point in points]
     return [*columns, *([Column("exits\n%", leaving)] if any(cell != ABSENT for cell in leaving) else [])]
 

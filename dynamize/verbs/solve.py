@@ -27,13 +27,17 @@ def budget(
     macs_ratio: float | None = None,
     macs: float | None = None,
     latency_ms: float | None = None,
+    labels: str | None = None,
+    certain: float | None = None,
 ) -> Calibrate:
     """The `calibrate` step for one budget as the command line gives it; DynamizeError for an impossible one."""
+    how = {"labels": labels, "certain": certain}
     budgets = {"max_drop": max_drop, "macs_ratio": macs_ratio, "macs": macs, "latency_ms": latency_ms}
-    given = {key: value for key, value in budgets.items() if value is not None}
+    given: dict[str, float | str] = {key: value for key, value in budgets.items() if value is not None}
     if len(given) > 1:
         flags = " and ".join(f"--{key.replace('_', '-')}" for key in given)
         raise DynamizeError(f"{flags} are budgets each: give one of them")
+    given |= {key: value for key, value in how.items() if value is not None}
     try:
         return Calibrate.model_validate(given)
     except ValidationError as error:
