@@ -17,7 +17,7 @@ from dynamize.conversion import apply, convert
 from dynamize.data import DataSpec, Splits, load_data
 from dynamize.errors import DynamizeError
 from dynamize.graph.macs import count_macs
-from dynamize.measure.accuracy import routed_answers
+from dynamize.measure.accuracy import routed_answers, top_answers
 from dynamize.measure.costs import exit_costs
 from dynamize.models import create
 from dynamize.nn.gates import ALL_OPEN
@@ -250,3 +250,39 @@ def test_from_python_with_the_users_own_loader(splits: Splits) -> None:
     assert len({point.offset for point in points}) > 1
     network.set_operating_point(points[0])
     assert network.setting.offset == points[0].offset
+
+
+@pytest.mark.usefixtures("untimed")
+@pytest.mark.parametrize(("exits", "judging"), [(False, 1.0), (True, 0.6)])
+def test_limits_of_gated_networks_are_certified(splits: Splits, exits: bool, judging: float) -> None:
+    network = gated_digits(splits, exits)
+    context = Context(data=splits, teacher=TEACHER)
+    calibrated, notes = apply(network, Calibrate(max_drop=60, certain=0.9, points=3), context)
+    point = calibrated.operating_point
+    assert point is not None
+    assert point.certified is not None
+    assert point.certified.max_drop == 0.6
+    assert point.certified.images == pytest.approx(judging * len(splits.calibration), abs=1)
+    assert calibrated.setting == Setting(point.thresholds, point.offset)
+    assert point.accuracy_drop < 0.6
+    assert any(note.startswith("certified: a drop of 60.00 points at most, with 90%") for note in notes)
+    assert calibrated.operating_points is not None
+    assert [one.certified is not None for one in calibrated.operating_points].count(True) == 1
+    cheaper, _ = apply(calibrated, Calibrate(macs_ratio=0.8, certain=0.9, points=2), context)
+    assert cheaper.operating_point is not None
+    assert cheaper.operating_point.certified is not None
+    assert cheaper.operating_point.certified.macs is not None
+    assert cheaper.operating_point.macs < cheaper.operating_point.certified.macs
+
+
+@pytest.mark.usefixtures("untimed")
+def test_without_labels_the_original_network_is_what_answers_are_held_to(splits: Splits) -> None:
+    network = gated_digits(splits, exits=True)
+    calibrated, notes = apply(network, Calibrate(max_drop=30, labels="none", points=3), Context(splits, TEACHER))
+    point = calibrated.operating_point
+    assert point is not None
+    assert point.labels == "none"
+    found, _, _ = routed_answers(calibrated, splits.calibration, CPU)
+    original, _ = top_answers(TEACHER, splits.calibration, CPU)
+    assert float((found != original).double().mean()) == pytest.approx(point.accuracy_drop, abs=0.05)
+    assert any("differs from the original network's" in note for note in notes)
