@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, RootModel, model_validator
 
 from dynamize.errors import DynamizeError, rounded_up
+from dynamize.nn.piece import Joining
 
 _SLACK = 1e-9
 _MOST_DIGITS = 9
@@ -31,8 +32,8 @@ class Certificate(BaseModel):
 
 
 class OperatingPoint(BaseModel):
-    """One setting: a threshold for each decision at which images leave (None = off; score >= threshold leaves), and the
-    offset of all others.
+    """One setting: a threshold for each decision at which images leave (None = off; score >= threshold leaves), the
+    offset of all others, and how the answers of several networks in a row are joined.
 
     Expected values are cross-fitted on calibration images; each interval is where the value of a fresh set
     of as many images falls with 95 % probability. Accuracies and drops are fractions, macs per image,
@@ -46,6 +47,7 @@ class OperatingPoint(BaseModel):
     name: str
     thresholds: dict[str, float | None]
     offset: float = 0.0
+    combine: Joining = "last"
     accuracy: float = Field(ge=0, le=1)
     accuracy_ci: Pair
     accuracy_drop: float

@@ -1,6 +1,6 @@
 """What each way through a network costs, in multiply-accumulates."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +11,7 @@ from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.piece import LEAVES, Decision, Setting
 
 Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -18,12 +19,18 @@ class Costs:
     """What a network costs piece by piece.
 
     Attributes:
-        steps: in order of execution, the MACs per image of a static piece, or a decision.
+        legs: in order of execution, from the images to the next piece that starts from them again: the MACs per image
+            of each static piece, or a decision.
         switchable: names of the decisions that do not run, and cost nothing, where their exit is off.
     """
 
-    steps: tuple[float | Decision, ...]
+    legs: tuple[tuple[float | Decision, ...], ...]
     switchable: frozenset[str]
+
+    @property
+    def steps(self) -> list[float | Decision]:
+        """Those of all legs in order."""
+        return [step for leg in self.legs for step in leg]
 
     @property
     def leaving(self) -> list[Decision]:
@@ -37,28 +44,35 @@ class Costs:
 
     def cumulative(self, setting: Setting | None = None) -> Floats:
         """MACs of leaving at each exit (K,), the dearest options taken; without a setting all exits are on."""
-        spent, found = 0.0, []
-        for step in self.steps:
-            if not isinstance(step, Decision):
-                spent += step
-                continue
-            off = setting is not None and setting.thresholds.get(step.name) is None and step.name in self.switchable
-            spent += 0.0 if off else step.always + max(step.macs)
-            found += [spent] if step.effect == "leaves" else []
-        return np.array([*found, spent])
+        start, found = 0.0, []
+        for leg in self.legs:
+            spent = needed = start  # needed: up to the last decision that is on; the rest of a leg only leads to an end
+            for step in leg:
+                if not isinstance(step, Decision):
+                    spent += step
+                    continue
+                off = setting is not None and setting.thresholds.get(step.name) is None and step.name in self.switchable
+                spent += 0.0 if off else step.always + max(step.macs)
+                if step.effect == "leaves":
+                    found.append(spent)
+                    needed = needed if off else spent
+            start, last = needed, spent
+        return np.array([*found, last])
 
     def executed(self, taken: Mapping[str, Tensor], images: int) -> Floats:
         """MACs that each image (N,) cost, from the option that it took in each decision; -1: not reached, or idle."""
         spent, here = np.zeros(images), np.ones(images, bool)
-        for step in self.steps:
-            if not isinstance(step, Decision):
-                spent[here] += step
-                continue
-            options = taken[step.name].numpy()
-            reached = options >= 0
-            spent[reached] += step.always + np.array(step.macs)[options[reached]]
-            if step.effect == "leaves":
-                here &= options != LEAVES
+        for number, leg in enumerate(self.legs, start=1):
+            runs = [np.ones(images, bool)] * len(leg) if number == len(self.legs) else _decided_later(leg, taken, images)
+            for step, decided in zip(leg, runs, strict=True):
+                if not isinstance(step, Decision):
+                    spent[here & decided] += step
+                    continue
+                options = taken[step.name].numpy()
+                reached = options >= 0
+                spent[reached] += step.always + np.array(step.macs)[options[reached]]
+                if step.effect == "leaves":
+                    here &= options != LEAVES
         return spent
 
     def savings(self, taken: Mapping[str, Tensor]) -> dict[str, Floats]:
@@ -81,8 +95,23 @@ class Costs:
         return [*found, total]
 
 
+def _decided_later(leg: Sequence[float | Decision], taken: Mapping[str, Tensor], images: int) -> list[Bools]:
+    """For each step of a leg that is not the last, which images it runs for: those for which something behind it in the
+    leg decides whether they leave."""
+    found, decided = [], np.zeros(images, bool)
+    for step in reversed(leg):
+        if isinstance(step, Decision) and step.effect == "leaves":
+            decided = decided | (taken[step.name].numpy() >= 0)
+        found.append(decided)
+    return found[::-1]
+
+
 def exit_costs(network: DynamicNetwork) -> Costs:
     """The costs of a network as its pieces were counted."""
-    steps = tuple(piece.decision or piece.macs for piece in network.row)
+    legs: list[list[float | Decision]] = [[]]
+    for piece in network.row:
+        if piece.restarts and legs[-1]:
+            legs.append([])
+        legs[-1].append(piece.decision or piece.macs)
     switchable = frozenset(piece.name for piece in network.leaving if piece.idle(Setting()))
-    return Costs(steps, switchable)
+    return Costs(tuple(map(tuple, legs)), switchable)

@@ -24,7 +24,8 @@ CACHE = cache_bytes()
 
 @dataclass(frozen=True)
 class Stretch:
-    """Neighbouring pieces between two places where images may leave; ``grouped`` if one of them parts images."""
+    """Neighbouring pieces between two places where images may leave or start again; ``grouped`` if one of them parts
+    images."""
 
     runs: tuple[Run, ...]
     grouped: bool
@@ -48,12 +49,12 @@ class Program:
 
 
 def program(bound: Iterable[tuple[Piece, Run]], row: Sequence[Piece]) -> Program:
-    """What runs these pieces, those of ``row`` that are not idle."""
+    """What runs these pieces, those of ``row`` that are needed."""
     stretches: list[Stretch] = []
     runs: list[Run] = []
     grouped = False
     for piece, run in bound:
-        if piece.effect == "leaves":
+        if piece.effect == "leaves" or piece.restarts:
             stretches += [Stretch(tuple(runs), grouped)] if runs else []
             stretches.append(Stretch((run,), False))
             runs, grouped = [], False

@@ -55,6 +55,7 @@ class Leaving(Answering):
     """
 
     effect = "leaves"
+    scored = True
     kind: ClassVar[str] = "exit"
     temperature: Tensor
 
@@ -77,38 +78,38 @@ class Leaving(Answering):
         return CONFIDENCES[self.confidence](logits.float() / self.temperature.to(logits.device))
 
     @property
-    def name(self) -> str:
+    def own_name(self) -> str:
         return self._name
 
     @property
     def decision(self) -> Decision:
-        return Decision(self._name, self.kind, ("leaves", "goes on"), (0.0, 0.0), self.macs, self.effect)
+        return Decision(self.name, self.kind, ("leaves", "goes on"), (0.0, 0.0), self.macs, self.effect)
 
     @property
     def passes(self) -> bool:
         return True
 
     def idle(self, setting: Setting) -> bool:
-        return not self.chained and setting.thresholds.get(self._name) is None and self._name not in setting.forced
+        return not self.chained and setting.thresholds.get(self.name) is None and self.name not in setting.forced
 
     def decide(self, flow: Flow, setting: Setting, logits: Tensor, *more: Tensor) -> None:
         score, *context = more
         if context:
             (flow.extra[CONTEXT],) = context
         if flow.seen is not None:
-            flow.seen.append((self._name, logits, score))
+            flow.seen.append((self.name, logits, score))
             return
         leaving = self._leaving(flow, setting, score)
         options = np.full(len(flow), GOES_ON)
         options[leaving] = LEAVES
-        flow.log.append((self._name, flow.rows, options))
+        flow.log.append((self.name, flow.rows, options))
         flow.leave(leaving, logits)
 
     def _leaving(self, flow: Flow, setting: Setting, score_N: Tensor) -> Indices:
-        if self._name in setting.forced:
-            forced = setting.forced[self._name][torch.from_numpy(flow.rows)]
+        if self.name in setting.forced:
+            forced = setting.forced[self.name][torch.from_numpy(flow.rows)]
             return np.flatnonzero(forced.cpu().numpy() == LEAVES)
-        threshold = setting.thresholds.get(self._name)
+        threshold = setting.thresholds.get(self.name)
         if threshold is None:
             return NOBODY
         if len(flow) == 1:  # a single image waits for every microsecond between two sessions
@@ -125,7 +126,7 @@ class Leaving(Answering):
         flow.ahead -= 1
         logits, seen = self.classify(features, flow.extra.get(CONTEXT))
         assert flow.seen is not None
-        flow.seen.append((self._name, logits, None))
+        flow.seen.append((self.name, logits, None))
         self._hand_on(flow, None if seen is None else seen.detach())
 
     def read(self, flow: Flow) -> Tensor:
@@ -176,7 +177,7 @@ class Fusion(Answering):
         self.linear = linear
 
     @property
-    def name(self) -> str:
+    def own_name(self) -> str:
         return "fusion"
 
     def forward(self, logits: Tensor, context_ND: Tensor) -> tuple[Tensor]:
@@ -184,12 +185,13 @@ class Fusion(Answering):
 
     def decide(self, flow: Flow, setting: Setting, logits: Tensor, *more: Tensor) -> None:
         flow.features = logits
+        del flow.extra[CONTEXT]
 
     def dense(self, flow: Flow, choose: Choose) -> None:
         self.read(flow)
 
     def read(self, flow: Flow) -> Tensor:
-        (flow.features,) = self(flow.features, flow.extra[CONTEXT])
+        (flow.features,) = self(flow.features, flow.extra.pop(CONTEXT))
         return flow.features
 
 

@@ -14,15 +14,13 @@ from dynamize.graph.tracer import blank
 from dynamize.nn.executor import CACHE, Program, Routed, execute, names, program
 from dynamize.nn.exits import CONTEXT, Leaving
 from dynamize.nn.flow import Flow
-from dynamize.nn.piece import Choose, Decision, Dense, Part, Piece, Point, Setting, eager_calls
+from dynamize.nn.piece import MAIN, Choose, Decision, Dense, Part, Piece, Point, Setting, eager_calls
 from dynamize.nn.routing import Routing
-from dynamize.nn.row import build_row, refuse_misplaced
+from dynamize.nn.row import build_row, needed, refuse_misplaced
 from dynamize.nn.units import Unit
 
 if TYPE_CHECKING:
     from dynamize.sources import SourceSpec
-
-MAIN = "main"  # the recipe's own network among those that the row is made of
 
 
 class DynamicNetwork(nn.Module):
@@ -38,11 +36,13 @@ class DynamicNetwork(nn.Module):
         input_shape: (C, H, W).
 
     Attributes:
-        nets: the graphs that the row is made of, by member; their layers are those of its static pieces.
+        nets: the graphs that the row is made of, by member, the network's own (:attr:`plain`) last; their layers are
+            those of its static pieces.
         pieces: what was put into the row, by the name of its decision with "__" for dots.
         setting: the operating point at which it runs unless another one is given.
         choose: how decisions are taken in training.
         shapes: of one image's features at each border between pieces (:meth:`parts`).
+        openings: numbers of the borders at which images come in.
         contexts: by piece, how wide the context is that reaches it; 0 for none.
         operating_points: what calibration found, or None before.
         history: the resolved transforms that made this network, as plain data.
@@ -69,6 +69,7 @@ class DynamicNetwork(nn.Module):
         self.source: SourceSpec | None = None
         self.routing: Routing | None = None
         self.shapes: list[tuple[int, ...]] = []
+        self.openings: set[int] = {0}
         self.contexts: dict[str, int] = {}
         self._row: tuple[Piece, ...] = ()
         self._frozen: tuple[nn.Module, ...] = ()
@@ -77,10 +78,15 @@ class DynamicNetwork(nn.Module):
     @property
     def plain(self) -> fx.GraphModule:
         """The original network's graph."""
-        found = self._frozen[0] if self._frozen else self.nets[MAIN]
+        found = self._frozen[-1] if self._frozen else self.nets[MAIN]
         if not isinstance(found, fx.GraphModule):
             raise ValueError("a network made by hand has no original graph: make it with dynamize.convert")
         return found
+
+    @property
+    def members(self) -> list[str]:
+        """Names of the networks in front of the network's own, in order."""
+        return [name for name in self.nets if name != MAIN]
 
     @property
     def frozen(self) -> bool:
@@ -121,30 +127,38 @@ class DynamicNetwork(nn.Module):
         """All decisions in order of execution."""
         return [piece.decision for piece in self._row if piece.decision is not None]
 
-    def insert(self, pieces: Mapping[Any, Piece]) -> None:
+    def insert(self, pieces: Mapping[Any, Piece], nets: Mapping[str, nn.Module] | None = None) -> None:
         """Put pieces into the row, the one way in which a transform changes it.
 
         Args:
-            pieces: by the node of the original graph that a piece stands behind, or the two that it stands between. A
-                piece of the same name as one in the row takes its place.
+            pieces: by the node of the original graph that a piece stands behind, or the two that it stands between;
+                "MEMBER/NODE" for one of another network of the row. A piece of the same name as one in the row takes
+                its place.
+            nets: further networks, traced, which go in front of the network's own in this order.
 
         Raises:
             DynamizeError: a place is no node of the graph or pieces overlap; all that do are named.
         """
         if self.frozen:
             raise DynamizeError("a network in bytes takes no more pieces: put the step before `quantize`")
+        like, before, nets_before = blank(self), dict(self.pieces.items()), self.nets
+        own = nets_before[MAIN]
+        further = {name: net.to(like).train(self.training) for name, net in (nets or {}).items()}
+        every: dict[str, nn.Module] = {**{name: nets_before[name] for name in self.members}, **further, MAIN: own}
         for place, piece in pieces.items():
-            piece.place = (place, place) if isinstance(place, str) else place
+            piece.member, piece.place = _located(place)
         new = {key_of(piece.name): piece for piece in pieces.values()}
         kept = {key: cast(Piece, piece) for key, piece in self.pieces.items() if key not in new}
-        refuse_misplaced(self.plain, [*kept.values(), *pieces.values()])
-        like, before = blank(self), dict(self.pieces.items())
+        for name in dict.fromkeys(piece.member for piece in pieces.values()):
+            placed = [piece for piece in (*kept.values(), *pieces.values()) if piece.member == name]
+            refuse_misplaced(cast(fx.GraphModule, every[name]), placed)
+        self.nets = nn.ModuleDict(every)
         for key, piece in new.items():
             self.pieces[key] = piece.to(like).train(self.training)
         try:
             self.rebuild()
         except Exception as error:
-            self.pieces = nn.ModuleDict(before)
+            self.pieces, self.nets = nn.ModuleDict(before), nets_before
             self.rebuild()
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise DynamizeError(
@@ -162,26 +176,45 @@ class DynamicNetwork(nn.Module):
         self.rebuild()
 
     def rebuild(self) -> None:
-        """Cut the static pieces out of the original graph anew, and count MACs."""
-        self._row = build_row(self.nets[MAIN], self._placed())
+        """Cut the static pieces out of the original graphs anew, and count MACs."""
+        placed = cast(list[Piece], list(self.pieces.values()))
+        rows = [build_row(net, [one for one in placed if one.member == name], name) for name, net in self.nets.items()]
+        self._row = tuple(piece for row in rows for piece in row)
         known = {id(piece): key for key, piece in self.pieces.items()}
         self.pieces = nn.ModuleDict({known[id(piece)]: piece for piece in self._row if id(piece) in known})
         self.count()
 
-    def _placed(self) -> list[Piece]:
-        return [cast(Piece, piece) for piece in self.pieces.values()]
+    def take(self, member: str) -> "DynamicNetwork":
+        """One of the networks of the row as a network by itself, of the same layers, to be changed and :meth:`put`."""
+        alone = DynamicNetwork(self.nets[member], input_shape=self.input_shape)
+        for key, piece in self.pieces.items():
+            if cast(Piece, piece).member == member and not cast(Piece, piece).links:
+                cast(Piece, piece).member = MAIN
+                alone.pieces[key_of(piece.name)] = piece
+        alone.rebuild()
+        return alone.train(self.training)
+
+    def put(self, member: str, alone: "DynamicNetwork") -> None:
+        """Let a network that :meth:`take` gave stand in the row again, as it is now."""
+        self.nets[member] = alone.nets[MAIN]
+        for piece in alone.pieces.values():
+            cast(Piece, piece).member = member
+        kept = [piece for piece in self.pieces.values() if cast(Piece, piece).member != member or piece.links]
+        self.pieces = nn.ModuleDict({key_of(piece.name): piece for piece in [*alone.pieces.values(), *kept]})
+        self.rebuild()
 
     def count(self) -> None:
         """Count the MACs of all pieces on one blank image, as they stand, and note shapes."""
         training = self.training
         self.eval()
         flow = Flow(blank(self, 1, *self.input_shape))
-        self.shapes, self.contexts = [tuple(flow.features.shape[1:])], {}
+        self.shapes, self.contexts, self.openings = [tuple(flow.features.shape[1:])], {}, {0}
         try:
             with torch.no_grad():
                 for piece in self._row:
                     self.contexts[piece.name] = flow.extra[CONTEXT].shape[1] if CONTEXT in flow.extra else 0
                     piece.count(flow)
+                    self.openings |= {len(self.shapes)} if piece.restarts else set()
                     self.shapes += [] if piece.passes else [tuple(flow.features.shape[1:])]
         finally:
             self.train(training)
@@ -225,7 +258,7 @@ class DynamicNetwork(nn.Module):
         return execute(self._program(setting, everyone), setting, images_NCHW, everyone=everyone, cache=cache)
 
     def _program(self, setting: Setting, everyone: bool) -> Program:
-        active = [piece for piece in self._row if everyone or not piece.idle(setting)]
+        active = needed(self._row, setting, everyone)
         bound = [
             (piece, piece.bind(eager_calls(piece, after is not None and after.reads_means)))
             for piece, after in zip(active, [*active[1:], None], strict=True)
@@ -266,7 +299,7 @@ class DynamicNetwork(nn.Module):
                 f"{', '.join(self.decision_names[0]) or 'no early exit'}: calibrate this network again"
             )
         self.operating_point = point
-        self.setting = Setting() if point is None else Setting(point.thresholds, point.offset)
+        self.setting = Setting() if point is None else Setting(point.thresholds, point.offset, combine=point.combine)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As any module's; what is assigned is computed with everywhere."""
@@ -321,6 +354,13 @@ def record_routing(network: DynamicNetwork) -> Iterator[Routing]:
         yield network.routing
     finally:
         network.routing = outer
+
+
+def _located(place: Any) -> tuple[str, tuple[str, str]]:
+    """The network that a place is in, and the nodes at its ends."""
+    ends = (place, place) if isinstance(place, str) else place
+    found = [end.rpartition("/") for end in ends]
+    return found[0][0] or MAIN, (found[0][2], found[1][2])
 
 
 def key_of(name: str) -> str:

@@ -25,6 +25,11 @@ gate: features -> description (n, D); head: features, context or None -> what th
 Run = Callable[[Flow, "Setting"], None]
 
 LEAVES, GOES_ON = 0, 1  # the options of a decision at which images leave
+MAIN = "main"  # the recipe's own network among those that a row is made of
+
+Joining = Literal["last", "mean", "product"]
+"""How the answers of the networks that an image has been through become one: the last one's; the mean of their
+probabilities; or their product, which adds up evidence."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +63,13 @@ class Setting:
         offset: added to the score of each option of what ``changes`` times its relative cost.
         forced: by decision, the option of each image of the batch (N,), whatever is decided; -1, as
             :class:`~dynamize.nn.executor.Routed` has it for images that do not come there, is the last one.
+        combine: how the answers of several networks in a row are joined.
     """
 
     thresholds: Mapping[str, float | None] = field(default_factory=dict)
     offset: float = 0.0
     forced: Mapping[str, Tensor] = field(default_factory=dict)
+    combine: Joining = "last"
 
 
 class Point(Protocol):
@@ -74,6 +81,8 @@ class Point(Protocol):
     def thresholds(self) -> Mapping[str, float | None]: ...
     @property
     def offset(self) -> float: ...
+    @property
+    def combine(self) -> Joining: ...
 
 
 class Choose:
@@ -132,8 +141,13 @@ class Piece(nn.Module, ABC):
     """A piece of the row, static or with a decision.
 
     Attributes:
-        place: the two nodes of the original graph that it stands between; the same one twice for a piece that only
+        member: which of the networks that the row is made of it belongs to.
+        place: the two nodes of that network's graph that it stands between; the same one twice for a piece that only
             reads what passes.
+        rank: orders pieces that stand at one place.
+        links: whether it stands between two networks of the row, and is no part of the one that it belongs to.
+        restarts: whether it goes back to the images, so that whatever runs before it only serves decisions.
+        scored: whether it has a ``temperature``, by which logits are divided before they are scored or joined.
         reads_means: whether it reads nothing but channel means, which the piece before can hand on.
         passes: whether features may pass it unchanged, so that both sides are one border.
         answers: whether it is a classifier, which may be trained alone.
@@ -144,18 +158,28 @@ class Piece(nn.Module, ABC):
     """
 
     answers: ClassVar[bool] = False
+    links: ClassVar[bool] = False
+    restarts: ClassVar[bool] = False
+    scored: ClassVar[bool] = False
+    rank: ClassVar[int] = 0
     straight = False
     effect: ClassVar[Effect | None] = None
 
     def __init__(self) -> None:
         super().__init__()
+        self.member = MAIN
         self.place: tuple[str, str] = ("", "")
         self.macs = 0.0
 
     @property
-    @abstractmethod
     def name(self) -> str:
-        """Of its decision, or of where it ends."""
+        """Of its decision, or of where it ends; that of the network it belongs to first, unless that is the main one."""
+        return self.own_name if self.member == MAIN else f"{self.member}/{self.own_name}"
+
+    @property
+    @abstractmethod
+    def own_name(self) -> str:
+        """Its name within its network."""
 
     @property
     def decision(self) -> Decision | None:
@@ -239,7 +263,7 @@ class Static(Piece):
         return type(self).bind is Static.bind
 
     @property
-    def name(self) -> str:
+    def own_name(self) -> str:
         return f"upto.{self.place[1]}"
 
     def parts(self) -> list[Part]:

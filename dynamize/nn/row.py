@@ -9,24 +9,45 @@ from torch import fx, nn
 from dynamize.errors import DynamizeError
 from dynamize.graph.extract import extract
 from dynamize.graph.nodes import output_value, placeholder, positions
-from dynamize.nn.piece import Piece, Static
+from dynamize.nn.piece import MAIN, Piece, Setting, Static
 from dynamize.nn.units import Unit
 
 Region = tuple[str, str]  # from one cut point to another
 
 
-def build_row(plain: nn.Module, placed: Sequence[Piece]) -> tuple[Piece, ...]:
-    """The pieces in order of execution, with what is left of the network between them.
+def build_row(plain: nn.Module, placed: Sequence[Piece], member: str = MAIN) -> tuple[Piece, ...]:
+    """The pieces of one network in order of execution, with what is left of the network between them.
 
     Args:
         plain: the whole network; without pieces it need not be a graph.
         placed: none of their regions overlap, and none holds the place of another one inside.
+        member: the network's name.
     """
-    if not placed:
-        return (_static(plain, "input", "output"),)
+    row = (_static(plain, "input", "output"),) if not placed else _in_order(plain, placed)
+    for piece in row:
+        piece.member = member
+    return row
+
+
+def needed(row: Sequence[Piece], setting: Setting, everyone: bool = False) -> list[Piece]:
+    """The pieces that run at a setting: without those that are idle, and those whose outcome a restart throws away
+    before anything is decided by it."""
+    found: list[Piece] = []
+    for piece in row:
+        if piece.restarts:
+            while found and found[-1].effect != "leaves":
+                found.pop()
+            if not found:
+                continue
+        if everyone or not piece.idle(setting):
+            found.append(piece)
+    return found
+
+
+def _in_order(plain: nn.Module, placed: Sequence[Piece]) -> tuple[Piece, ...]:
     assert isinstance(plain, fx.GraphModule)
     position = positions(plain.graph)
-    ordered = sorted(placed, key=lambda piece: [position[end] for end in piece.place])
+    ordered = sorted(placed, key=lambda piece: [*(position[end] for end in piece.place), piece.rank])
     first, end = placeholder(plain.graph).name, output_value(plain.graph).name
     row: list[Piece] = []
     for piece in ordered:

@@ -63,12 +63,12 @@ class Unit(Piece):
         return whole, []
 
     @property
-    def name(self) -> str:
+    def own_name(self) -> str:
         return self.label
 
     @property
     def decision(self) -> Decision:
-        return Decision(self.label, self.kind, tuple(self.options()), self.path_macs, self.macs, self.effect)
+        return Decision(self.name, self.kind, tuple(self.options()), self.path_macs, self.macs, self.effect)
 
     @property
     def option_count(self) -> int:
@@ -124,7 +124,7 @@ class Unit(Piece):
 
     def bind(self, calls: Mapping[str, Call]) -> Run:
         ways: list[Call | None] = [calls.get(str(p)) for p in range(len(self.path_macs))]
-        describe, pooled, name = calls["gate"], self.gate.pooled, self.label
+        describe, pooled, name = calls["gate"], self.gate.pooled, self.name
         decide = calls.get("decide") or self.decide
 
         def run(flow: Flow, setting: Setting) -> None:
@@ -151,8 +151,8 @@ class Unit(Piece):
                 "a compiled or quantised network is not trained: train the network it was made of, then compile or "
                 "quantise again"
             )
-        shares = choose(self.label, flow.features, self.read(flow))
-        flow.shares[self.label] = shares
+        shares = choose(self.name, flow.features, self.read(flow))
+        flow.shares[self.name] = shares
         flow.features = self.blend(flow.features, shares)
 
     def read(self, flow: Flow) -> Tensor:

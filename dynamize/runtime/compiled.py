@@ -15,6 +15,7 @@ from dynamize.nn.exits import CONTEXT
 from dynamize.nn.flow import Flow
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.piece import Call, Part, Piece, Run, Setting
+from dynamize.nn.row import needed
 from dynamize.runtime.engine import Border, Engine, engine_class, one_torch_thread
 from dynamize.runtime.inputs import why_refused
 from dynamize.runtime.maker import Maker
@@ -98,7 +99,7 @@ class CompiledNetwork:
         the features that reach it by the dearest options."""
         found: dict[str, tuple[list[Call | None], Tensor]] = {}
         setting, flow = Setting(), Flow(images_NCHW)
-        active = [piece for piece in self.row if not piece.idle(setting)]
+        active = needed(self.row, setting)
         with torch.inference_mode():
             for piece, after in zip(active, [*active[1:], None], strict=True):
                 calls = self.calls(piece, after)
@@ -113,25 +114,28 @@ class CompiledNetwork:
         return found
 
     def _call(self, part: Part, means: bool) -> Call:
-        takes, gives = self._border(part.before, may_overwrite=part.before > 0), self._border(part.after, means=means)
+        takes, gives = self._taken(part), self._border(part.after, means=means)
         key = id(part.module), takes, gives
         if key not in self._made:
             self._made[key] = self._maker.part(part, takes, gives)
         return cast(Call, self._made[key])
+
+    def _taken(self, part: Part) -> Border:
+        """What a part is given: nothing may write to the user's images."""
+        return self._border(part.before, may_overwrite=part.before not in self._frozen.openings)
 
     def _border(self, number: int, **facts: bool) -> Border:
         if number < 0:
             return Border(())
         shape = self._frozen.shapes[number]
         dtype = torch.uint8 if number in self.engine.byte_borders else None
-        return Border(shape, dtype, number > 0 and self.engine.blocks(shape), **facts)
+        return Border(shape, dtype, number not in self._frozen.openings and self.engine.blocks(shape), **facts)
 
     def _program(self, setting: Setting) -> Program:
-        """What runs at a setting: pieces that are idle are left out, so that no part of theirs is computed."""
+        """What runs at a setting: pieces that are not needed are left out, so that no part of theirs is computed."""
         idle = tuple(piece.idle(setting) for piece in self.row)
         if idle not in self._programs:
-            active = [piece for piece, off in zip(self.row, idle, strict=True) if not off]
-            self._programs[idle] = program(self._bound(active), self.row)
+            self._programs[idle] = program(self._bound(needed(self.row, setting)), self.row)
             self._maker.features.forget()
         return self._programs[idle]
 
@@ -147,7 +151,7 @@ class CompiledNetwork:
                 bound.append((waiting.pop(0), both))
                 continue
             bound.append((piece, piece.bind(self.calls(piece, after))))
-            opens = piece.effect == "leaves"
+            opens = piece.effect == "leaves" or piece.restarts
         return bound
 
     def _fused(self, piece: Piece, head: Piece) -> Run | None:
@@ -157,7 +161,7 @@ class CompiledNetwork:
         if not piece.straight or not head.answers or roles != ["path", "head"]:
             return None
         path, reader = first[0], second[0]
-        takes, gives = self._border(path.before, may_overwrite=path.before > 0), self._border(path.after)
+        takes, gives = self._taken(path), self._border(path.after)
         key = id(path.module), id(reader.module), takes, gives
         if key not in self._made:
             self._made[key] = self._maker.both(path, reader, takes, gives)
