@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dynamize.training.objectives import MultiExitLoss as MultiExitLoss
     from dynamize.transform import Context as Context
     from dynamize.transforms import Calibrate as Calibrate
+    from dynamize.transforms import Cascade as Cascade
     from dynamize.transforms import ChannelGates as ChannelGates
     from dynamize.transforms import Distill as Distill
     from dynamize.transforms import Exits as Exits
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Calibrate": "transforms",
+    "Cascade": "transforms",
     "ChannelGates": "transforms",
     "Context": "transform",
     "Distill": "transforms",

@@ -24,7 +24,7 @@ from dynamize.fingerprint import Answers
 from dynamize.folders import CODE, MANIFEST, WEIGHTS, code_files
 from dynamize.nn.network import DynamicNetwork
 from dynamize.sources import SourceSpec, build
-from dynamize.transform import registered
+from dynamize.transform import Context, registered
 from dynamize.upgrade import upgraded, upgraded_manifest
 from dynamize.usercode import import_file
 
@@ -103,12 +103,19 @@ def save(
     write_manifest(folder, manifest)
 
 
-def load(path: str | os.PathLike[str], *, network: nn.Module | None = None, trust_code: bool = False) -> DynamicNetwork:
+def load(
+    path: str | os.PathLike[str],
+    *,
+    network: nn.Module | None = None,
+    members: Mapping[str, nn.Module] | None = None,
+    trust_code: bool = False,
+) -> DynamicNetwork:
     """Rebuild what :func:`save` wrote, in eval mode and at the same operating point.
 
     Args:
         path: the folder.
         network: the original network's structure, needed if it came from Python; its weights do not matter.
+        members: the same of networks in front of it that came from Python, by name.
         trust_code: whether a source such as ``file.py:factory``, and transforms that the artifact brings, may be
             imported.
 
@@ -133,7 +140,8 @@ def load(path: str | os.PathLike[str], *, network: nn.Module | None = None, trus
     given_network(network, "dz.load")
     _find_transforms(manifest, Path(path), trust_code)
     try:
-        rebuilt = replay(network, manifest.history, manifest.input)
+        given = Context(members=members or {}, trust_code=trust_code)
+        rebuilt = replay(network, manifest.history, manifest.input, given)
     except ValidationError as error:
         raise DynamizeError(
             f"{Path(path) / MANIFEST} has a step in its history that this version does not know: {_first_line(error)}. "
@@ -233,11 +241,11 @@ def image_spec(manifest: Manifest, path: str | os.PathLike[str], source: str | N
 
 def temperatures(network: DynamicNetwork) -> dict[str, float]:
     """By name of the decision, what its logits are divided by before they are scored."""
-    return {piece.name: float(piece.temperature) for piece in network.leaving}
+    return {piece.name: float(piece.temperature) for piece in network.scored}
 
 
 def _set_temperatures(network: DynamicNetwork, given: Mapping[str, float], file: Path) -> None:
-    pieces = {piece.name: piece for piece in network.leaving}
+    pieces = {piece.name: piece for piece in network.scored}
     if set(given) != set(pieces):
         raise DynamizeError(
             f"{file} is damaged: it has temperatures for {', '.join(given) or 'no exit'}, the network has "

@@ -8,13 +8,14 @@ from typing import Any
 from torch import nn
 
 from dynamize.arguments import given_network, given_shape, given_steps, trained_network
-from dynamize.errors import DynamizeError
+from dynamize.errors import DynamizeError, closest
 from dynamize.graph.given import own_copy, unwrapped
 from dynamize.graph.trace import trace
 from dynamize.measure.accuracy import judgeable
 from dynamize.nn.network import DynamicNetwork
+from dynamize.nn.piece import MAIN
 from dynamize.sources import origin
-from dynamize.transform import Context, Transform, check_order, parse_step
+from dynamize.transform import Context, Kind, Transform, check_order, parse_step
 from dynamize.upgrade import upgraded_names
 
 
@@ -67,8 +68,7 @@ def convert(
     given_steps(transforms, Transform)
     if context is not None and not isinstance(context, Context):
         raise DynamizeError(f"context is a dz.Context, and a {type(context).__name__} was given: dz.Context(data=...)")
-    done = [step["pass"] for step in network.history] if isinstance(network, DynamicNetwork) else []
-    check_order(list(transforms), done)
+    check_order(list(transforms), network.history if isinstance(network, DynamicNetwork) else [])
     converted = wrap(network, input_shape)
     if context is None or context.teacher is None:
         teacher = own_copy(network).requires_grad_(False)
@@ -84,23 +84,73 @@ def convert(
 def apply(network: DynamicNetwork, transform: Transform, context: Context) -> tuple[DynamicNetwork, list[str]]:
     """Apply one transform and write its resolved form into the history. Returns the network and notes."""
     history, source, training = network.history, network.source, network.training
-    applied = transform.apply(network.eval(), context)
-    applied.network.history = [*history, applied.resolved.describe()]
-    applied.network.source = source
-    return applied.network.train(training), applied.notes
+    notes: list[str] = []
+    for member in _meant(network, transform):
+        network, resolved, more = _apply(network.eval(), transform, context, member)
+        history = [*history, resolved.describe()]
+        notes += [f"{member}: {note}" for note in more] if network.members and member else more
+    network.history, network.source = history, source
+    return network.train(training), notes
 
 
-def replay(network: nn.Module, history: Sequence[dict[str, Any]], input_shape: Sequence[int]) -> DynamicNetwork:
+def _apply(
+    network: DynamicNetwork, transform: Transform, context: Context, member: str | None
+) -> tuple[DynamicNetwork, Transform, list[str]]:
+    """One transform, on the whole row or on one of its networks."""
+    if member is None or not network.members:
+        applied = transform.apply(network, context)
+        return applied.network, applied.resolved, applied.notes
+    alone = network.take(member)
+    alone.history = [step for step in network.history if step.get("member", MAIN) == member]
+    work = None if context.work is None else context.work / member
+    applied = transform.apply(alone, replace(context, work=work))
+    network.put(member, applied.network)
+    return network, applied.resolved.model_copy(update={"member": member}), applied.notes
+
+
+def _meant(network: DynamicNetwork, transform: Transform) -> list[str | None]:
+    """The networks of the row that a step is for; None stands for all of them together.
+
+    Raises:
+        DynamizeError: none of this name, or a training step could mean only networks that were given trained.
+    """
+    name = transform.member
+    if transform.whole:
+        return [None]
+    if name is not None and name not in (*network.members, MAIN):
+        known = ", ".join([*network.members, MAIN])
+        raise DynamizeError(
+            f"{transform.pass_name}: member: {name} is no network of this row. {closest(name, known.split(', '))}"
+            f"Known: {known}."
+        )
+    if name is None and network.members and transform.kind & Kind.TRAINS and not transform.kind & Kind.REFINES_GATES:
+        if not network.made:
+            raise DynamizeError(
+                f"{transform.pass_name}: all networks of the row came trained, and stay as they are: name the one to "
+                f"train, with member: {MAIN} or {' or '.join(network.members)}, or leave the step out"
+            )
+        return list(network.made)
+    return [name or MAIN]
+
+
+def replay(
+    network: nn.Module,
+    history: Sequence[dict[str, Any]],
+    input_shape: Sequence[int],
+    context: Context | None = None,
+) -> DynamicNetwork:
     """Rebuild the structure that a history describes on a fresh source network, without data or training.
 
-    Its own history is of the current versions.
+    Its own history is of the current versions. ``context`` says which code is trusted, and has the networks made in
+    Python.
     """
+    context = Context() if context is None else context
     rebuilt = wrap(network, input_shape, check=False).eval()
     steps: list[Transform] = []
     for plain in history:
         step = parse_step(plain if "version" in plain else upgraded_names(plain, rebuilt))
         if step.structural:
-            rebuilt = step.apply(rebuilt, Context()).network
+            rebuilt = _apply(rebuilt, step, context, None if step.whole else step.member or MAIN)[0]
         steps.append(step)
     rebuilt.history = [step.describe() for step in steps]
     return rebuilt.train(network.training)

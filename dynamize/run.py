@@ -113,6 +113,7 @@ class Runner:
         command: str = "",
     ) -> None:
         self.recipe, self.out, self.resume, self.command = recipe, out, resume, command
+        self.trust_code = trust_code
         self.device = choose_device(device)
         self.state = PartialState(cpu=self.device.type == "cpu")
         self.backends: list[str] = list(recipe.backends) or [default_backend(self.device)]
@@ -175,6 +176,7 @@ class Runner:
         context = Context(
             data=self.data,
             teacher=self.teacher,
+            trust_code=self.trust_code,
             device=self.device,
             seed=self.recipe.seed,
             backend=self.backends[0],
@@ -248,7 +250,8 @@ class Runner:
 
     def _restore(self, state: StepState) -> DynamicNetwork:
         weights = self.out / STEPS / str(state.row.step) / WEIGHTS
-        network = replay(self.teacher, state.history, self.recipe.model.input)
+        trusting = Context(trust_code=self.trust_code)
+        network = replay(self.teacher, state.history, self.recipe.model.input, trusting)
         load_into(network, upgraded(read_state_dict(weights), network), "the network of this run", weights)
         network.operating_points = state.operating_points
         network.set_operating_point(state.operating_point)

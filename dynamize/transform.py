@@ -3,14 +3,14 @@
 import functools
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Flag, auto
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, Union, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar, Union, get_origin
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 from torch import nn
 
 from dynamize.errors import DynamizeError, unknown
@@ -40,6 +40,8 @@ class Context:
     Attributes:
         data: train, calibration and test images, or None when only the structure is built.
         teacher: the untouched network, frozen.
+        members: networks made in Python that a step puts in front of it, by the names that the step gives them.
+        trust_code: whether sources that steps name may be imported.
         device: where training and measuring happen.
         seed: of everything random.
         backend: what latency is measured on.
@@ -55,6 +57,8 @@ class Context:
 
     data: "Splits | None" = None
     teacher: nn.Module | None = None
+    members: Mapping[str, nn.Module] = field(default_factory=dict)
+    trust_code: bool = False
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     seed: int = 0
     backend: str = FASTEST["cpu"]
@@ -122,13 +126,23 @@ class Transform(BaseModel, ABC, metaclass=InWords):
     structural: ClassVar[bool] = True  # changes the graph, so that loading an artifact replays it
     exact: ClassVar[bool] = True  # right after it, the eval output is bit-equal to before
     collective: ClassVar[bool] = True  # every process of a run takes part; else only the main one
-    once: ClassVar[bool] = False  # may occur once in a recipe
+    once: ClassVar[bool] = False  # may occur once in a recipe, for each network of a row
+    whole: ClassVar[bool] = False  # is about all networks of a row, so that no ``member`` can be named
     version: ClassVar[int] = 1  # to be raised where steps that were written before would be read differently
     kind: ClassVar[Kind] = Kind(0)
     needs: ClassVar[Kind] = Kind(0)  # a step of one of these kinds must come earlier
     not_after: ClassVar[Kind] = Kind(0)  # no step of these kinds may come earlier
 
     pass_name: str
+    member: str | None = Field(
+        None, description="which network of a cascade the step is for, by its name, or main; default: main"
+    )
+
+    @model_validator(mode="after")
+    def _not_of_one(self) -> Self:
+        if self.whole and self.member is not None:
+            raise ValueError(f"`{self.pass_name}` is about all networks of a row: leave out member")
+        return self
 
     @abstractmethod
     def apply(self, network: DynamicNetwork, context: Context) -> Applied:
@@ -162,7 +176,9 @@ class Transform(BaseModel, ABC, metaclass=InWords):
     def describe(self) -> dict[str, Any]:
         """This step as plain data, the way an artifact writes it: that of a recipe, and the version."""
         fields = self.model_dump(mode="json", by_alias=True)
-        return {"pass": fields.pop("pass"), "version": self.version, **fields}
+        member = fields.pop("member")
+        named = {} if member is None else {"member": member}
+        return {"pass": fields.pop("pass"), "version": self.version, **named, **fields}
 
 
 def registered() -> dict[str, type[Transform]]:
@@ -289,26 +305,29 @@ def has_gates_to_refine(step: Transform, network: DynamicNetwork) -> bool:
     return bool(network.changing)
 
 
-def check_order(steps: Sequence[Transform], done: Sequence[str] = ()) -> None:
+def check_order(steps: Sequence[Transform], done: Sequence[str | Mapping[str, Any]] = ()) -> None:
     """Refuse an order of steps that cannot work, naming both steps and the repair.
 
-    ``done`` are the passes that the network has behind it already.
+    ``done`` are the passes, or the resolved steps, that the network has behind it already.
     """
-    order: list[type[Transform]] = [*map(find_transform, done), *(type(step) for step in steps)]
-    names = [*done, *(step.pass_name for step in steps)]
+    before = [{"pass": step} if isinstance(step, str) else step for step in done]
+    names = [*(step["pass"] for step in before), *(step.pass_name for step in steps)]
+    members = [*(step.get("member") for step in before), *(step.member for step in steps)]
+    order = [find_transform(name) for name in names[: len(done)]] + [type(step) for step in steps]
     for i in range(len(done), len(order)):
-        step, name, earlier = order[i], names[i], order[:i]
-        if step.needs and not any(one.kind & step.needs for one in earlier):
+        step, name = order[i], names[i]
+        earlier = [k for k in range(i) if step.whole or order[k].whole or members[k] == members[i]]
+        if step.needs and not any(order[k].kind & step.needs for k in earlier):
             needed = _either(of_kind(step.needs))
             raise DynamizeError(f"step {i + 1} `{name}` needs {needed} before it: add that step above")
-        for k, one in enumerate(earlier):
-            if names[k] != name and _undoes(step, one):
+        for k in earlier:
+            if names[k] != name and _undoes(step, order[k]):
                 raise DynamizeError(
                     f"step {i + 1} `{name}` comes after step {k + 1} `{names[k]}`, which it would undo: move `{name}` "
                     f"above `{names[k]}`"
                 )
-        if step.once and name in names[:i]:
-            raise DynamizeError(f"step {i + 1} is a second `{name}`: merge it into step {names.index(name) + 1}")
+            if step.once and name == names[k]:
+                raise DynamizeError(f"step {i + 1} is a second `{name}`: merge it into step {k + 1}")
 
 
 def _undoes(step: type[Transform], earlier: type[Transform]) -> bool:

@@ -1,6 +1,7 @@
-"""Train the digits network that comes with the package, from scratch, on scikit-learn's digits (train split).
+"""Train a digits network that comes with the package, from scratch, on scikit-learn's digits (train split).
 
     python scripts/train_digits.py --out dynamize/models/digits_resnet.safetensors
+    python scripts/train_digits.py digits_resnet_small --out dynamize/models/digits_resnet_small.safetensors
 
 Two runs on one machine give the same weights, bit by bit. A recipe that uses this checkpoint normalises its
 images as NORMALIZE says. Nothing is fitted to calibration or test images; the last epoch is kept.
@@ -26,6 +27,8 @@ NORMALIZE = ((0.305,), (0.376,))  # of the train split's pixels in 0..1, rounded
 
 
 def main(
+    name: Annotated[str, typer.Argument(help="digits_resnet or digits_resnet_small")] = "digits_resnet",
+    *,
     out: Annotated[Path, typer.Option(help="the safetensors file to write")],
     epochs: int = 60,
     seed: int = 0,
@@ -35,12 +38,12 @@ def main(
     spec = DataSpec(source="digits", augment="crop", normalize=NORMALIZE)
     splits = load_data(spec, INPUT_SHAPE, 10)
     torch.manual_seed(seed)
-    untrained = wrap(create("digits_resnet"), INPUT_SHAPE)
+    untrained = wrap(create(name), INPUT_SHAPE)
     step = Distill(epochs=epochs, batch_size=64, lr=0.1, alpha=0.0, precision="float32")
     trained, _ = apply(untrained, step, Context(data=splits, seed=seed))
     save_state_dict(trained.plain.state_dict(), out)
 
-    network = dz.source("dynamize:digits_resnet", checkpoint=out)
+    network = dz.source(f"dynamize:{name}", checkpoint=out)
     for images in (splits.calibration, splits.test):
         found, labels = top_answers(network, images, torch.device("cpu"))
         print(f"{images.name}: {(found == labels).double().mean():.2%} of {len(labels)} images")

@@ -1,6 +1,7 @@
 """The transforms, one a file; importing this package registers them."""
 
 from dynamize.transforms.calibrate import Calibrate
+from dynamize.transforms.cascade import Cascade
 from dynamize.transforms.channel_gates import ChannelGates
 from dynamize.transforms.distill import Distill
 from dynamize.transforms.exits import Exits
@@ -18,6 +19,7 @@ from dynamize.transforms.skip_gates import SkipGates
 
 __all__ = [
     "Calibrate",
+    "Cascade",
     "ChannelGates",
     "Distill",
     "Exits",

@@ -56,6 +56,7 @@ class Calibrate(Transform):
     points: PositiveInt = Field(20, description="operating points along the curve")
 
     structural: ClassVar[bool] = False
+    whole: ClassVar[bool] = True
     exact: ClassVar[bool] = False
     collective: ClassVar[bool] = False
     kind: ClassVar[Kind] = Kind.SOLVES

@@ -38,6 +38,7 @@ class FoldBatchnorm(Transform):
 
     pass_name: Literal["fold_batchnorm"] = Field("fold_batchnorm", alias="pass")
 
+    whole: ClassVar[bool] = True
     exact: ClassVar[bool] = False  # rounding
 
     def apply(self, network: DynamicNetwork, context: Context) -> Applied:

@@ -65,6 +65,7 @@ class Quantize(Transform):
         "afterwards",
     )
 
+    whole: ClassVar[bool] = True
     exact: ClassVar[bool] = False
     once: ClassVar[bool] = True
     kind: ClassVar[Kind] = Kind.TURNS_INTO_BYTES | Kind.SOLVES_AGAIN

@@ -14,9 +14,10 @@ _TENSORS = {"weight", "bias", "running_mean", "running_var", "num_batches_tracke
 
 
 def layers(network: DynamicNetwork) -> dict[str, nn.Module]:
-    """Modules that hold tensors themselves, and norms, by path in the original network, or ``pieces.NAME...``."""
+    """Modules that hold tensors themselves, and norms, by path in the original network, ``MEMBER/...`` in others of the
+    row, or ``pieces.NAME...``."""
     found: dict[str, nn.Module] = {}
-    for prefix, root in (("", network.plain), ("pieces.", network.pieces)):
+    for prefix, root in [*network.graphs.items(), ("pieces.", network.pieces)]:
         for path, module in root.named_modules():
             if isinstance(module, STATELESS) or any(True for _ in _tensors(module)):
                 found[prefix + path] = module

@@ -299,13 +299,18 @@ def _geometry(name: str, pool: Pool, spec: DataSpec, channels: int, height: int,
     shorter = min(height, width)
     if spec.resize is not None and spec.resize < shorter:
         raise DynamizeError(f"data.resize {spec.resize} is below the image size; give {shorter} or more")
-    to = spec.resize or (round(shorter * 256 / 224) if shorter >= LARGE else None)
     ready = isinstance(pool.storage, PixelStorage) and pool.storage.shape[1:] == (height, width)
-    if to is None or ready:
+    if ready or (spec.resize is None and shorter < LARGE):
         return Geometry(channels, (height, width))
+    to = resized_side(spec, shorter)
     canvas = (round(height * to / shorter), round(width * to / shorter))
     uncropped = name == "train" and shorter >= LARGE
     return Geometry(channels, canvas if uncropped else (height, width), resize=canvas)
+
+
+def resized_side(spec: DataSpec, side: int) -> int:
+    """What the shorter side of an image is resized to, before the middle of ``side`` is cut out of it."""
+    return spec.resize or (round(side * 256 / 224) if side >= LARGE else side)
 
 
 def _warnings(source: Source, spec: DataSpec, shape: tuple[int, int, int]) -> list[str]:

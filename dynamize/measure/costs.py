@@ -63,7 +63,9 @@ class Costs:
         """MACs that each image (N,) cost, from the option that it took in each decision; -1: not reached, or idle."""
         spent, here = np.zeros(images), np.ones(images, bool)
         for number, leg in enumerate(self.legs, start=1):
-            runs = [np.ones(images, bool)] * len(leg) if number == len(self.legs) else _decided_later(leg, taken, images)
+            runs = (
+                [np.ones(images, bool)] * len(leg) if number == len(self.legs) else _decided_later(leg, taken, images)
+            )
             for step, decided in zip(leg, runs, strict=True):
                 if not isinstance(step, Decision):
                     spent[here & decided] += step

@@ -13,6 +13,7 @@ _CIFAR = ("cifar_resnet20", "cifar_resnet32", "cifar_resnet44", "cifar_resnet56"
 REGISTRY: dict[str, tuple[str, str]] = {
     **{name: ("dynamize.models.cifar_resnet", name) for name in _CIFAR},
     "digits_resnet": ("dynamize.models.digits", "digits_resnet"),
+    "digits_resnet_small": ("dynamize.models.digits", "digits_resnet_small"),
 }
 
 __all__ = ["REGISTRY", "create"]

@@ -1,4 +1,4 @@
-"""A residual network for scikit-learn's bundled digits (grey, 8x8, ten classes): trains in seconds on a CPU.
+"""Residual networks for scikit-learn's bundled digits (grey, 8x8, ten classes): they train in seconds on a CPU.
 
 Same stages and parameter names as the CIFAR ResNets; widths are multiples of eight, for channel groups.
 """
@@ -8,7 +8,7 @@ from pathlib import Path
 from dynamize.checkpoints import load_into, read_state_dict
 from dynamize.models.cifar_resnet import CifarResNet
 
-TRAINED = Path(__file__).with_name("digits_resnet.safetensors")
+TRAINED = {name: Path(__file__).with_name(f"{name}.safetensors") for name in ("digits_resnet", "digits_resnet_small")}
 """Weights from ``scripts/train_digits.py``; images normalised with mean 0.305 and deviation 0.376."""
 
 
@@ -18,6 +18,18 @@ def digits_resnet(num_classes: int = 10, in_channels: int = 1, pretrained: bool 
     ``pretrained`` loads the weights that come with dynamize.
     """
     network = CifarResNet((3, 3, 3), widths=(16, 24, 32), num_classes=num_classes, in_channels=in_channels)
-    if pretrained:
-        load_into(network, read_state_dict(TRAINED), "dynamize:digits_resnet", TRAINED)
+    return _trained(network, "digits_resnet") if pretrained else network
+
+
+def digits_resnet_small(num_classes: int = 10, in_channels: int = 1, pretrained: bool = False) -> CifarResNet:
+    """``(N, 1, 8, 8) -> (N, num_classes)``: three residual blocks, 0.01 M parameters, 0.15 MMACs.
+
+    ``pretrained`` loads the weights that come with dynamize.
+    """
+    network = CifarResNet((1, 1, 1), widths=(8, 16, 16), num_classes=num_classes, in_channels=in_channels)
+    return _trained(network, "digits_resnet_small") if pretrained else network
+
+
+def _trained(network: CifarResNet, name: str) -> CifarResNet:
+    load_into(network, read_state_dict(TRAINED[name]), f"dynamize:{name}", TRAINED[name])
     return network

@@ -24,8 +24,8 @@ MemberConfidence = ConfidenceName | Literal["agreement"]
 class Answer(Leaving):
     """The end of a network that is not the last of its row.
 
-    Its score is that of the answers joined so far; or, for ``agreement``, the share of the networks before that answer
-    alike (Kolawole et al. 2025, Agreement-Based Cascading), which is 0 for the first.
+    Its score is that of the answers joined so far; or, for ``agreement``, 1 where all networks so far answer alike and
+    0 elsewhere (Kolawole et al. 2025, Agreement-Based Cascading), which is never so for the first.
 
     ``forward``: the network's logits (N, classes) -> the same, score (N,) of them alone.
     """
@@ -155,4 +155,4 @@ def _agreement(flow: Flow, logits: Tensor) -> Tensor:
     own = logits.argmax(1, keepdim=True)
     votes = flow.extra.get(VOTES)
     flow.extra[VOTES] = own if votes is None else torch.cat([votes, own], 1)
-    return torch.zeros(len(own), device=own.device) if votes is None else (votes == own).float().mean(1)
+    return torch.zeros(len(own), device=own.device) if votes is None else (votes == own).all(1).float()

@@ -14,7 +14,7 @@ from dynamize.graph.tracer import blank
 from dynamize.nn.executor import CACHE, Program, Routed, execute, names, program
 from dynamize.nn.exits import CONTEXT, Leaving
 from dynamize.nn.flow import Flow
-from dynamize.nn.piece import MAIN, Choose, Decision, Dense, Part, Piece, Point, Setting, eager_calls
+from dynamize.nn.piece import MAIN, Choose, Decision, Dense, Joining, Part, Piece, Point, Setting, eager_calls
 from dynamize.nn.routing import Routing
 from dynamize.nn.row import build_row, needed, refuse_misplaced
 from dynamize.nn.units import Unit
@@ -42,6 +42,8 @@ class DynamicNetwork(nn.Module):
         setting: the operating point at which it runs unless another one is given.
         choose: how decisions are taken in training.
         shapes: of one image's features at each border between pieces (:meth:`parts`).
+        made: names of the networks in front that were made here, and have to be trained.
+        combining: how answers of several networks may be joined; calibration chooses.
         openings: numbers of the borders at which images come in.
         contexts: by piece, how wide the context is that reaches it; 0 for none.
         operating_points: what calibration found, or None before.
@@ -70,6 +72,8 @@ class DynamicNetwork(nn.Module):
         self.routing: Routing | None = None
         self.shapes: list[tuple[int, ...]] = []
         self.openings: set[int] = {0}
+        self.made: tuple[str, ...] = ()
+        self.combining: tuple[Joining, ...] = ("last",)
         self.contexts: dict[str, int] = {}
         self._row: tuple[Piece, ...] = ()
         self._frozen: tuple[nn.Module, ...] = ()
@@ -84,9 +88,16 @@ class DynamicNetwork(nn.Module):
         return found
 
     @property
+    def graphs(self) -> dict[str, nn.Module]:
+        """The graphs that the row is made of, by what paths of their modules begin with: MEMBER/, and nothing for the
+        network's own."""
+        every = self._frozen or tuple(self.nets.values())
+        return dict(zip([*(f"{name}/" for name in self.members), ""], every, strict=True))
+
+    @property
     def members(self) -> list[str]:
         """Names of the networks in front of the network's own, in order."""
-        return [name for name in self.nets if name != MAIN]
+        return list(dict.fromkeys(piece.member for piece in self._row if piece.member != MAIN))
 
     @property
     def frozen(self) -> bool:
@@ -102,6 +113,11 @@ class DynamicNetwork(nn.Module):
     def leaving(self) -> list[Leaving]:
         """The pieces at which images may leave, in order."""
         return [cast(Leaving, piece) for piece in self._row if piece.effect == "leaves"]
+
+    @property
+    def scored(self) -> list[Any]:
+        """The pieces that have a temperature, in order: those at which images may leave, and what joins answers."""
+        return [piece for piece in self._row if piece.scored]
 
     @property
     def changing(self) -> list[Unit]:
@@ -144,7 +160,11 @@ class DynamicNetwork(nn.Module):
         like, before, nets_before = blank(self), dict(self.pieces.items()), self.nets
         own = nets_before[MAIN]
         further = {name: net.to(like).train(self.training) for name, net in (nets or {}).items()}
-        every: dict[str, nn.Module] = {**{name: nets_before[name] for name in self.members}, **further, MAIN: own}
+        every: dict[str, nn.Module] = {
+            **{name: nets_before[name] for name in nets_before if name != MAIN},
+            **further,
+            MAIN: own,
+        }
         for place, piece in pieces.items():
             piece.member, piece.place = _located(place)
         new = {key_of(piece.name): piece for piece in pieces.values()}

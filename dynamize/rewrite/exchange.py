@@ -1,6 +1,7 @@
 """Exchanging layers of a converted network everywhere at once; costs are counted anew and answers compared."""
 
 from collections.abc import Iterator, Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -22,11 +23,12 @@ def replace_layers(network: DynamicNetwork, new: Mapping[nn.Module, nn.Module]) 
 
 
 def count_again(network: DynamicNetwork) -> None:
-    """Write shapes and MACs into the original graph and the pieces.
+    """Write shapes and MACs into the original graphs and the pieces.
 
     For a network in eval mode whose layers were exchanged or have changed their sizes.
     """
-    annotate(network.plain, network.input_shape)
+    for graph in network.graphs.values():
+        annotate(cast(fx.GraphModule, graph), network.input_shape)
     network.count()
 
 
@@ -52,8 +54,8 @@ def sliced_layers(network: DynamicNetwork) -> set[nn.Module]:
 
 def module_names(network: DynamicNetwork) -> dict[nn.Module, str]:
     """Paths of all modules, in the original graph where they are in it."""
-    roots = (network, network.plain)
-    return {module: name for root in roots for name, module in root.named_modules()}
+    roots = [("", network), *network.graphs.items()]
+    return {module: prefix + name for prefix, root in roots for name, module in root.named_modules()}
 
 
 def exit_answers(network: DynamicNetwork) -> list[Tensor]:

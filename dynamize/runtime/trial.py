@@ -54,7 +54,7 @@ class Features:
     def _beyond(self, border: int) -> Tensor:
         """By the dearest way there; random where no part leads to it."""
         ways = [part for part in self._ways if part.after == border]
-        if border == 0:
+        if border in self.network.openings:
             return _image(blank(self.network, 1, *self.network.input_shape))
         if not ways:
             return self._random(self.at(0).new_ones(1, *self.network.shapes[border]))

@@ -1,0 +1,341 @@
+"""`cascade`: networks in a row, the cheapest first; each answers the images that it is sure of."""
+
+import copy
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal, Self, get_args
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from torch import fx, nn
+
+from dynamize.compression.layers import resize
+from dynamize.compression.shrink import blocks_to_leave_out, leave_out
+from dynamize.errors import DynamizeError
+from dynamize.graph.macs import annotated_macs
+from dynamize.graph.nodes import output_value, placeholder
+from dynamize.graph.trace import annotate, trace
+from dynamize.measure.accuracy import accuracy, everything
+from dynamize.measure.latency import interleave
+from dynamize.nn.cascade import Answer, MemberConfidence, Restart, Verdict
+from dynamize.nn.network import DynamicNetwork
+from dynamize.nn.piece import MAIN, Joining, Piece
+from dynamize.nn.preprocess import Preprocess
+from dynamize.preprocessing import Normalisation, Steps, of_images, published, steps_between
+from dynamize.rewrite.exchange import count_again
+from dynamize.runtime.compiled import compile_network
+from dynamize.sources import Scalar, SourceSpec, load_source
+from dynamize.transform import Applied, Context, Kind, Transform
+from dynamize.transforms.prune import Prune
+
+_NAME = re.compile(r"[A-Za-z_][\w-]*")
+_RESERVED = (MAIN, "start", "verdict", "fusion")
+_ENOUGH = 0.9  # of the MACs asked for: nearer than that leaving out blocks alone is near enough
+_SECONDS = 2.0  # how long copies are timed against each other
+_CHANCE = 2.0  # times the accuracy of guessing, below which a network is taken to be at chance level
+
+
+class Member(BaseModel):
+    """A network in front of the recipe's own.
+
+    One of ``source`` (with its checkpoint), ``resolution`` (the recipe's own network, on smaller images) and ``shrink``
+    (a smaller copy of it, which a `distill` step behind trains); or none of them, with ``name``, for one that
+    ``Context(members=...)`` brings from Python.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str | None = Field(None, description="how it is called; default: after its source")
+    source: str | None = Field(None, description="as in `model`, e.g. torchvision:mobilenet_v3_large,weights=DEFAULT")
+    kwargs: dict[str, Scalar] = Field(default_factory=dict, description="keyword arguments of the factory")
+    checkpoint: Path | None = Field(None, description=".pt, .pth, .th or .safetensors file")
+    resolution: PositiveInt | None = Field(
+        None, description="the recipe's own network on images of this height and width"
+    )
+    shrink: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="a smaller copy of the recipe's own network, of this share of its MACs"
+    )
+    size: PositiveInt | None = Field(
+        None, description="height and width of its images; default: as published with its weights, or the recipe's"
+    )
+    crop: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="share of the shorter side that it sees; default: as published, or the recipe's"
+    )
+    normalize: Normalisation | None = Field(
+        None, description="[[mean...], [std...]] of pixels in 0..1; default: as published, or the recipe's"
+    )
+    preprocess: Literal["auto"] | Steps | None = Field(
+        "auto", description="what the step decided: how its images are made of the recipe's"
+    )
+    leave_out: list[tuple[str, str]] | None = Field(
+        None, description="what the step decided for `shrink`: blocks left out, from one node to another"
+    )
+    widths: dict[str, list[int]] | None = Field(
+        None, description="what the step decided for `shrink`: channels of each layer that is narrower"
+    )
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        given = [name for name in ("source", "resolution", "shrink") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} say each what the network is; give one of them")
+        if not given and self.name is None:
+            raise ValueError("say what the network is: source (with checkpoint or weights), resolution or shrink")
+        if (self.checkpoint is not None or self.kwargs) and self.source is None:
+            raise ValueError("checkpoint and kwargs belong to a source, which is missing")
+        if self.source is not None:
+            try:
+                self.spec()
+            except ValidationError as error:
+                raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from error
+        if self.name is not None and (not _NAME.fullmatch(self.name) or self.name in _RESERVED):
+            raise ValueError(
+                f"name: {self.name!r} cannot be used: write letters, digits, _ and -, and none of {', '.join(_RESERVED)}"
+            )
+        return self
+
+    def spec(self) -> SourceSpec:
+        """Its source as the recipe's own network has one."""
+        assert self.source is not None
+        return SourceSpec(source=self.source, kwargs=self.kwargs, checkpoint=self.checkpoint)
+
+    def called(self) -> str:
+        """Its name, or one after its source."""
+        if self.name is not None:
+            return self.name
+        if self.source is not None:
+            return re.sub(r"[^\w-]", "_", self.spec().target[1])
+        return f"{MAIN}-{self.resolution}" if self.resolution else f"{MAIN}-{round(100 * (self.shrink or 0))}"
+
+
+class Cascade(Transform):
+    """Put trained networks in front of the recipe's own: each answers the images that it is sure of (Wang et al. 2020,
+    Wisdom of Committees; Lebovitz et al. 2023, Efficient Inference With Model Cascades).
+
+    No training is needed. Each network keeps its own size, crop and normalisation, which are part of its graph. Steps
+    behind mean one network with ``member``, and `calibrate`, `quantize` and `fold_batchnorm` all of them.
+
+    Example:
+        >>> net = dz.source("dynamize:digits_resnet", pretrained=True)
+        >>> small = {"source": "dynamize:digits_resnet_small,pretrained=true"}
+        >>> dyn = dz.convert(net, [dz.Cascade(first=[small])], (1, 8, 8))
+        >>> dyn.members
+        ['digits_resnet_small']
+    """
+
+    pass_name: Literal["cascade"] = Field("cascade", alias="pass")
+    first: Annotated[list[Member], Field(min_length=1)] = Field(
+        description="the networks in front, the cheapest first; the recipe's own comes last"
+    )
+    confidence: MemberConfidence = Field(
+        "top_probability",
+        description="what the thresholds are compared with; agreement: 1 where all networks so far answer alike",
+    )
+    combine: Literal["auto"] | Joining = Field(
+        "auto",
+        description="the answer of an image that has been through several networks: the last one's, or the mean or the "
+        "product of their probabilities; auto: what `calibrate` finds best on calibration images",
+    )
+
+    whole: ClassVar[bool] = True
+    once: ClassVar[bool] = True
+    kind: ClassVar[Kind] = Kind.ADDS_EXITS
+
+    def apply(self, network: DynamicNetwork, context: Context) -> Applied:
+        names = _names(self.first, [one.name for one in network.decisions()])
+        named = [one.model_copy(update={"name": name}) for one, name in zip(self.first, names, strict=True)]
+        built = [_build(member, network, context) for member in named]
+        nets = {name: net for name, (_, net) in zip(names, built, strict=True)}
+        _check_row(nets, network)
+        _link(network, nets, self.confidence)
+        network.made = tuple(name for name, member in zip(names, named, strict=True) if member.shrink is not None)
+        network.combining = get_args(Joining) if self.combine == "auto" else (self.combine,)
+        resolved = self.model_copy(update={"first": [member for member, _ in built]})
+        return Applied(network, resolved, [_cost_note(nets, network), *_accuracy_notes(network, context)])
+
+
+def _names(members: Sequence[Member], taken: Sequence[str]) -> list[str]:
+    names: list[str] = []
+    for member in members:
+        name, number = member.called(), 2
+        while member.name is None and name in names:
+            name, number = f"{member.called()}-{number}", number + 1
+        if name in names or name in taken:
+            raise DynamizeError(f"cascade: '{name}' is the name of two; give one of them another `name`")
+        names.append(name)
+    return names
+
+
+def _build(member: Member, network: DynamicNetwork, context: Context) -> tuple[Member, fx.GraphModule]:
+    """The network of a member, traced, and the member with everything decided."""
+    if member.shrink is not None:
+        return _shrunk(member, network, context)
+    if member.source is None and member.resolution is None:
+        net = _from_python(member, context)
+    else:
+        named = member.source is not None
+        net = load_source(member.spec(), context.trust_code) if named else copy.deepcopy(network.plain)
+    member = _decide_steps(member, net, network, context)
+    traced = _with_preprocessing(net, member, network)
+    kept = None if member.source is None else member.spec().structure()
+    origin = {} if kept is None else {"source": kept.source, "kwargs": kept.kwargs, "checkpoint": None}
+    return member.model_copy(update=origin), traced
+
+
+def _from_python(member: Member, context: Context) -> nn.Module:
+    name = member.called()
+    if name not in context.members:
+        known = ", ".join(context.members) or "none"
+        raise DynamizeError(
+            f"cascade: '{name}' names neither source, resolution nor shrink, and no network of that name was passed: "
+            f"give Context(members={{'{name}': network}}), or dz.load(..., members=...). Passed: {known}."
+        )
+    return copy.deepcopy(context.members[name]).eval()
+
+
+def _decide_steps(member: Member, net: nn.Module, network: DynamicNetwork, context: Context) -> Member:
+    if member.preprocess != "auto":
+        return member
+    _, height, width = network.input_shape
+    given = of_images(context.data.spec if context.data is not None else None, (height, width))
+    known = None if member.source is None else published(member.spec(), net)
+    wanted = given if known is None else known
+    if (size := member.size or member.resolution) is not None:
+        wanted = wanted.model_copy(update={"size": (size, size)})
+    if member.crop is not None:
+        wanted = wanted.model_copy(update={"crop": member.crop})
+    if member.normalize is not None:
+        if given.normalize is None:
+            raise DynamizeError(
+                f"cascade: {member.called()} is given a normalisation, but that of the images is not known: say "
+                "`normalize` under data, or leave both out if they are the same"
+            )
+        wanted = wanted.model_copy(update={"normalize": member.normalize})
+    return member.model_copy(update={"preprocess": steps_between(given, wanted)})
+
+
+def _with_preprocessing(net: nn.Module, member: Member, network: DynamicNetwork) -> fx.GraphModule:
+    """A member's graph, which takes the images of the recipe's network."""
+    channels, *size = network.input_shape
+    steps = member.preprocess
+    assert steps != "auto"
+    try:
+        traced = trace(net, (channels, *(size if steps is None else steps.size)))
+    except DynamizeError as error:
+        raise DynamizeError(f"cascade: {member.called()}: {error}") from error
+    if steps is not None:
+        first = placeholder(traced.graph)
+        more = {"scale": steps.scale, "shift": steps.shift, "interpolation": steps.interpolation}
+        traced.add_submodule("preprocess", Preprocess((size[0], size[1]), steps.size, steps.share, **more))
+        with traced.graph.inserting_after(first):
+            own = traced.graph.call_module("preprocess", (first,))
+        first.replace_all_uses_with(own)
+        own.args = (first,)
+        traced.recompile()
+        annotate(traced, network.input_shape)
+    return traced
+
+
+def _shrunk(member: Member, network: DynamicNetwork, context: Context) -> tuple[Member, fx.GraphModule]:
+    """A smaller copy of the recipe's network: of those with fewer blocks, narrower layers and both, the fastest."""
+    if member.widths is not None:
+        small = _smaller(member, network)
+        resize(small, member.widths)
+        count_again(small)
+        return member, small.plain
+    share = member.shrink or 0.0
+    fewer = blocks_to_leave_out(network.plain, share)
+    found: dict[str, tuple[Member, DynamicNetwork]] = {}
+    for left_out in (fewer, fewer[: len(fewer) // 2], []):
+        trial = member.model_copy(update={"leave_out": left_out, "preprocess": None})
+        small = _smaller(trial, network)
+        more = share * annotated_macs(network.plain) / annotated_macs(small.plain)
+        widths: dict[str, list[int]] = {}
+        if more < _ENOUGH:
+            try:
+                applied = Prune(macs_ratio=more).apply(small, replace(context, work=None))
+            except DynamizeError:
+                continue  # this narrow it does not get: another mixture may do
+            small, widths = applied.network, getattr(applied.resolved, "widths", None) or {}
+        found[f"{len(left_out)} blocks fewer"] = trial.model_copy(update={"widths": widths}), small
+    if not found:
+        raise DynamizeError(
+            f"cascade: shrink: {share:g}, but neither leaving out blocks nor narrower layers bring the network there: "
+            "ask for a larger share, or give a smaller network with its checkpoint"
+        )
+    chosen, small = found[_fastest({name: one for name, (_, one) in found.items()}, context)]
+    return chosen, small.plain
+
+
+def _smaller(member: Member, network: DynamicNetwork) -> DynamicNetwork:
+    """A copy of the recipe's network without some blocks."""
+    plain = copy.deepcopy(network.plain)
+    leave_out(plain, member.leave_out or [], network.input_shape)
+    return DynamicNetwork(plain, input_shape=network.input_shape).eval()
+
+
+def _fastest(networks: Mapping[str, DynamicNetwork], context: Context) -> str:
+    if len(networks) == 1:
+        return next(iter(networks))
+    channels_height_width = next(iter(networks.values())).input_shape
+    compiled = {name: compile_network(one, context.backend, context.device) for name, one in networks.items()}
+    image = torch.randn(1, *channels_height_width, generator=torch.Generator().manual_seed(0)).to(context.device)
+    times = interleave(compiled, [image], context.device, _SECONDS)
+    return min(compiled, key=times.median_ms)
+
+
+def _check_row(nets: Mapping[str, fx.GraphModule], network: DynamicNetwork) -> None:
+    """Refuse networks of other classes, and an order that cannot save work."""
+    every = {**nets, MAIN: network.plain}
+    classes = {name: int(output_value(net.graph).meta["shape"][1]) for name, net in every.items()}
+    if len(set(classes.values())) > 1:
+        counts = ", ".join(f"{name} {count}" for name, count in classes.items())
+        raise DynamizeError(
+            f"cascade: the networks tell different numbers of classes apart: {counts}. All need the same classes in "
+            "the same order: give checkpoints that were trained on the same images"
+        )
+    costs = {name: annotated_macs(net) for name, net in every.items()}
+    if list(costs.values()) != sorted(costs.values()):
+        listed = ", ".join(f"{name} {cost / 1e6:.1f} M" for name, cost in costs.items())
+        raise DynamizeError(
+            f"cascade: the networks are not in the order of their costs, the cheapest first and the recipe's own last "
+            f"(MACs per image: {listed}): order `first` so, and let the dearest be the recipe's own"
+        )
+
+
+def _link(network: DynamicNetwork, nets: Mapping[str, fx.GraphModule], confidence: MemberConfidence) -> None:
+    """Put the networks in front, with a place to leave behind each and a way back to the images before the next."""
+    pieces: dict[str, Piece] = {}
+    for k, (name, net) in enumerate(nets.items()):
+        if k:
+            pieces[f"{name}/{placeholder(net.graph).name}"] = Restart()
+        pieces[f"{name}/{output_value(net.graph).name}"] = Answer(confidence)
+    own = network.plain.graph
+    network.insert({**pieces, placeholder(own).name: Restart(), output_value(own).name: Verdict()}, nets)
+
+
+def _cost_note(nets: Mapping[str, fx.GraphModule], network: DynamicNetwork) -> str:
+    own = annotated_macs(network.plain)
+    listed = ", ".join(f"{name} ({annotated_macs(net) / own:.0%} of its MACs)" for name, net in nets.items())
+    return f"in front of the network: {listed}"
+
+
+def _accuracy_notes(network: DynamicNetwork, context: Context) -> list[str]:
+    """What each network answers by itself, and which one seems to speak of other classes."""
+    if context.data is None:
+        return []
+    images = context.data.calibration
+    seen = everything(network, images, context.device)
+    names = [piece.name for piece in network.leaving]
+    found = {name: accuracy(logits, seen.labels) for name, logits in zip([*names, MAIN], seen.logits, strict=True)}
+    notes = [f"alone on the calibration images: {', '.join(f'{name} {one:.1%}' for name, one in found.items())}"]
+    guessing = _CHANCE / seen.logits[0].shape[1]
+    for name in network.members:
+        if name not in network.made and found[name] < guessing <= found[MAIN]:
+            notes.append(
+                f"{name} is right on {found[name]:.1%} of the calibration images, as by chance: its classes have "
+                "another order, its images another normalisation, or its checkpoint is missing"
+            )
+    return notes
