@@ -92,7 +92,8 @@ class Member(BaseModel):
                 raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from error
         if self.name is not None and (not _NAME.fullmatch(self.name) or self.name in _RESERVED):
             raise ValueError(
-                f"name: {self.name!r} cannot be used: write letters, digits, _ and -, and none of {', '.join(_RESERVED)}"
+                f"name: {self.name!r} cannot be used: write letters, digits, _ and -, but none of "
+                f"{', '.join(_RESERVED)}"
             )
         return self
 
@@ -227,8 +228,9 @@ def _with_preprocessing(net: nn.Module, member: Member, network: DynamicNetwork)
         raise DynamizeError(f"cascade: {member.called()}: {error}") from error
     if steps is not None:
         first = placeholder(traced.graph)
-        more = {"scale": steps.scale, "shift": steps.shift, "interpolation": steps.interpolation}
-        traced.add_submodule("preprocess", Preprocess((size[0], size[1]), steps.size, steps.share, **more))
+        given = (size[0], size[1])
+        own_images = Preprocess(given, steps.size, steps.share, steps.scale, steps.shift, steps.interpolation)
+        traced.add_submodule("preprocess", own_images)
         with traced.graph.inserting_after(first):
             own = traced.graph.call_module("preprocess", (first,))
         first.replace_all_uses_with(own)

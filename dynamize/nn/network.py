@@ -197,7 +197,7 @@ class DynamicNetwork(nn.Module):
 
     def rebuild(self) -> None:
         """Cut the static pieces out of the original graphs anew, and count MACs."""
-        placed = cast(list[Piece], list(self.pieces.values()))
+        placed = self._pieces()
         rows = [build_row(net, [one for one in placed if one.member == name], name) for name, net in self.nets.items()]
         self._row = tuple(piece for row in rows for piece in row)
         known = {id(piece): key for key, piece in self.pieces.items()}
@@ -207,9 +207,9 @@ class DynamicNetwork(nn.Module):
     def take(self, member: str) -> "DynamicNetwork":
         """One of the networks of the row as a network by itself, of the same layers, to be changed and :meth:`put`."""
         alone = DynamicNetwork(self.nets[member], input_shape=self.input_shape)
-        for key, piece in self.pieces.items():
-            if cast(Piece, piece).member == member and not cast(Piece, piece).links:
-                cast(Piece, piece).member = MAIN
+        for piece in self._pieces():
+            if piece.member == member and not piece.links:
+                piece.member = MAIN
                 alone.pieces[key_of(piece.name)] = piece
         alone.rebuild()
         return alone.train(self.training)
@@ -217,11 +217,15 @@ class DynamicNetwork(nn.Module):
     def put(self, member: str, alone: "DynamicNetwork") -> None:
         """Let a network that :meth:`take` gave stand in the row again, as it is now."""
         self.nets[member] = alone.nets[MAIN]
-        for piece in alone.pieces.values():
-            cast(Piece, piece).member = member
-        kept = [piece for piece in self.pieces.values() if cast(Piece, piece).member != member or piece.links]
-        self.pieces = nn.ModuleDict({key_of(piece.name): piece for piece in [*alone.pieces.values(), *kept]})
+        kept = [piece for piece in self._pieces() if piece.member != member or piece.links]
+        given = alone._pieces()
+        for piece in given:
+            piece.member = member
+        self.pieces = nn.ModuleDict({key_of(piece.name): piece for piece in [*given, *kept]})
         self.rebuild()
+
+    def _pieces(self) -> list[Piece]:
+        return [cast(Piece, piece) for piece in self.pieces.values()]
 
     def count(self) -> None:
         """Count the MACs of all pieces on one blank image, as they stand, and note shapes."""

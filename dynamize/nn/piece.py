@@ -173,7 +173,7 @@ class Piece(nn.Module, ABC):
 
     @property
     def name(self) -> str:
-        """Of its decision, or of where it ends; that of the network it belongs to first, unless that is the main one."""
+        """Of its decision, or of where it ends; within a network in front of the main one, MEMBER/NAME."""
         return self.own_name if self.member == MAIN else f"{self.member}/{self.own_name}"
 
     @property

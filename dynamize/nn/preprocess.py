@@ -26,6 +26,11 @@ class Preprocess(Whole):
         interpolation: bilinear or bicubic.
     """
 
+    rows: Tensor
+    columns: Tensor
+    scale: Tensor
+    shift: Tensor
+
     def __init__(
         self,
         given: tuple[int, int],
