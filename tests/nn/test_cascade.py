@@ -47,24 +47,17 @@ def images() -> Tensor:
 def by_hand(alone: dict[str, torch.nn.Module], images: Tensor, setting: Setting) -> tuple[Tensor, Tensor]:
     """Answers and who gave them, image by image."""
     answers, places = [], []
+    asked = [k for k, name in enumerate((*NAMES, "main")) if name == "main" or setting.thresholds.get(name) is not None]
     with torch.no_grad():
         for image in images:
-            so_far = None
-            for place, name in enumerate((*NAMES, "main")):
-                threshold = setting.thresholds.get(name)
-                if threshold is None and name != "main":
-                    continue
-                own = alone[name](image[None])
-                so_far = own if so_far is None or setting.combine == "last" else so_far
-                if so_far is not own:
-                    so_far = join(setting.combine, evidence, own, 1.0)
-                evidence = log_probabilities(own, 1.0) if so_far is own else so_far
-                top = so_far[0].topk(1)
-                rest = so_far[0].clone()
-                rest[top.indices] = -torch.inf
-                if name == "main" or float(top.values - rest.logsumexp(0)) >= threshold:
+            logits = [alone[(*NAMES, "main")[k]](image[None])[0] for k in asked]
+            for last, place in enumerate(asked):
+                seen = torch.stack(logits[: last + 1]).log_softmax(1)
+                joined = {"last": logits[last], "mean": seen.logsumexp(0), "product": seen.sum(0)}[setting.combine]
+                odds = joined.softmax(0).max().logit()
+                if place == len(NAMES) or odds >= setting.thresholds[NAMES[place]]:
                     break
-            answers.append(so_far[0])
+            answers.append(joined)
             places.append(place)
     return torch.stack(answers), torch.tensor(places)
 
@@ -151,7 +144,8 @@ def test_training_gives_the_answers_of_all(
         assert all(map(close, network.all_exits(images), wanted))
         dense = network.train()(images)
         network.eval()
-    assert isinstance(dense, Dense) and len(dense.logits) == 3
+    assert isinstance(dense, Dense)
+    assert len(dense.logits) == 3
 
 
 @pytest.mark.parametrize("backend", FLOAT32)
@@ -187,7 +181,8 @@ def test_one_network_is_taken_out_changed_and_put_back(
     routed = network.run(images, setting)
     assert len(set(routed.exits.tolist())) > 2
     found = dz.compile_network(network, "onnxruntime").run(images, setting)
-    assert torch.equal(found.exits, routed.exits) and close(found.logits, routed.logits)
+    assert torch.equal(found.exits, routed.exits)
+    assert close(found.logits, routed.logits)
     dz.save(network, tmp_path)
     loaded = dz.load(tmp_path, network=alone["main"], members=context.members)
     assert torch.equal(loaded.run(images, setting).logits, routed.logits)
