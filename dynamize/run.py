@@ -176,7 +176,7 @@ class Runner:
         context = Context(
             data=self.data,
             teacher=self.teacher,
-            trust_code=self.trust_code,
+            trust_code=bool(self.trust_code),
             device=self.device,
             seed=self.recipe.seed,
             backend=self.backends[0],
@@ -250,7 +250,7 @@ class Runner:
 
     def _restore(self, state: StepState) -> DynamicNetwork:
         weights = self.out / STEPS / str(state.row.step) / WEIGHTS
-        trusting = Context(trust_code=self.trust_code)
+        trusting = Context(trust_code=bool(self.trust_code))
         network = replay(self.teacher, state.history, self.recipe.model.input, trusting)
         load_into(network, upgraded(read_state_dict(weights), network), "the network of this run", weights)
         network.operating_points = state.operating_points

@@ -326,8 +326,9 @@ def check_order(steps: Sequence[Transform], done: Sequence[str | Mapping[str, An
                     f"step {i + 1} `{name}` comes after step {k + 1} `{names[k]}`, which it would undo: move `{name}` "
                     f"above `{names[k]}`"
                 )
-            if step.once and name == names[k]:
-                raise DynamizeError(f"step {i + 1} is a second `{name}`: merge it into step {k + 1}")
+        second = [k for k in earlier if step.once and names[k] == name]
+        if second:
+            raise DynamizeError(f"step {i + 1} is a second `{name}`: merge it into step {second[0] + 1}")
 
 
 def _undoes(step: type[Transform], earlier: type[Transform]) -> bool:
