@@ -62,7 +62,7 @@ class TestSteps:
     @pytest.mark.parametrize(
         ("step", "message"),
         [
-            ({"pass": "exit"}, "Did you mean exits.*Known: calibrate, channel_gates, distill, exits"),
+            ({"pass": "exit"}, "Did you mean exits.*Known: calibrate, cascade, channel_gates, distill, exits"),
             ({"count": 2}, "'None' is no transform"),
         ],
     )
@@ -79,7 +79,10 @@ class TestOrder:
     @pytest.mark.parametrize(
         ("steps", "message"),
         [
-            ([Calibrate()], "step 1 `calibrate` needs `exits` or `skip_gates` or `channel_gates` before it"),
+            (
+                [Calibrate()],
+                "step 1 `calibrate` needs `cascade` or `exits` or `skip_gates` or `channel_gates`",
+            ),
             (
                 [Exits(), Calibrate(), Distill()],
                 "step 3 `distill` comes after step 2 `calibrate`, which it would undo: move `distill` above",
@@ -99,7 +102,7 @@ class TestOrder:
         check_order([Exits(), Distill(), Distill(), Calibrate()])
 
     def test_it_is_checked_before_anything_runs(self) -> None:
-        with pytest.raises(DynamizeError, match="needs `exits`"):
+        with pytest.raises(DynamizeError, match="needs `cascade` or `exits`"):
             convert(torch.nn.Identity(), [Calibrate()], (3, 8, 8))
 
 

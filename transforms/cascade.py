@@ -20,8 +20,9 @@ from dynamize.graph.trace import annotate, trace
 from dynamize.measure.accuracy import accuracy, everything
 from dynamize.measure.latency import interleave
 from dynamize.nn.cascade import Answer, MemberConfidence, Restart, Verdict
+from dynamize.nn.joining import Joining
 from dynamize.nn.network import DynamicNetwork
-from dynamize.nn.piece import MAIN, Joining, Piece
+from dynamize.nn.piece import MAIN, Piece
 from dynamize.nn.preprocess import Preprocess
 from dynamize.preprocessing import Normalisation, Steps, of_images, published, steps_between
 from dynamize.rewrite.exchange import count_again

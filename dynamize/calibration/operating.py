@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, RootModel, model_validator
 
 from dynamize.errors import DynamizeError, rounded_up
-from dynamize.nn.piece import Joining
+from dynamize.nn.joining import Joining
 
 _SLACK = 1e-9
 _MOST_DIGITS = 9

@@ -14,7 +14,8 @@ from dynamize.graph.tracer import blank
 from dynamize.nn.executor import CACHE, Program, Routed, execute, names, program
 from dynamize.nn.exits import CONTEXT, Leaving
 from dynamize.nn.flow import Flow
-from dynamize.nn.piece import MAIN, Choose, Decision, Dense, Joining, Part, Piece, Point, Setting, eager_calls
+from dynamize.nn.joining import Joining
+from dynamize.nn.piece import MAIN, Choose, Decision, Dense, Part, Piece, Point, Setting, eager_calls
 from dynamize.nn.routing import Routing
 from dynamize.nn.row import build_row, needed, refuse_misplaced
 from dynamize.nn.units import Unit

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dynamize.graph.macs import counting_macs
 from dynamize.nn.flow import Flow
 from dynamize.nn.gates import pool, sample_paths
+from dynamize.nn.joining import Joining
 
 Effect = Literal["leaves", "changes"]
 """What a decision does (:class:`Decision`). Steps that train, fix or quantise ways ask those of :class:`Unit` of all
@@ -26,10 +27,6 @@ Run = Callable[[Flow, "Setting"], None]
 
 LEAVES, GOES_ON = 0, 1  # the options of a decision at which images leave
 MAIN = "main"  # the recipe's own network among those that a row is made of
-
-Joining = Literal["last", "mean", "product"]
-"""How the answers of the networks that an image has been through become one: the last one's; the mean of their
-probabilities; or their product, which adds up evidence."""
 
 
 @dataclass(frozen=True)

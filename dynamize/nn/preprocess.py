@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from dynamize.graph.trace import Whole
+from dynamize.graph.tracer import Whole
 
 
 class Preprocess(Whole):

@@ -90,7 +90,7 @@ def test_resume_with_other_settings_is_refused(artifact: Path, cli: Cli) -> None
         (["quickstart", "--model", "dynamize:digits_resnt"], "digits_resnet"),
         (["quickstart", "--data", "imagefolder:/nowhere"], "/nowhere"),
         (["quickstart", "--device", "gpu"], "'gpu' is no device"),
-        (["quickstart", "--set", "steps=[{pass: calibrate}]"], "needs `exits`"),
+        (["quickstart", "--set", "steps=[{pass: calibrate}]"], "needs `cascade` or `exits`"),
     ],
 )
 def test_bad_input_is_one_error_and_exit_code_2(arguments: list[str], told: str, tmp_path: Path, cli: Cli) -> None:

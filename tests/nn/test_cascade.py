@@ -12,8 +12,9 @@ import dynamize as dz
 from dynamize.graph.macs import count_macs
 from dynamize.measure.costs import exit_costs
 from dynamize.nn.cascade import join, log_probabilities
+from dynamize.nn.joining import Joining
 from dynamize.nn.network import DynamicNetwork
-from dynamize.nn.piece import Dense, Joining, Setting
+from dynamize.nn.piece import Dense, Setting
 from dynamize.transform import Context
 from dynamize.transforms.cascade import Member
 

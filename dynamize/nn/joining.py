@@ -1,0 +1,6 @@
+"""How the answers of several networks become one. Importing it does not import torch: operating points name it."""
+
+from typing import Literal
+
+Joining = Literal["last", "mean", "product"]
+"""The last network's answer; the mean of their probabilities; or their product, which adds up evidence."""
