@@ -18,6 +18,8 @@ _USER_ERRNOS = {
     for name in ("ENOSPC", "EDQUOT", "EFBIG", "EACCES", "EPERM", "EROFS", "EISDIR", "ENOTDIR", "ENAMETOOLONG", "EIO")
 }
 
+_UsageError: Any = typer.BadParameter.__mro__[1]  # click's, of which newer versions of typer have a copy
+
 
 class _Program(TyperGroup):
     """Turns what a user can repair into one red line and exit code 2; anything else keeps its traceback."""
@@ -27,6 +29,10 @@ class _Program(TyperGroup):
             return super().invoke(ctx)
         except DynamizeError as error:
             complain(str(error))
+        except _UsageError as error:
+            if type(error).__name__ == "NoArgsIsHelpError":
+                raise
+            complain(f"{error.format_message()} See `{error.ctx.command_path if error.ctx else 'dynamize'} --help`.")
         except KeyboardInterrupt:
             complain("stopped; go on with --resume" if ctx.invoked_subcommand == "run" else "stopped")
         except OSError as error:
@@ -66,6 +72,7 @@ def program(
 
 
 app.command()(runs.run)
+app.command()(runs.check)
 app.command()(look.inspect)
 app.command()(look.report)
 app.command()(suggest)

@@ -32,6 +32,11 @@ def complain(text: str) -> None:
     _stderr().print(Text(f"error: {text}", style="red"), soft_wrap=True)
 
 
+def warn(text: str) -> None:
+    """Print to stderr what makes a result worth little, in yellow where that is a terminal."""
+    _stderr().print(Text(f"warning: {text}", style="yellow"), soft_wrap=True)
+
+
 @contextmanager
 def reporting(quiet: bool) -> Iterator[Reporter]:
     """What the library logs goes to stderr, and loops wrapped by the yielded reporter show how far they are.

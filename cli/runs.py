@@ -4,35 +4,45 @@ import json
 import os
 import shlex
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dynamize.cli.console import complain, reporting, show, show_json
+from dynamize.cli.console import complain, reporting, show, show_json, warn
 from dynamize.cli.options import AsJson, Device, Part, Quiet, TrustCode, shape, weights
 
 if TYPE_CHECKING:
     from dynamize.run import Outcome
 
 
+RecipeName = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A YAML file, or a built-in recipe's name.", show_default=False)
+]
+Model = Annotated[str | None, typer.Option(metavar="SOURCE", help="Network; its code is run if it names code.")]
+Weights = Annotated[Path | None, typer.Option(help="Weights of the network.")]
+Images = Annotated[str | None, typer.Option(metavar="SOURCE", help="Images, e.g. imagefolder:PATH.")]
+Input = Annotated[
+    str | None, typer.Option("--input", metavar="C,H,W", help="Channels, height and width of the network's input.")
+]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Any field; steps count from 0.")
+]
+Seed = Annotated[int | None, typer.Option(help="Of everything random.")]
+
+
 def run(
-    recipe: Annotated[str, typer.Argument(help="A YAML file, or a built-in recipe's name.", show_default=False)],
+    recipe: RecipeName,
     out: Annotated[Path | None, typer.Option(help="Folder to write; by default runs/NAME of the recipe.")] = None,
-    model: Annotated[
-        str | None, typer.Option(metavar="SOURCE", help="Network; its code is run if it names code.")
-    ] = None,
-    checkpoint: Annotated[Path | None, typer.Option(help="Weights of the network.")] = None,
+    model: Model = None,
+    checkpoint: Weights = None,
     part: Part = None,
-    data: Annotated[str | None, typer.Option(metavar="SOURCE", help="Images, e.g. imagefolder:PATH.")] = None,
-    input_shape: Annotated[
-        str | None, typer.Option("--input", metavar="C,H,W", help="Channels, height and width of the network's input.")
-    ] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Any field; steps count from 0.")
-    ] = None,
+    data: Images = None,
+    input_shape: Input = None,
+    settings: Settings = None,
     device: Device = "auto",
-    seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
+    seed: Seed = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last finished step.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in the folder.")] = False,
     trust_code: TrustCode = False,
@@ -49,14 +59,7 @@ def run(
         from dynamize.recipe import load_recipe
         from dynamize.run import run_recipe
 
-        flags = {
-            "model.source": model,
-            "model.checkpoint": weights(checkpoint, part),
-            "model.input": shape(input_shape),
-            "data.source": data,
-            "seed": seed,
-        }
-        given = [f"{path}={json.dumps(value, default=os.fspath)}" for path, value in flags.items() if value is not None]
+        given = _overrides(model, checkpoint, part, data, input_shape, seed)
         folder = out or Path("runs") / Path(recipe).stem
         outcome = run_recipe(
             load_recipe(recipe, [*given, *(settings or [])], trust_code=trust_code),
@@ -75,6 +78,67 @@ def run(
         raise typer.Exit(1)
 
 
+def check(
+    recipe: RecipeName,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; by default it is not looked at.")] = None,
+    model: Model = None,
+    checkpoint: Weights = None,
+    part: Part = None,
+    data: Images = None,
+    input_shape: Input = None,
+    settings: Settings = None,
+    device: Device = "auto",
+    seed: Seed = None,
+    trust_code: TrustCode = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Say what a run would do, or why it cannot work; nothing is trained or written.
+
+    Takes what `run` takes, and refuses what `run` would refuse before it trains.
+
+    Example: dynamize check early_exit --model torchvision:resnet50 --checkpoint mine.pt --data imagefolder:DIR
+    """
+    with reporting(quiet) as progress:
+        from dynamize.recipe import load_recipe
+        from dynamize.run import Runner
+
+        given = _overrides(model, checkpoint, part, data, input_shape, seed)
+        plan = Runner(
+            load_recipe(recipe, [*given, *(settings or [])], trust_code=trust_code),
+            out or Path("runs") / Path(recipe).stem,
+            device=device,
+            resume=out is None,
+            trust_code=trust_code or (None if model is not None else False),
+            progress=progress,
+        ).plan()
+    if as_json:
+        show_json(asdict(plan) | {"minutes": plan.minutes})
+        return
+    from dynamize.cli.plan_table import planned
+
+    show(planned(plan))
+
+
+def _overrides(
+    model: str | None,
+    checkpoint: Path | None,
+    part: str | None,
+    data: str | None,
+    input_shape: str | None,
+    seed: int | None,
+) -> list[str]:
+    """Options of their own, as `--set` would say them."""
+    flags = {
+        "model.source": model,
+        "model.checkpoint": weights(checkpoint, part),
+        "model.input": shape(input_shape),
+        "data.source": data,
+        "seed": seed,
+    }
+    return [f"{path}={json.dumps(value, default=os.fspath)}" for path, value in flags.items() if value is not None]
+
+
 def _print(outcome: "Outcome", folder: Path, as_json: bool, quiet: bool) -> None:
     if as_json:
         rows = [row.model_dump(mode="json") for row in outcome.report.ledger.rows]
@@ -85,6 +149,8 @@ def _print(outcome: "Outcome", folder: Path, as_json: bool, quiet: bool) -> None
 
         show(terminal.render(outcome.report))
         show(f"\nReport: {folder / 'report.html'}", f"Artifact: {folder}")
+    for warning in outcome.warnings:
+        warn(warning)
     if outcome.failures:
         from dynamize.cli.tables import failures_table
 

@@ -11,7 +11,7 @@ from dynamize.calibration.intervals import wilson
 from dynamize.data import Images
 from dynamize.measure.accuracy import routed_answers, top_answers
 from dynamize.measure.costs import exit_costs
-from dynamize.measure.latency import Times, interleave
+from dynamize.measure.latency import LEAST_ROUNDS, Times, interleave
 from dynamize.measure.memory import peak_bytes, saved_bytes
 from dynamize.nn.executor import exits_of
 from dynamize.nn.network import DynamicNetwork
@@ -22,7 +22,7 @@ from dynamize.runtime.engine import engine_class
 from dynamize.runtime.threads import Threads, chosen_threads
 from dynamize.transform import Progress, quiet
 
-_INPUTS = 96  # images timed in each round, at least one batch
+_INPUTS, _FEWEST_INPUTS = 96, 8  # images timed in each round, at least one batch
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Evaluator:
         progress: Progress = quiet,
         threads: Threads | None = None,
     ) -> None:
-        self.static, self.images, self.device = static, images, device
+        self.static, self.images, self.device, self.inputs = static, images, device, _INPUTS
         self.backends, self.batches, self.seconds = tuple(backends), tuple(batches), seconds
         self.progress, self.threads = progress, threads
         self.notes: list[str] = []  # what backends left to torch when networks were last timed
@@ -111,6 +111,16 @@ class Evaluator:
     def static_macs(self) -> float:
         """MACs per image of the static network."""
         return float(exit_costs(self.static).cumulative()[-1])
+
+    def hurry(self, seconds: float, image_seconds: float) -> None:
+        """Keep each comparison of times to about so many seconds, with fewer images where one takes long.
+
+        Args:
+            image_seconds: for one image through the static network.
+        """
+        self.seconds = min(self.seconds, seconds)
+        calls = 2 * LEAST_ROUNDS * max(image_seconds, 1e-9)  # two networks take turns
+        self.inputs = min(_INPUTS, max(_FEWEST_INPUTS, int(seconds / calls)))
 
     def judge(self, network: DynamicNetwork) -> Judgement:
         """Answers and routing of ``network`` at its operating point."""
@@ -153,7 +163,7 @@ class Evaluator:
         """
         found: dict[tuple[str, int], Times] = {}
         self.notes = []
-        chosen = representative(judged.macs, max(_INPUTS, *self.batches))
+        chosen = representative(judged.macs, max(self.inputs, *self.batches))
         images = gather(self.images, chosen, self.device)
         images = images[torch.arange(max(len(images), *self.batches)) % len(images)]
         for backend in self.backends:
@@ -163,7 +173,8 @@ class Evaluator:
             if not alone:
                 contenders["dynamic"] = compile_network(network, backend, self.device, self.threads)
             for batch in self.progress(self.batches, f"timing on {backend}, batch by batch", len(self.batches)):
-                inputs = [images[i : i + batch] for i in range(0, len(images) - batch + 1, batch)]
+                most = max(self.inputs, batch)
+                inputs = [images[i : i + batch] for i in range(0, min(most, len(images)) - batch + 1, batch)]
                 found[backend, batch] = interleave(contenders, inputs, self.device, self.seconds)
             self.notes += [f"{name}: {note}" for name, one in contenders.items() for note in one.notes]
         return found

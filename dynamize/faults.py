@@ -15,7 +15,7 @@ _SHOULD_BE = "Input should be "
 
 
 def explain(error: ValidationError, model: type[BaseModel], given: Mapping[str, Any]) -> str:
-    """Every refused field on a line of its own: where, why, and what was given.
+    """What follows a colon: one refused field, or several on a line of their own: where, why, and what was given.
 
     Args:
         error: what validating ``given`` as ``model`` raised.
@@ -28,9 +28,8 @@ def explain(error: ValidationError, model: type[BaseModel], given: Mapping[str, 
         found.setdefault(place, []).append(_why(one, model))
     deepest = {place: why for place, why in members.items() if not _has_below(place, [*whole, *members])}
     faults = whole | {place: [_joined(why)] for place, why in deepest.items()}
-    return "\n".join(
-        f"  {'.'.join(map(str, place)) or 'recipe'}: {text}" for place, texts in faults.items() for text in texts
-    )
+    lines = [f"{'.'.join(map(str, place)) or 'recipe'}: {text}" for place, texts in faults.items() for text in texts]
+    return f" {lines[0]}" if len(lines) == 1 else "".join(f"\n  {line}" for line in lines)
 
 
 def _place(given: Any, one: Mapping[str, Any]) -> Place:

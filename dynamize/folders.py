@@ -64,3 +64,27 @@ def clear(out: Path) -> None:
     for name in (CODE, STEPS):
         if (out / name).is_dir() and not os.listdir(out / name):
             (out / name).rmdir()
+
+
+def check_space(out: Path, size: int) -> None:
+    """Refuse a folder on a disk that is too full, or where none can be made.
+
+    Args:
+        size: bytes that will be written.
+
+    Raises:
+        DynamizeError: less is free, or something on the way there is a file or may not be written.
+    """
+    here = out.absolute()
+    while not here.exists():
+        here = here.parent
+    if not here.is_dir():
+        raise DynamizeError(f"{here} is a file, so {out} cannot lie in it: give another folder with --out")
+    if not os.access(here, os.W_OK):
+        raise DynamizeError(f"{here} may not be written to: give another folder with --out")
+    free = shutil.disk_usage(here).free
+    if free < size:
+        raise DynamizeError(
+            f"{out} needs about {size / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free there: free some space, or give "
+            "another folder with --out"
+        )

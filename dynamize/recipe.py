@@ -132,7 +132,9 @@ class Recipe(BaseModel):
     seed: Annotated[int, Field(ge=0)] = 0
     backends: list[Backend] = []
     batches: list[PositiveInt] = [1, 64]
-    timing_seconds: PositiveFloat = Field(5.0, description="how long each comparison of times takes")
+    timing_seconds: Literal["auto"] | PositiveFloat = Field(
+        "auto", description="how long each comparison of times takes; auto: up to 5, a tenth of the run in all"
+    )
     code: list[Path] = Field(
         [], description="Python files that define transforms, relative to the recipe; run only with --trust-code"
     )
@@ -178,7 +180,7 @@ def parse_recipe(plain: dict[str, Any], name: str) -> Recipe:
     try:
         recipe = Recipe.model_validate(plain)
     except ValidationError as error:
-        raise DynamizeError(f"{name} is no valid recipe:\n{explain(error, Recipe, plain)}") from error
+        raise DynamizeError(f"{name} is no valid recipe:{explain(error, Recipe, plain)}") from error
     recipe.transforms()
     return recipe
 

@@ -25,7 +25,7 @@ from dynamize.checkpoints import load_into, read_state_dict, save_state_dict
 from dynamize.conversion import apply, replay, wrap
 from dynamize.data import Splits, load_data
 from dynamize.devices import choose_device
-from dynamize.errors import DynamizeError
+from dynamize.errors import DynamizeError, InfeasibleError
 from dynamize.evaluation import Evaluator
 from dynamize.files import write_json_lines, write_text
 from dynamize.folders import (
@@ -38,11 +38,15 @@ from dynamize.folders import (
     STEPS,
     WEIGHTS,
     check_folder,
+    check_space,
     clear,
 )
 from dynamize.measure.accuracy import judgeable
+from dynamize.measure.memory import saved_bytes
 from dynamize.nn.network import DynamicNetwork
+from dynamize.plan import Plan, Planner, longest_timing
 from dynamize.recipe import Bound, Recipe
+from dynamize.rehearsal import Rehearsed, told
 from dynamize.report import Ledger, ReportData, Row, html, markdown
 from dynamize.report.folder import OF_OTHER_FILES
 from dynamize.runtime.engine import default_backend
@@ -52,6 +56,8 @@ from dynamize.upgrade import upgraded
 from dynamize.verbs.pictures import report_data
 
 log = logging.getLogger("dynamize")
+
+_COPIES = 6  # of the weights, beside one for each step: the artifact, and a checkpoint with its optimizer
 
 
 @dataclass(frozen=True)
@@ -66,11 +72,12 @@ class Failure:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run leaves: the network, what a report shows, and which expectations failed."""
+    """What a run leaves: the network, what a report shows, which expectations failed, and what else to be told."""
 
     network: DynamicNetwork
     report: ReportData
     failures: list[Failure]
+    warnings: list[str]
 
 
 class StepState(BaseModel):
@@ -123,6 +130,7 @@ class Runner:
         torch.manual_seed(recipe.seed)  # a source without a checkpoint is the same network again after --resume
         self.teacher = load_source(recipe.model.spec(), trust_code).to(self.device).requires_grad_(False)
         self.static = wrap(self.teacher, recipe.model.input)
+        check_space(out, (len(recipe.steps) + _COPIES) * saved_bytes(self.static))
         self.data = self._load_data()
         self.evaluator = Evaluator(
             self.static,
@@ -130,17 +138,21 @@ class Runner:
             self.device,
             self.backends,
             recipe.batches,
-            recipe.timing_seconds,
+            longest_timing(recipe),
             self.progress,
         )
+        self.planner = Planner(recipe, self.teacher, self.data, self.evaluator)
 
     def run(self) -> Outcome | None:
         """All steps; None in every process but the main one."""
+        finished = self._finished()
+        rehearsed, warnings = self._rehearse(finished), self.planner.warnings()
+        for warning in warnings:
+            log.warning("%s", warning)
         if not self.resume and self.state.is_main_process:
             clear(self.out)
         torch.manual_seed(self.recipe.seed)
         steps = self.recipe.transforms()
-        finished = self._finished()
         network = self._restore(finished[-1]) if finished else wrap(self.teacher, self.recipe.model.input)
         network.requires_grad_(True)  # both were copied from the frozen teacher
         rows = [state.row for state in finished]
@@ -148,7 +160,8 @@ class Runner:
         for index in range(len(finished), len(steps) + 1):
             transform = steps[index - 1] if index else None
             self._open_step(index)
-            network, notes, seconds = self._apply(index, transform, network)
+            network, notes, seconds = self._apply(index, transform, network, rehearsed.get(index))
+            notes = [*notes, *([] if index else warnings)]
             metrics = metrics + self._step_metrics(index)
             if self.state.is_main_process:
                 rows.append(self._measure(index, transform, network, notes, seconds))
@@ -159,6 +172,21 @@ class Runner:
             return None
         return self._finish(network, rows, metrics)
 
+    def plan(self) -> Plan:
+        """What :meth:`run` would do; nothing is trained or written.
+
+        Raises:
+            DynamizeError: it cannot work.
+        """
+        return self.planner.plan(wrap(self.teacher, self.recipe.model.input), self._context())
+
+    def _rehearse(self, finished: Sequence[StepState]) -> dict[int, Rehearsed]:
+        """The steps that are left, by number."""
+        network = self._restore(finished[-1]) if finished else wrap(self.teacher, self.recipe.model.input)
+        first = max(1, len(finished))
+        steps = self.planner.rehearse(network, self._context(), first)
+        return dict(enumerate(steps, start=first))
+
     def _load_data(self) -> Splits:
         recipe = self.recipe
         with torch.no_grad():
@@ -168,25 +196,33 @@ class Runner:
         )
         return judgeable(data, self.teacher, self.device)
 
-    def _apply(
-        self, index: int, transform: Transform | None, network: DynamicNetwork
-    ) -> tuple[DynamicNetwork, list[str], float]:
-        if transform is None or not (self.state.is_main_process or transform.collective):
-            return network, [], 0.0
-        context = Context(
+    def _context(self, work: Path | None = None) -> Context:
+        return Context(
             data=self.data,
             teacher=self.teacher,
             trust_code=bool(self.trust_code),
             device=self.device,
             seed=self.recipe.seed,
             backend=self.backends[0],
-            work=self.out / STEPS / str(index),
+            work=work,
             resume=self.resume,
             progress=self.progress,
         )
-        started = time.monotonic()
-        network, notes = apply(network, transform, context)
-        return network, notes, time.monotonic() - started
+
+    def _apply(
+        self, index: int, transform: Transform | None, network: DynamicNetwork, rehearsed: Rehearsed | None
+    ) -> tuple[DynamicNetwork, list[str], float]:
+        if transform is None or not (self.state.is_main_process or transform.collective):
+            return network, [], 0.0
+        settled = rehearsed if rehearsed is not None and rehearsed.settled else None
+        started = time.monotonic() - (settled.seconds if settled else 0.0)
+        try:
+            network, notes = apply(
+                network, settled.step if settled else transform, self._context(self.out / STEPS / str(index))
+            )
+        except InfeasibleError as error:
+            raise InfeasibleError(told(error, index, transform, trained=True), error.nearest) from error
+        return network, settled.notes if settled else notes, time.monotonic() - started
 
     def _measure(
         self, index: int, transform: Transform | None, network: DynamicNetwork, notes: Sequence[str], seconds: float
@@ -213,7 +249,8 @@ class Runner:
     def _fingerprint(self, index: int) -> str:
         """Of everything that the outcome of step ``index`` depends on, later steps not among it."""
         parts = self.recipe.model_dump(mode="json", by_alias=True, exclude={"expect", "description", "code"})
-        parts["steps"] = parts["steps"][:index]
+        parts["steps"] = list(map(_counted, self.recipe.steps[:index]))
+        parts["timing_seconds"] = longest_timing(self.recipe)
         if self.recipe.code:
             parts["code"] = [hashlib.sha256(file.read_bytes()).hexdigest() for file in self.recipe.code]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -241,7 +278,7 @@ class Runner:
             if states[-1].fingerprint != self._fingerprint(len(states) - 1):
                 states.pop()
                 break
-        if not states and (self.out / STEPS / "0" / STATE).exists():
+        if self.resume and not states and (self.out / STEPS / "0" / STATE).exists():
             raise DynamizeError(
                 f"{self.out} holds a run of another network or other images: give another --out, or --overwrite to "
                 "start anew"
@@ -288,7 +325,15 @@ class Runner:
         write_text(out / REPORT_DATA, report.model_dump_json(exclude=OF_OTHER_FILES))
         write_text(out / REPORT_PAGE, html.render(report))
         write_text(out / REPORT_TEXT, markdown.render(report))
-        return Outcome(network, report, failures(recipe, rows[-1], self.backends[0]))
+        return Outcome(network, report, failures(recipe, rows[-1], self.backends[0]), self.planner.warnings())
+
+
+def _counted(step: Transform) -> dict[str, Any]:
+    """A step as plain data, without what it got since and does not use."""
+    plain = step.model_dump(mode="json", by_alias=True)
+    fields = type(step).model_fields
+    new = [name for name in step.added if getattr(step, name) == fields[name].get_default(call_default_factory=True)]
+    return {name: value for name, value in plain.items() if name not in new}
 
 
 def run_recipe(recipe: Recipe, out: Path, **options: Any) -> Outcome | None:

@@ -128,6 +128,7 @@ class Transform(BaseModel, ABC, metaclass=InWords):
     collective: ClassVar[bool] = True  # every process of a run takes part; else only the main one
     once: ClassVar[bool] = False  # may occur once in a recipe, for each network of a row
     whole: ClassVar[bool] = False  # is about all networks of a row, so that no ``member`` can be named
+    added: ClassVar[tuple[str, ...]] = ("member",)  # fields that came later: at their defaults, runs from before go on
     version: ClassVar[int] = 1  # to be raised where steps that were written before would be read differently
     kind: ClassVar[Kind] = Kind(0)
     needs: ClassVar[Kind] = Kind(0)  # a step of one of these kinds must come earlier

@@ -1,7 +1,7 @@
 """`calibrate`: choose the thresholds of all exits for a budget, from one pass over the calibration images."""
 
 from collections.abc import Callable
-from typing import Annotated, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
@@ -10,10 +10,17 @@ from dynamize.calibration.collect import TableMaker
 from dynamize.calibration.goal import UNLABELLED, Goal
 from dynamize.calibration.offsets import OffsetTables, best_point, curve, order_without_images, with_chosen
 from dynamize.calibration.operating import OperatingPoint, no_ratio
-from dynamize.errors import DynamizeError, InfeasibleError
+from dynamize.calibration.solver import unreachable
+from dynamize.errors import DynamizeError, InfeasibleError, rounded_up
+from dynamize.graph.macs import count_macs
+from dynamize.graph.tracer import blank
 from dynamize.measure.controls import adaptivity
+from dynamize.measure.costs import exit_costs
 from dynamize.nn.network import DynamicNetwork
 from dynamize.transform import Applied, Context, Kind, Transform, gates_are_fused
+
+if TYPE_CHECKING:
+    from dynamize.data import Splits
 
 Allows = Callable[[OperatingPoint], bool]
 
@@ -56,6 +63,7 @@ class Calibrate(Transform):
     points: PositiveInt = Field(20, description="operating points along the curve")
 
     structural: ClassVar[bool] = False
+    added: ClassVar[tuple[str, ...]] = ("member", "labels", "certain")
     whole: ClassVar[bool] = True
     exact: ClassVar[bool] = False
     collective: ClassVar[bool] = False
@@ -108,6 +116,17 @@ class Calibrate(Transform):
         if network.changing:
             notes.append(adaptivity(network, data.calibration, context.device, context.seed).verdict())
         return Applied(network, resolved, notes)
+
+    def passes(self, data: "Splits") -> float:
+        return 2 * len(data.calibration)
+
+    def check_budget(self, network: DynamicNetwork, context: Context) -> None:
+        static = count_macs(network.plain, blank(network.plain, 1, *network.input_shape))
+        asked = self.macs if self.macs_ratio is None else self.macs_ratio * static
+        cheapest = exit_costs(network).cheapest()
+        if asked is not None and asked < cheapest * (1 - 1e-9):
+            error = unreachable(asked, cheapest, static, "macs")
+            raise error if self.macs is None else error.asking("macs", rounded_up(cheapest))
 
     def _given(self) -> dict[str, float]:
         limits = {"max_drop": self.max_drop, "macs_ratio": self.macs_ratio}

@@ -2,12 +2,13 @@
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
+from accelerate.tracking import get_available_trackers
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import nn
 
-from dynamize.data.image_files import with_unlabelled
+from dynamize.data.image_files import check_folder_of_images, with_unlabelled
 from dynamize.errors import DynamizeError
 from dynamize.graph.macs import count_macs
 from dynamize.graph.tracer import blank
@@ -20,6 +21,9 @@ from dynamize.training.hints import HintLoss
 from dynamize.training.loop import WEIGHT_DECAY, Plan, Precision, decide_precision, train
 from dynamize.training.objectives import MultiExitLoss
 from dynamize.transform import Applied, Context, Kind, Share, Transform, gates_are_fused
+
+if TYPE_CHECKING:
+    from dynamize.data import Splits
 
 _DEFAULT_BUDGET = 0.6
 
@@ -83,6 +87,25 @@ class Distill(Transform):
     exact: ClassVar[bool] = False
     kind: ClassVar[Kind] = Kind.TRAINS
     not_after: ClassVar[Kind] = Kind.ESTIMATES
+
+    def passes(self, data: "Splits") -> float:
+        return self.epochs * (len(data.train) * (4 if self.alpha else 3) + len(data.calibration))
+
+    def check(self, network: DynamicNetwork, context: Context) -> None:
+        context.needs_data(self)
+        self._check(network)
+        if self.unlabelled is not None:
+            check_folder_of_images(self.unlabelled)
+        missing = sorted(set(self.trackers) - {str(one) for one in get_available_trackers()})
+        if missing:
+            raise DynamizeError(
+                f"distill: trackers: {', '.join(missing)}: not installed, or no tracker of accelerate's: pip install "
+                "it, or leave it out"
+            )
+
+    def check_budget(self, network: DynamicNetwork, context: Context) -> None:
+        if network.changing and self.train == "all" and self.gate_cost == "macs":
+            self._budget(network, context)
 
     def apply(self, network: DynamicNetwork, context: Context) -> Applied:
         data = context.needs_data(self)

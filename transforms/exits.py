@@ -79,6 +79,7 @@ class Exits(Transform):
     chain: bool = Field(False, description="let each exit build on what the heads before it saw")
     confidence: ConfidenceName = Field("top_probability", description="what the thresholds are compared with")
 
+    added: ClassVar[tuple[str, ...]] = ("member", "pool", "budgets")
     version: ClassVar[int] = 2
     once: ClassVar[bool] = True
     kind: ClassVar[Kind] = Kind.ADDS_EXITS
@@ -146,9 +147,9 @@ class Exits(Transform):
             raise DynamizeError(self._too_few(len(early), len(candidates)))
         places = list(candidates)
         costs = torch.tensor([cut.macs / total for cut in places]).double()
-        picked = _nearest(costs, [(k + 1) / (self.count + 1) for k in range(self.count)])
         if context.data is None:
-            return [places[i] for i in picked], []
+            even = _nearest(costs, [(k + 1) / (self.count + 1) for k in range(self.count)])
+            return [places[i] for i in even], []
         bodies = {cut.name: head.body for cut, head in candidates.items()}
         found = probe(traced.to(context.device), bodies, context.data.calibration.batches(256), context.device)
         picked = best_places(
@@ -159,7 +160,7 @@ class Exits(Transform):
             np.array([_head_macs(head, cut) / total for cut, head in candidates.items()]),
             classes=found.classes,
             budgets=self.budgets,
-            start=picked,
+            count=self.count,
         )
         shares = ", ".join(f"{float(found.right[i].double().mean()):.1%}" for i in picked)
         return [places[i] for i in picked], [f"a probe there answers {shares} of the calibration images right"]

@@ -10,6 +10,7 @@ from dynamize.calibration.problem import Floats, Positions, Problem
 PRICES = tuple(0.03 * 2.0**k for k in range(9))  # of the whole network's MACs, in accuracy: slopes of the curve
 _BINS = 64  # images that leave together
 _IMAGES = 2000
+_ENOUGH = 0.5
 _CHEAPER = 1e-3  # what the whole curve counts beside the wanted budgets, so that of equals the cheaper one is taken
 
 
@@ -22,11 +23,12 @@ def best_places(
     *,
     classes: int,
     budgets: Sequence[float],
-    start: Sequence[int],
+    count: int,
 ) -> list[int]:
-    """The places, as many as ``start`` has, whose exits make the network most accurate at the wanted budgets.
+    """The ``count`` places whose exits make the network most accurate at the wanted budgets.
 
-    Coordinate ascent: each exit in turn moves to its best place until none moves.
+    Coordinate ascent: each exit in turn moves to its best place until none moves. Places that know less than half of
+    what the network knows are left out: few images leave there once the exits are trained, and all of them pay for it.
 
     Args:
         right: (P, n), whether an exit at each place would answer right.
@@ -36,7 +38,6 @@ def best_places(
         heads: (P,), of a head there, in the same unit.
         classes: how many are told apart: what guessing gives, for nothing.
         budgets: mean costs at which accuracy counts, in the same unit.
-        start: indexes of places.
     """
     some = np.unique(np.linspace(0, len(own) - 1, min(_IMAGES, len(own))).round().astype(int))
     groups, correct = _grouped(scores[:, some]), right[:, some].astype(np.float64)
@@ -52,15 +53,23 @@ def best_places(
             known[order] = _height(problem, classes, budgets)
         return known[order]
 
-    picked, moved = list(start), True
+    able = _able(right, own, classes, count)
+    picked, moved = [able[(k + 1) * len(able) // (count + 1)] for k in range(count)], True
     while moved:
         moved = False
         for k in range(len(picked)):
             others = picked[:k] + picked[k + 1 :]
-            best = max((i for i in range(len(costs)) if i not in others), key=lambda i: gain([*others, i]))
+            best = max((i for i in able if i not in others), key=lambda i: gain([*others, i]))
             if gain([*others, best]) > gain(picked) + 1e-9:
                 picked, moved = [*picked[:k], best, *picked[k + 1 :]], True
     return sorted(picked)
+
+
+def _able(right: NDArray[np.bool_], own: NDArray[np.bool_], classes: int, count: int) -> list[int]:
+    """Places that know enough beyond guessing, in order; of too few, those that know most."""
+    known, whole = right.mean(axis=1) - 1 / classes, own.mean() - 1 / classes
+    able = [i for i, share in enumerate(known) if share >= _ENOUGH * whole]
+    return able if len(able) >= count else sorted(np.argsort(-known, kind="stable")[:count].tolist())
 
 
 def _grouped(scores: Floats) -> NDArray[np.intp]:

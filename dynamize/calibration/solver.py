@@ -28,15 +28,20 @@ def solve_budget(table: ConfidenceTable, budget: float, measure: str = "macs") -
     search = _search(table, measure)
     found = search.solve(WithinCost(float(budget) / search.unit * table.images))
     if found is None:
-        ratio = "macs_ratio", rounded_up(cheapest / static)
-        raise InfeasibleError(
-            f"a mean of {budget:g} {measure} per image ({budget / static:.3g} of the original network's) cannot be "
-            f"reached: with every image on the cheapest path it is {cheapest:g} ({cheapest / static:.3g}).",
-            cheapest,
-            ratio if measure == "macs" else ("latency_ms", rounded_up(cheapest)),
-            ", or put an exit earlier",
-        )
+        raise unreachable(budget, cheapest, static, measure)
     return search.thresholds(found.positions)
+
+
+def unreachable(budget: float, cheapest: float, static: float, measure: str) -> InfeasibleError:
+    """The refusal of a budget below what the cheapest path costs; all three under ``measure``, "macs" or "ms"."""
+    ratio = "macs_ratio", rounded_up(cheapest / static)
+    return InfeasibleError(
+        f"a mean of {budget:g} {measure} per image ({budget / static:.3g} of the original network's) cannot be "
+        f"reached: with every image on the cheapest path it is {cheapest:g} ({cheapest / static:.3g}).",
+        cheapest,
+        ratio if measure == "macs" else ("latency_ms", rounded_up(cheapest)),
+        ", or put an exit earlier",
+    )
 
 
 def frontier_budgets(table: ConfidenceTable, measure: str, count: int) -> list[float]:

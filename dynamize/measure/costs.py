@@ -59,6 +59,17 @@ class Costs:
             start, last = needed, spent
         return np.array([*found, last])
 
+    def cheapest(self) -> float:
+        """MACs of the cheapest way to an answer: the first exit that pays, and the cheapest option of all else."""
+        spent, found = 0.0, []
+        for step in self.steps:
+            if not isinstance(step, Decision):
+                spent += step
+            else:
+                spent += step.always + min(step.macs)
+                found += [spent] if step.effect == "leaves" else []
+        return min([*found, spent])
+
     def executed(self, taken: Mapping[str, Tensor], images: int) -> Floats:
         """MACs that each image (N,) cost, from the option that it took in each decision; -1: not reached, or idle."""
         spent, here = np.zeros(images), np.ones(images, bool)

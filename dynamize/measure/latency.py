@@ -14,6 +14,7 @@ from torch import Tensor
 
 Contender = Callable[[Tensor], object]
 _FEWEST_ROUNDS = 5
+LEAST_ROUNDS = _FEWEST_ROUNDS + 1  # with the one that is not counted
 _TURN = 16  # short against the seconds over which a clock or a neighbour changes
 REST = 0.05  # seconds: ONNX Runtime's threads spin for 0.04 after a call, against those of another backend
 _BUSY = 0.15  # cores that other processes may use before timings are called unreliable
@@ -67,7 +68,7 @@ def interleave(
     rounds: list[NDArray[np.float64]] = []
     foreign = _ForeignLoad()
     started = time.perf_counter()
-    while len(rounds) < _FEWEST_ROUNDS + 1 or time.perf_counter() - started < seconds:
+    while len(rounds) < LEAST_ROUNDS or time.perf_counter() - started < seconds:
         taken = np.zeros((len(names), len(inputs)))
         for turn, first in enumerate(range(0, len(inputs), _TURN)):
             some = inputs[first : first + _TURN]

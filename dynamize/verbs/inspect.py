@@ -5,20 +5,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from dynamize import artifact
 from dynamize.calibration.operating import OperatingPoints
 from dynamize.graph.gateable import GateableBlock, gateable_blocks
 from dynamize.graph.trace import trace
 from dynamize.graph.tree import NetworkTree, network_tree
+from dynamize.inputs import usual_input
 from dynamize.measure.costs import exit_costs
 from dynamize.measure.counters import Count, Counts, count_three_ways
 from dynamize.nn.piece import Decision, Effect, Piece, Setting
 from dynamize.sources import SourceSpec, build, load_source
-
-_USUAL_SIZES = {"cifar_": 32, "digits": 8, "inception": 299}
-_USUAL_SIZE = 224
 
 
 @dataclass(frozen=True)
@@ -132,19 +128,6 @@ def inspect_artifact(path: Path, *, trust_code: bool = False) -> Inspection:
         operating_points=manifest.operating_points,
         operating_point=point.name if point else None,
     )
-
-
-def usual_input(spec: SourceSpec, network: nn.Module) -> tuple[int, int, int]:
-    """The (C, H, W) that networks of this name are trained on; the channels are those of its first convolution."""
-    configured = getattr(network, "pretrained_cfg", None) or {}  # timm
-    if "input_size" in configured:
-        channels, height, width = configured["input_size"]
-    else:
-        name = spec.target[1]
-        channels = 3
-        height = width = next((size for part, size in _USUAL_SIZES.items() if part in name), _USUAL_SIZE)
-    first = next((one for one in network.modules() if isinstance(one, nn.Conv2d)), None)
-    return (first.in_channels if first else channels), height, width
 
 
 def _count(counts: Counts, one: Count, operators: bool) -> dict[str, Any]:

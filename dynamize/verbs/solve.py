@@ -41,7 +41,7 @@ def budget(
     try:
         return Calibrate.model_validate(given)
     except ValidationError as error:
-        raise DynamizeError(f"the budget cannot be used:\n{explain(error, Calibrate, given)}") from error
+        raise DynamizeError(f"the budget cannot be used:{explain(error, Calibrate, given)}") from error
 
 
 def recalibrate(

@@ -1,0 +1,197 @@
+"""What a run is going to do, as `dynamize check` shows it and `dynamize run` times itself by."""
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from dynamize.calibration.intervals import wilson
+from dynamize.data import Splits
+from dynamize.evaluation import Evaluator, Judgement
+from dynamize.inputs import other_size
+from dynamize.measure.costs import exit_costs
+from dynamize.nn.network import DynamicNetwork
+from dynamize.recipe import Recipe
+from dynamize.rehearsal import Rehearsed, rehearse
+from dynamize.runtime.engine import engine_class
+from dynamize.sources import SourceSpec
+from dynamize.training.probe import probe
+from dynamize.transform import Context
+
+_LONGEST_TIMING, _SHORTEST_TIMING = 5.0, 0.1  # seconds
+_TIMING_SHARE = 0.1  # of what the steps take
+_PRETRAINED = {"torchvision": "weights: DEFAULT", "timm": "pretrained: true", "dynamize": "pretrained: true"}
+
+
+@dataclass(frozen=True)
+class PlannedExit:
+    """A place where images will leave: after which node, at which share of the original network's MACs, its head's
+    share, and the share of calibration images that a probe there answers right; None where none can be put."""
+
+    name: str
+    after: str
+    macs_ratio: float
+    head_ratio: float
+    probe: float | None
+
+
+@dataclass(frozen=True)
+class PlannedGate:
+    """A gate: what it chooses from, and what each option costs as a share of the original network's MACs."""
+
+    name: str
+    kind: str
+    options: tuple[str, ...]
+    macs_ratios: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """A step with about how many minutes it takes, and what was found when it was tried."""
+
+    transform: str
+    minutes: float
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run before its first step; ``accuracy`` is the untouched network's on the test images, ``macs`` are per image,
+    ``cheapest_ratio`` is what the cheapest path costs of them."""
+
+    source: str
+    input: tuple[int, ...]
+    macs: float
+    images: dict[str, int]
+    classes: int
+    accuracy: float
+    cheapest_ratio: float
+    exits: list[PlannedExit]
+    gates: list[PlannedGate]
+    steps: list[PlannedStep]
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def minutes(self) -> float:
+        """Of all steps, with what is measured after each."""
+        return sum(step.minutes for step in self.steps)
+
+
+def probed(network: DynamicNetwork, data: Splits, device: torch.device) -> dict[str, float]:
+    """By exit of an untrained network, the share of calibration images that its head could answer right, about."""
+    graphs = {piece.place[0]: piece.parts()[0].graph for piece in network.leaving}
+    heads = {place: body for place, body in graphs.items() if body is not None}
+    if not heads:
+        return {}
+    found = probe(network.plain.to(device), heads, data.calibration.batches(256), device)
+    shares = dict(zip(heads, found.right.double().mean(1).tolist(), strict=True))
+    return {piece.name: shares[piece.place[0]] for piece in network.leaving if piece.place[0] in shares}
+
+
+def planned_exits(network: DynamicNetwork, static_macs: float, probes: dict[str, float]) -> list[PlannedExit]:
+    """The exits of the network in the structure that it will have."""
+    costs = exit_costs(network)
+    return [
+        PlannedExit(one.name, piece.place[0], macs / static_macs, one.always / static_macs, probes.get(one.name))
+        for piece, one, macs in zip(network.leaving, costs.leaving, costs.cumulative().tolist(), strict=False)
+    ]
+
+
+def planned_gates(network: DynamicNetwork, static_macs: float) -> list[PlannedGate]:
+    """The decisions on what comes after."""
+    return [
+        PlannedGate(one.name, one.kind, one.options, tuple(macs / static_macs for macs in one.macs))
+        for one in exit_costs(network).changing
+    ]
+
+
+class Planner:
+    """Looks ahead on a recipe.
+
+    Args:
+        recipe: checked.
+        teacher: the untouched network.
+        data: its images.
+        evaluator: of the untouched network, on the test images.
+    """
+
+    def __init__(self, recipe: Recipe, teacher: nn.Module, data: Splits, evaluator: Evaluator) -> None:
+        self.recipe, self.teacher, self.data, self.evaluator = recipe, teacher, data, evaluator
+
+    def warnings(self) -> list[str]:
+        """What is wrong with the untouched network on these images."""
+        model = self.recipe.model
+        return [*other_size(model.spec(), self.teacher, model.input), *guessing(self.evaluator.reference, model.spec())]
+
+    def rehearse(self, network: DynamicNetwork, context: Context, first: int) -> list[Rehearsed]:
+        """The steps from ``first`` on, tried on ``network``, which is consumed; where the recipe leaves it open, how
+        long times are compared follows from how long they take."""
+        steps = self._try(network, context, first)[1]
+        if self.recipe.timing_seconds == "auto":
+            training = sum(self._seconds(one) for one in steps)
+            comparisons = len(self.evaluator.backends) * len(self.evaluator.batches) * (len(steps) + 1)
+            seconds = training * _TIMING_SHARE / max(1, comparisons)
+            self.evaluator.hurry(max(_SHORTEST_TIMING, seconds), self._image_seconds)
+        return steps
+
+    def plan(self, network: DynamicNetwork, context: Context) -> Plan:
+        """The whole recipe, tried on ``network``, which is consumed.
+
+        Raises:
+            DynamizeError: it cannot work.
+        """
+        changed, steps = self._try(network, context, 1)
+        static, data, evaluator = self.evaluator.static_macs, self.data, self.evaluator
+        timing = len(evaluator.backends) * len(evaluator.batches) * evaluator.seconds
+        after = len(evaluator.reference.labels) * self._image_seconds + timing
+        return Plan(
+            source=self.recipe.model.source,
+            input=self.recipe.model.input,
+            macs=static,
+            images={name: len(getattr(data, name)) for name in ("train", "calibration", "test")},
+            classes=len(data.classes),
+            accuracy=evaluator.reference.accuracy,
+            cheapest_ratio=exit_costs(changed).cheapest() / static,
+            exits=planned_exits(changed, static, probed(changed, data, context.device)),
+            gates=planned_gates(changed, static),
+            steps=[
+                PlannedStep(one.step.pass_name, (self._seconds(one) + one.seconds + after) / 60, one.notes)
+                for one in steps
+            ],
+            warnings=self.warnings(),
+        )
+
+    def _try(self, network: DynamicNetwork, context: Context, first: int) -> tuple[DynamicNetwork, list[Rehearsed]]:
+        for backend in self.evaluator.backends:
+            engine_class(backend)(context.device)
+        started = time.monotonic()
+        judged = self.evaluator.reference
+        self._image_seconds = (time.monotonic() - started) / len(judged.labels)
+        return rehearse(network, self.recipe.transforms()[first - 1 :], context, first)
+
+    def _seconds(self, one: Rehearsed) -> float:
+        """What a step still takes, about."""
+        return 0.0 if one.settled else one.step.passes(self.data) * self._image_seconds
+
+
+def longest_timing(recipe: Recipe) -> float:
+    """Seconds that a comparison of times takes at most."""
+    return _LONGEST_TIMING if recipe.timing_seconds == "auto" else recipe.timing_seconds
+
+
+def guessing(judged: Judgement, spec: SourceSpec) -> list[str]:
+    """What to say of a network that answers no better than always the commonest class does: what was forgotten."""
+    right, count = int((judged.answers == judged.labels).sum()), len(judged.labels)
+    commonest = float(torch.bincount(judged.labels).max()) / count
+    if wilson(right, count)[0] > commonest:
+        return []
+    fact = (
+        f"the untouched network answers {100 * right / count:.1f} % of the test images right, and guessing "
+        f"{100 * commonest:.1f} %"
+    )
+    given = spec.checkpoint is not None or any(spec.kwargs.get(key) for key in ("weights", "pretrained"))
+    if given:
+        return [f"{fact}: are data.normalize, model.input and the order of classes those that it was trained with?"]
+    other = f", or model.kwargs: {{{_PRETRAINED[spec.library]}}}" if spec.library else ""
+    return [f"{fact}: no checkpoint was given, so its weights are random: add --checkpoint FILE{other}"]
