@@ -9,6 +9,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import nn
 
 from dynamize.data.image_files import check_folder_of_images, with_unlabelled
+from dynamize.data.images import refuse_none
 from dynamize.errors import DynamizeError
 from dynamize.graph.macs import count_macs
 from dynamize.graph.tracer import blank
@@ -92,9 +93,11 @@ class Distill(Transform):
         return self.epochs * (len(data.train) * (4 if self.alpha else 3) + len(data.calibration))
 
     def check(self, network: DynamicNetwork, context: Context) -> None:
-        context.needs_data(self)
+        data = context.needs_data(self)
         self._check(network)
-        if self.unlabelled is not None:
+        if self.unlabelled is None:
+            refuse_none(len(data.train), data.train.name)
+        else:
             check_folder_of_images(self.unlabelled)
         missing = sorted(set(self.trackers) - {str(one) for one in get_available_trackers()})
         if missing:

@@ -9,6 +9,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from pydantic import Field, NonNegativeInt
 
+from dynamize.data import Splits
 from dynamize.errors import DynamizeError, closest
 from dynamize.measure.accuracy import everything, exit_accuracies
 from dynamize.nn.network import DynamicNetwork
@@ -49,6 +50,9 @@ class FuseGates(Transform):
     exact: ClassVar[bool] = False
     kind: ClassVar[Kind] = Kind.SETTLES_GATES
     needs: ClassVar[Kind] = Kind.ADDS_GATES
+
+    def passes(self, data: Splits) -> float:
+        return 2 * len(data.calibration)
 
     def apply(self, network: DynamicNetwork, context: Context) -> Applied:
         if not network.changing and (gates_are_fused(network) or self.paths == {}):

@@ -35,6 +35,10 @@ class HybridGates(RefinesGates):
     )
     rl_weight: PositiveFloat = Field(1.0, description="weight of the policy gradient")
 
+    @property
+    def all_epochs(self) -> int:
+        return self.epochs
+
     def apply(self, network: DynamicNetwork, context: Context) -> Applied:
         if not has_gates_to_refine(self, network):
             return Applied(network, self, [NOTHING_TO_REFINE])

@@ -27,7 +27,7 @@ from dynamize.compression.widths import (
     spared,
     uniform,
 )
-from dynamize.data import Images, set_epoch
+from dynamize.data import Images, Splits, set_epoch
 from dynamize.errors import DynamizeError
 from dynamize.files import write_json_lines, write_text
 from dynamize.folders import METRICS
@@ -39,6 +39,7 @@ from dynamize.transform import Applied, Context, Kind, Transform
 from dynamize.transforms.distill import Distill
 
 _DEFAULT_RATIO = 0.5
+_NEARLY = 0.05  # of the channels
 _TAYLOR_IMAGES = 1024
 _BATCH = 128
 _ROUNDS, _TIMED_ROUNDS = 16, 6  # of bisection; times are too noisy for more
@@ -105,6 +106,9 @@ class Prune(Transform):
             raise ValueError(f"steps: {self.steps} need recovery between them; give recovery_epochs")
         return self
 
+    def passes(self, data: Splits) -> float:
+        return self.steps * (4 * self.recovery_epochs * len(data.train) + self.statistics_images)
+
     def apply(self, network: DynamicNetwork, context: Context) -> Applied:
         _refuse_gates(network, self.recovery_epochs)
         if self.widths is not None:
@@ -129,6 +133,11 @@ class Prune(Transform):
         share = removed_share(groups, final)
         notes.insert(0, f"{share:.0%} of the channels in {len(groups)} groups of layers are gone, and "
                         f"{1 - whole_macs(network) / macs:.0%} of the MACs")  # fmt: skip
+        if self.ratio is not None and share < self.ratio - _NEARLY:
+            notes.append(
+                f"ratio: {self.ratio:g} was not reached: that is as narrow as the layers get in steps of {multiple} "
+                "channels; a smaller round_to goes further"
+            )
         if lost:
             notes.append(f"left whole, as their channels cannot be followed: {', '.join(lost)}")
         resolved = self.model_copy(update={"round_to": multiple, "widths": changed})

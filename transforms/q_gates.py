@@ -65,6 +65,10 @@ class QGates(RefinesGates):
         "auto", description="of the cross entropy; auto: makes it 1 on average when paths are random"
     )
 
+    @property
+    def all_epochs(self) -> int:
+        return self.rounds * (self.gate_epochs + self.network_epochs)
+
     def apply(self, network: DynamicNetwork, context: Context) -> Applied:
         if not has_gates_to_refine(self, network):
             return Applied(network, self, [NOTHING_TO_REFINE])

@@ -70,6 +70,9 @@ class Quantize(Transform):
     once: ClassVar[bool] = True
     kind: ClassVar[Kind] = Kind.TURNS_INTO_BYTES | Kind.SOLVES_AGAIN
 
+    def passes(self, data: Splits) -> float:
+        return 2 * self.images + 4 * len(data.calibration)
+
     def apply(self, network: DynamicNetwork, context: Context) -> Applied:
         if sliced_layers(network):
             raise DynamizeError(

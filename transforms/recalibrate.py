@@ -7,7 +7,7 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from dynamize.data import Images
+from dynamize.data import Images, Splits
 from dynamize.errors import DynamizeError
 from dynamize.measure.accuracy import accuracy, everything
 from dynamize.measure.costs import exit_costs
@@ -51,6 +51,9 @@ class Recalibrate(Transform):
     exact: ClassVar[bool] = False
     kind: ClassVar[Kind] = Kind.ESTIMATES
     needs: ClassVar[Kind] = Kind.ADDS_GATES
+
+    def passes(self, data: Splits) -> float:
+        return 3 * (self.images + len(data.calibration))
 
     def apply(self, network: DynamicNetwork, context: Context) -> Applied:
         units = [unit for unit in network.changing if unit.slices]

@@ -128,7 +128,7 @@ class ImageSet(Dataset[Batch]):
 
         Raises DynamizeError if there are no images.
         """
-        _refuse_none(len(self), self.name)
+        refuse_none(len(self), self.name)
         return loader(self, batch_size, shuffle=True, seed=seed, drop_last=len(self) >= batch_size)
 
 
@@ -229,7 +229,7 @@ class LoaderSet:
     def training_loader(self, batch_size: int, seed: int) -> Any:
         """The user's loader. Raises DynamizeError if it gives nothing, or does not say how many batches it gives."""
         try:
-            _refuse_none(len(self.loader), self.name)
+            refuse_none(len(self.loader), self.name)
         except TypeError as error:
             raise DynamizeError(
                 f"the {self.name} loader does not say how many batches it gives, which the learning rate depends on: "
@@ -242,7 +242,8 @@ class LoaderSet:
         return images
 
 
-def _refuse_none(count: int, name: str) -> None:
+def refuse_none(count: int, name: str) -> None:
+    """Refuse to train on nothing; ``name`` is that of the split."""
     if not count:
         raise DynamizeError(
             f"there are no {name} images, and this step trains on them: leave the step out, or give some; images "

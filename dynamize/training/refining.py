@@ -1,11 +1,15 @@
 """What the transforms that refine trained gates have in common: their place in a recipe, and how they train."""
 
+from abc import abstractmethod
 from typing import ClassVar
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
+from dynamize.data import Splits
+from dynamize.data.images import refuse_none
+from dynamize.nn.network import DynamicNetwork
 from dynamize.training.loop import Precision
-from dynamize.transform import Kind, Share, Transform
+from dynamize.transform import Context, Kind, Share, Transform
 
 
 class RefinesGates(Transform):
@@ -21,3 +25,15 @@ class RefinesGates(Transform):
     kind: ClassVar[Kind] = Kind.TRAINS | Kind.REFINES_GATES
     needs: ClassVar[Kind] = Kind.ADDS_GATES
     not_after: ClassVar[Kind] = Kind.ESTIMATES
+
+    @property
+    @abstractmethod
+    def all_epochs(self) -> int:
+        """Passes over the train split."""
+
+    def passes(self, data: Splits) -> float:
+        return self.all_epochs * 4 * len(data.train)
+
+    def check(self, network: DynamicNetwork, context: Context) -> None:
+        train = context.needs_data(self).train
+        refuse_none(len(train), train.name)

@@ -15,6 +15,7 @@ import dynamize as dz
 from dynamize.data import DataSpec
 
 QUICK = ("--set=data.test_limit=100", "--set=data.train_limit=100", "--set=backends=[eager]", "--quiet")
+VERBS = ["run", pytest.param("check", marks=pytest.mark.slow)]  # both begin alike
 BUDGET = ("--set=steps.2.max_drop=null",)
 RECIPES = {
     "list.yaml": "- 1\n",
@@ -89,7 +90,7 @@ RECIPE_FAULTS: dict[str, tuple[list[str], str]] = {
     "a folder of images that is not there": (["--data", "imagefolder:nothere"], "nothere does not exist"),
     "a folder of images that is a file": (["--data", "imagefolder:list.yaml"], "is a file, not a folder"),
     "images of another kind": (["--data", "flickr:cats"], "unknown data source"),
-    "a class without images": (["--data", "imagefolder:hollow"], "holds no image"),
+    "a class without images": (["--data", "imagefolder:hollow"], "hold no image"),
     "another number of classes": (["--data", "imagefolder:two"], "has 2 classes"),
     "an archive that is not there": (["--data", "npz:nothere.npz"], "nothere.npz does not exist"),
     "an archive that is none": (["--data", "npz:list.yaml"], "cannot read"),
@@ -145,12 +146,12 @@ def refused(result: SimpleNamespace, told: str) -> None:
     lines = result.stderr.splitlines()
     assert result.exit_code == 2, result.output
     assert lines[0].startswith("error: ")
-    assert all(line.startswith("  ") for line in lines[1:]), result.stderr  # one error, which may list what it is about
+    assert len(lines) == 1 or "does not fit" in lines[0], result.stderr  # which lists names
     assert told in lines[0]
     assert "Traceback" not in result.output
 
 
-@pytest.mark.parametrize("verb", ["run", "check"])
+@pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize("fault", RECIPE_FAULTS)
 def test_a_run_that_cannot_work(
     verb: str, fault: str, place: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
@@ -186,7 +187,7 @@ def _below_a_file(folder: Path) -> str:
     ("make", "told"),
     [(_in_the_way, "is a file"), (_foreign, "holds no run of dynamize"), (_below_a_file, "cannot lie in it")],
 )
-@pytest.mark.parametrize("verb", ["run", "check"])
+@pytest.mark.parametrize("verb", VERBS)
 def test_a_folder_that_cannot_take_the_run(
     verb: str, make: Callable[[Path], str], told: str, tmp_path: Path, cli: Cli
 ) -> None:
@@ -196,7 +197,7 @@ def test_a_folder_that_cannot_take_the_run(
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
 
 
-@pytest.mark.parametrize("verb", ["run", "check"])
+@pytest.mark.parametrize("verb", VERBS)
 def test_a_disk_that_is_full(verb: str, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**5))
     refused(cli(verb, "quickstart", *QUICK, "--out", tmp_path / "out"), "free some space")
