@@ -1,7 +1,7 @@
 """From a network and a list of transforms to a dynamic network, and the same again without data."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -106,6 +106,22 @@ def _apply(
     applied = transform.apply(alone, replace(context, work=work))
     network.put(member, applied.network)
     return network, applied.resolved.model_copy(update={"member": member}), applied.notes
+
+
+def alone(network: DynamicNetwork, transform: Transform) -> Iterator[DynamicNetwork]:
+    """What a step is going to be given: the whole row, or one after the other the networks in it that it is for.
+
+    Raises:
+        DynamizeError: it names none of them.
+    """
+    for member in _meant(network, transform):
+        if member is None or not network.members:
+            yield network
+            continue
+        one = network.take(member)
+        one.history = [step for step in network.history if step.get("member", MAIN) == member]
+        yield one
+        network.put(member, one)
 
 
 def _meant(network: DynamicNetwork, transform: Transform) -> list[str | None]:

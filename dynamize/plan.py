@@ -80,6 +80,8 @@ class Plan:
 
 def probed(network: DynamicNetwork, data: Splits, device: torch.device) -> dict[str, float]:
     """By exit of an untrained network, the share of calibration images that its head could answer right, about."""
+    if network.members:  # whose exits are whole networks
+        return {}
     graphs = {piece.place[0]: piece.parts()[0].graph for piece in network.leaving}
     heads = {place: body for place, body in graphs.items() if body is not None}
     if not heads:
@@ -172,7 +174,7 @@ class Planner:
 
     def _seconds(self, one: Rehearsed) -> float:
         """What a step still takes, about."""
-        return 0.0 if one.settled else one.step.passes(self.data) * self._image_seconds
+        return 0.0 if one.network is not None else one.step.passes(self.data) * self._image_seconds
 
 
 def longest_timing(recipe: Recipe) -> float:

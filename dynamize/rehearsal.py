@@ -1,13 +1,14 @@
 """A recipe gone through before anything is trained: what the network will look like, and what cannot work."""
 
+import copy
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from dynamize.conversion import apply
+from dynamize.conversion import alone, apply
 from dynamize.errors import InfeasibleError
 from dynamize.nn.network import DynamicNetwork
-from dynamize.transform import Context, Kind, Transform, parse_step
+from dynamize.transform import Context, Kind, Transform
 
 
 @dataclass(frozen=True)
@@ -15,14 +16,14 @@ class Rehearsed:
     """One step.
 
     Attributes:
-        step: with what could be decided before training, if ``settled``; else as it was given.
-        settled: whether it may be applied as it is here, as no step before it changes what it looks at.
+        step: as it was given.
+        network: what it made, to go on with; None where steps before it change what it looks at.
         notes: what it said when it was tried.
         seconds: that trying took.
     """
 
     step: Transform
-    settled: bool = False
+    network: DynamicNetwork | None = None
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -45,17 +46,18 @@ def rehearse(
     settled = known = True  # the weights, and what each path costs
     found: list[Rehearsed] = []
     for number, step in enumerate(steps, start=first):
-        step.check(network, context)
-        if known:
-            try:
-                step.check_budget(network, context)
-            except InfeasibleError as error:
-                raise InfeasibleError(told(error, number, step, trained=False), error.nearest) from error
+        for one in alone(network, step):
+            step.check(one, context)
+            if known:
+                try:
+                    step.check_budget(one, context)
+                except InfeasibleError as error:
+                    raise InfeasibleError(told(error, number, step, trained=False), error.nearest) from error
         if step.structural and (step.exact or step.kind & (Kind.ADDS_EXITS | Kind.ADDS_GATES)):
             started = time.monotonic()
             network, notes = apply(network, step, context)
-            resolved = parse_step(network.history[-1]) if settled else step
-            found.append(Rehearsed(resolved, settled, notes, time.monotonic() - started))
+            made = copy.deepcopy(network) if settled else None
+            found.append(Rehearsed(step, made, notes, time.monotonic() - started))
             continue
         found.append(Rehearsed(step))
         settled, known = False, known and not step.structural

@@ -183,6 +183,7 @@ class Runner:
     def _rehearse(self, finished: Sequence[StepState]) -> dict[int, Rehearsed]:
         """The steps that are left, by number."""
         network = self._restore(finished[-1]) if finished else wrap(self.teacher, self.recipe.model.input)
+        network.requires_grad_(True)  # it was copied from the frozen teacher
         first = max(1, len(finished))
         steps = self.planner.rehearse(network, self._context(), first)
         return dict(enumerate(steps, start=first))
@@ -214,15 +215,14 @@ class Runner:
     ) -> tuple[DynamicNetwork, list[str], float]:
         if transform is None or not (self.state.is_main_process or transform.collective):
             return network, [], 0.0
-        settled = rehearsed if rehearsed is not None and rehearsed.settled else None
-        started = time.monotonic() - (settled.seconds if settled else 0.0)
+        if rehearsed is not None and rehearsed.network is not None:
+            return rehearsed.network, rehearsed.notes, rehearsed.seconds
+        started = time.monotonic()
         try:
-            network, notes = apply(
-                network, settled.step if settled else transform, self._context(self.out / STEPS / str(index))
-            )
+            network, notes = apply(network, transform, self._context(self.out / STEPS / str(index)))
         except InfeasibleError as error:
             raise InfeasibleError(told(error, index, transform, trained=True), error.nearest) from error
-        return network, settled.notes if settled else notes, time.monotonic() - started
+        return network, notes, time.monotonic() - started
 
     def _measure(
         self, index: int, transform: Transform | None, network: DynamicNetwork, notes: Sequence[str], seconds: float
