@@ -91,7 +91,7 @@ def test_a_recipe_answers_as_python_does() -> None:
     ("override", "line"),
     [
         ("data.sorce=x", "data.sorce: no such field. Did you mean source? Fields: source, calibration, "),
-        ("steps.1.sed=1", "steps.1.distill.sed: no such field. Fields: pass, epochs, "),
+        ("steps.1.sed=1", "steps.1.distill.sed: no such field. Fields: pass, member, epochs, "),
         ("expect.speedup.maxi=1", "expect.speedup.maxi: no such field. Did you mean max, min? Fields: min, max."),
         ("steps.0.at=3", "steps.0.exits.at: Input should be 'auto' or a valid list (given: 3)"),
         ("steps.0=exits", "steps.0: 'exits' is no step: write `pass: NAME`, "),

@@ -66,7 +66,7 @@ RECIPE_FAULTS: dict[str, tuple[list[str], str]] = {
     "a drop above 100 points": (["--set=steps.2.max_drop=200"], "steps.2.calibrate.max_drop"),
     "two budgets": (["--set=steps.2.macs_ratio=0.5"], "max_drop and macs_ratio are budgets both"),
     "percent for a share of heads": (["--set=steps.0.share=15"], "less than or equal to 1 (given: 15)"),
-    "steps in the wrong order": ([step("{pass: calibrate}")], "needs `exits`"),
+    "steps in the wrong order": ([step("{pass: calibrate}")], "step 1 `calibrate` needs"),
     "exits twice": ([step("{pass: exits}, {pass: exits}")], "a second `exits`"),
     "bounds upside down": (["--set=expect.speedup={min: 2, max: 1}"], "exchange them"),
     "a fraction for percent": (["--set=expect.accuracy={min: 0.9}"], "percent are meant"),
