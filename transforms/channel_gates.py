@@ -128,6 +128,8 @@ class ChannelGates(Transform):
                 f"place to stand at, or with less than {_LEAST:.1%} of the MACs: `skip_gates` and `exits` may fit."
             )
         reasons = list(why_whole(plain).items())
+        if not reasons:
+            return "No convolution holds a weight of its own that can be cut. Use `skip_gates` or `exits`."
         few = "; ".join(f"those of `{name}`: {reason}" for name, reason in reasons[:_LISTED])
         more = f"; and {len(reasons) - _LISTED} more" if len(reasons) > _LISTED else ""
         return f"Only convolutions behind them may read them. {few}{more}. Use `skip_gates` or `exits`."

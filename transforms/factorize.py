@@ -9,7 +9,7 @@ from pydantic import Field, PositiveInt, model_validator
 from torch import nn
 
 from dynamize.compression.bisection import least
-from dynamize.compression.comparison import Stopwatch, layer_ratio, whole_macs
+from dynamize.compression.comparison import Stopwatch, answers, layer_ratio, whole_macs
 from dynamize.compression.factors import Ranks, can_factorize, factor_costs, factorized, ranks_at, spectra
 from dynamize.errors import DynamizeError, closest
 from dynamize.graph.trace import annotate
@@ -29,8 +29,8 @@ Below1 = Annotated[float, Field(gt=0, lt=1)]
 class Factorize(Transform):
     """Low rank: SVD of linear layers and 1x1 convolutions, Tucker-2 of larger kernels (Kim et al. 2016).
 
-    One of ``energy``, ``macs_ratio`` and ``latency_ratio``; none means ``energy: 0.9``. Accuracy suffers: let a
-    `distill` step follow.
+    One of ``energy``, ``macs_ratio`` and ``latency_ratio``; none means ``energy: 0.9``, which is taken back where the
+    whole network is no faster then and answers suffer. Accuracy suffers: let a `distill` step follow.
 
     Example:
         >>> net = dz.source("dynamize:digits_resnet", pretrained=True)
@@ -41,7 +41,7 @@ class Factorize(Transform):
     """
 
     pass_name: Literal["factorize"] = Field("factorize", alias="pass")
-    layers: Literal["auto"] | Annotated[list[str] | dict[str, list[PositiveInt]], Field(min_length=1)] = Field(
+    layers: Literal["auto"] | Annotated[list[str], Field(min_length=1)] | dict[str, list[PositiveInt]] = Field(
         "auto", description="module paths, with their ranks if these are decided already; auto: all where it pays"
     )
     energy: Below1 | None = Field(None, description="share of the squared singular values that each layer's ranks keep")
@@ -88,12 +88,27 @@ class Factorize(Transform):
                 "factorize: no layer gains by it: with these ranks the factors cost as much as the layers. Use a "
                 "smaller energy or round_to, or leave this step out."
             )
-        _exchange(network, found, plan)
-        saved = 1 - whole_macs(network) / macs
+        changed = _with(network, plan)
+        saved = 1 - whole_macs(changed) / macs
         notes.insert(0, f"{len(plan)} of {len(chosen)} layers are products now, without {saved:.0%} of the MACs")
+        lost, note = _lost(network, changed, context)
+        slow = self._no_faster(network, changed, context) if lost is None or lost > 0 else None
+        if slow is not None:
+            plan, notes = (), [*_taken_back(len(plan), saved, slow, note, context), *notes[1:]]
+        else:
+            notes += note
+        _exchange(network, found, plan)
         found_ranks = {name: list(ranks) for name, ranks in plan}
         resolved = self.model_copy(update={"layers": found_ranks, "round_to": self._multiple(context)})
         return Applied(network, resolved, notes)
+
+    def _no_faster(self, network: DynamicNetwork, changed: DynamicNetwork, context: Context) -> float | None:
+        """The share of the time that is left, where nothing was asked for and next to nothing is saved."""
+        asked = (self.energy, self.macs_ratio, self.latency_ratio) != (None, None, None) or self.layers != "auto"
+        if asked or not self.timed:
+            return None
+        ratio = Stopwatch(network, context.backend, context.device).ratio(changed)
+        return ratio if ratio > _WORTH else None
 
     def _multiple(self, context: Context) -> int:
         return engine_class(context.backend).liked_multiple if self.round_to == "auto" else self.round_to
@@ -128,6 +143,22 @@ class Factorize(Transform):
         else:
             plan = at(1 - (self.energy or _DEFAULT_ENERGY))
         return plan, notes + gain.notes()
+
+
+def _lost(network: DynamicNetwork, changed: DynamicNetwork, context: Context) -> tuple[float | None, list[str]]:
+    """What the change costs on calibration images, if there are any, as a share of them; and a note."""
+    if context.data is None:
+        return None, []
+    before, after = (answers(one, context.data.calibration, context.device) for one in (network, changed))
+    return before.lost(after), [before.note(after)]
+
+
+def _taken_back(layers: int, saved: float, ratio: float, note: list[str], context: Context) -> list[str]:
+    return [
+        f"taken back: {layers} layers as products save {saved:.0%} of the MACs, but the network takes {ratio:.2f} of "
+        f"the time before on {context.backend}; give energy, macs_ratio or latency_ratio to have them all the same",
+        *(f"with them: {one}" for one in note),
+    ]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 from torch import Tensor
 
 from dynamize.compression.bisection import bracket, least
-from dynamize.compression.comparison import Stopwatch, whole_macs
+from dynamize.compression.comparison import Stopwatch, answers, points, whole_macs
 from dynamize.compression.coupling import channel_groups
 from dynamize.compression.importance import Criterion, add_gradients, importance
 from dynamize.compression.layers import resize, sizes
@@ -42,6 +42,7 @@ _DEFAULT_RATIO = 0.5
 _NEARLY = 0.05  # of the channels
 _TAYLOR_IMAGES = 1024
 _BATCH = 128
+_MUCH = 0.01  # of the calibration images: what a step may cost before recovery is advised
 _ROUNDS, _TIMED_ROUNDS = 16, 6  # of bisection; times are too noisy for more
 
 Below1 = Annotated[float, Field(gt=0, lt=1)]
@@ -117,6 +118,7 @@ class Prune(Transform):
             return Applied(network, self, [])
         network.to(context.device)
         before, macs = sizes(network), whole_macs(network)
+        answered = None if context.data is None else answers(network, context.data.calibration, context.device)
         multiple = engine_class(context.backend).liked_multiple if self.round_to == "auto" else self.round_to
         groups, lost = channel_groups(network, self.keep)
         groups = [group for group in groups if group.channels > group.step(multiple)]
@@ -138,6 +140,11 @@ class Prune(Transform):
                 f"ratio: {self.ratio:g} was not reached: that is as narrow as the layers get in steps of {multiple} "
                 "channels; a smaller round_to goes further"
             )
+        if answered is not None and context.data is not None:
+            now = answers(network, context.data.calibration, context.device)
+            notes.append(answered.note(now))
+            if answered.lost(now) > _MUCH and not self.recovery_epochs:
+                notes.append("nothing was trained since: give recovery_epochs, or let a `distill` step follow")
         if lost:
             notes.append(f"left whole, as their channels cannot be followed: {', '.join(lost)}")
         resolved = self.model_copy(update={"round_to": multiple, "widths": changed})
@@ -234,11 +241,25 @@ class Prune(Transform):
             remove(network, groups, removed)
             count_again(network)
             if context.data is not None and self.statistics_images:
-                images = self.statistics_images
-                estimate_statistics(network, context.data.train, context.device, count=images, seed=context.seed)
+                notes += self._estimate(network, context.data, context)
             if self.recovery_epochs:
                 notes += [f"round {done}: {note}" for note in self._recover(network, context, done)]
         return notes
+
+    def _estimate(self, network: DynamicNetwork, data: Splits, context: Context) -> list[str]:
+        """Batch norms anew, where calibration images are answered not much worse with them."""
+        held = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+        before = answers(network, data.calibration, context.device)
+        images = self.statistics_images
+        estimated = estimate_statistics(network, data.train, context.device, count=images, seed=context.seed)
+        after = answers(network, data.calibration, context.device)
+        if before.accuracy is None or before.lost(after) <= _MUCH:
+            return []
+        network.load_state_dict(held)
+        return [
+            f"batch norms keep their statistics: anew from {estimated.images} train images they would have cost "
+            f"{points(before.lost(after))} more"
+        ]
 
     def _recover(self, network: DynamicNetwork, context: Context, done: int) -> list[str]:
         """Distil, with checkpoints of this round's shapes in a folder of their own."""

@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
+from dynamize.compression.comparison import points
 from dynamize.compression.fidelity import layer_fidelity
 from dynamize.compression.neural_compressor import chosen_steps
 from dynamize.compression.quantization import assemble, observe, placeholder_steps, sample, steps_of
@@ -113,17 +114,20 @@ class Quantize(Transform):
     def _choose(
         self, prepared: DynamicNetwork, find: Find, worst: list[str], images: Images, context: Context
     ) -> "_Choice":
-        """As many of the worst layers in float as it takes, twice as many at each trial."""
+        """As many of the worst layers in float as it takes, twice as many at each trial; where none is good enough,
+        the best."""
         before = exit_accuracies(prepared, images, context.device)
         kept, count = list(self.keep_float), 0
         first: _Choice | None = None
+        best: _Choice | None = None
         while True:
             network = assemble(prepared, find, kept)
             choice = _Choice(network, kept, before, exit_accuracies(network, images, context.device), first)
             first = first or choice
+            best = choice if best is None or choice.drop < best.drop else best
             count = max(1, 2 * count)
             if self.max_drop is None or choice.drop <= self.max_drop / 100 or count > _MOST_FLOAT * len(worst):
-                return choice
+                return best
             kept = [*self.keep_float, *worst[:count]]
 
 
@@ -146,13 +150,16 @@ class _Choice:
         """Before and after, exit by exit."""
         pairs = zip(self.before, self.after, strict=True)
         each = ", ".join(f"exit {k + 1} {old:.2%} -> {new:.2%}" for k, (old, new) in enumerate(pairs))
-        return f"calibration accuracy, evaluated again in bytes: {each}"
+        return f"calibration accuracy, evaluated again in bytes: {each}; {points(self.drop)} lost at most"
 
     def fallback_note(self, step: Quantize) -> list[str]:
         """What fell back, and what it was good for."""
         if self.first is None:
             if step.max_drop is not None and self.drop > step.max_drop / 100:
-                return [f"an exit loses {100 * self.drop:.2f} points, more than max_drop {step.max_drop:g} allows"]
+                return [
+                    f"an exit loses {100 * self.drop:.2f} points, more than max_drop {step.max_drop:g} allows; with "
+                    "more layers in float it lost no less"
+                ]
             return []
         fallen = self.kept[len(step.keep_float) :]
         met = "" if self.drop * 100 <= (step.max_drop or 0) else f", still more than max_drop {step.max_drop:g} allows"

@@ -110,8 +110,6 @@ def _coupled(graph: Any, found: Any, dense: Dense) -> Coupled:
         target = item.dep.target.module
         if not isinstance(target, nn.Parameter) and not any(True for _ in _tensors(target)):
             continue  # an operator
-        if isinstance(target, nn.PReLU) and target.num_parameters == 1:
-            continue  # one for all channels
         index = _index(item.root_idxs, item.idxs, channels)
         stand = dense.stands.get(id(target))
         whole |= index is None or stand is None or stand.opaque

@@ -86,6 +86,10 @@ class _Places:
             self._bare_convolution(node)
         elif node.target is functional.batch_norm:
             self._per_channel(node, [one for one in node.all_input_nodes if one.op == "get_attr"])
+        elif isinstance(module, nn.PReLU) and module.num_parameters == 1:
+            self._replace(node, node.all_input_nodes[0], nn.LeakyReLU(), Stand(f"#{node.name}"))
+        elif node.target in (torch.cat, torch.concat) and len(node.meta["shape"]) == 4:
+            self._joined(node)
         elif self._shuffle(node, module) or self._scaled(node) or self._pieces(node) or self._rearranged(node):
             return
         elif sources := list(self._hidden(node)):
@@ -130,6 +134,27 @@ class _Places:
             nn.BatchNorm2d(channels),
             Stand(path, {"each": ((path, None),)}, ties if blocks < channels else {}),
         )
+
+    def _joined(self, node: fx.Node) -> None:
+        """A concatenation: torch-pruning has to see how many channels come from where."""
+        for i, source in enumerate(node.all_input_nodes):
+            if self._is_still(source):
+                self._opaque(source, [placeholder(self.graph)])
+            else:
+                self._mark(source, node, f"_{node.name}_counted_{i}")
+        self._mark(node, None, f"_{node.name}_counted_all")
+
+    def _mark(self, node: fx.Node, reader: fx.Node | None, name: str) -> None:
+        """Let a reader, or all of them, read a map through a layer with as many channels."""
+        layer = nn.BatchNorm2d(node.meta["shape"][1])
+        self.traced.add_module(name, layer)
+        self.stands[layer] = Stand(f"#{name}")
+        with self.graph.inserting_after(node):
+            marked = self.graph.call_module(name, (node,))
+        marked.meta.update(node.meta)
+        users = [reader] if reader is not None else [user for user in node.users if user is not marked]
+        for user in users:
+            user.replace_input_with(node, marked)
 
     def _pieces(self, node: fx.Node) -> bool:
         """Chunks of the channels: of each of them the same channel goes, so that they stay of one size."""
@@ -198,11 +223,6 @@ class _Places:
         if any(len(one.meta["shape"]) > 4 for one in sources):
             yield from _maps_behind(node)
             return
-        if node.target is torch.cat or operator_name(node) in ("cat", "concat"):
-            for one in sources:
-                if self._is_still(one):
-                    self._opaque(one, [placeholder(self.graph)])
-            return
         call = node
         if operator_name(node) == "getitem" and node.args[1] == 0 and not sources:
             call = node.all_input_nodes[0]
@@ -245,7 +265,7 @@ class _Places:
         outputs = shape[1] if len(shape) == 4 else 1
         made = []
         for i, source in enumerate(maps):
-            name = f"_{node.name}_{i}_stands_in"
+            name = f"_{node.name}_stands_in_{i}"
             layer = _Mixing(source.meta["shape"][1], outputs, shape)
             self.traced.add_module(name, layer)
             self.stands[layer] = Stand(f"#{name}", opaque=True)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dynamize.errors import DynamizeError
 
-TOLERANCE = 1e-5  # largest difference, relative to the largest value
+TOLERANCE = 1e-5  # largest difference, relative to the spread of the values
 
 
 def replace_modules(root: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
@@ -43,9 +43,14 @@ def every_module(root: nn.Module) -> Iterator[nn.Module]:
 
 
 def difference(found: Tensor, wanted: Tensor) -> float:
-    """The largest difference, relative to the largest magnitude of ``wanted``."""
-    scale = max(float(wanted.abs().max()), torch.finfo(wanted.dtype).tiny)
-    return float((found - wanted).abs().max()) / scale
+    """The largest difference, relative to the spread of ``wanted``: between its largest and its smallest value."""
+    return float((found - wanted).abs().max()) / spread(wanted)
+
+
+def spread(wanted: Tensor) -> float:
+    """Between the largest and the smallest value; where all are alike, their magnitude."""
+    between = float(wanted.max() - wanted.min())
+    return max(between or float(wanted.abs().max()), torch.finfo(wanted.dtype).tiny)
 
 
 def check_same(name: str, found: nn.Module, wanted: nn.Module, example: tuple[int, ...]) -> None:
@@ -58,7 +63,7 @@ def check_same(name: str, found: nn.Module, wanted: nn.Module, example: tuple[in
         example: shape of the input, batch included.
 
     Raises:
-        DynamizeError: the answers differ by more than 1e-5 of the largest.
+        DynamizeError: the answers differ by more than 1e-5 of their spread.
     """
     inputs = torch.randn(example, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     with torch.no_grad():
@@ -66,6 +71,6 @@ def check_same(name: str, found: nn.Module, wanted: nn.Module, example: tuple[in
     error = difference(*answers) if answers[0].shape == answers[1].shape else float("inf")
     if not error <= TOLERANCE:
         raise DynamizeError(
-            f"`{name}` cannot be replaced: the new layer differs from it by {error:.1e} of its largest output, more "
-            f"than {TOLERANCE:g}. Leave it out."
+            f"`{name}` cannot be replaced: the new layer differs from it by {error:.1e} of the spread of its output, "
+            f"more than {TOLERANCE:g}. Leave it out."
         )

@@ -1,5 +1,6 @@
 """Exchanging layers of a converted network everywhere at once; costs are counted anew and answers compared."""
 
+import copy
 from collections.abc import Iterator, Mapping
 from typing import cast
 
@@ -71,18 +72,23 @@ def exit_answers(network: DynamicNetwork) -> list[Tensor]:
         network.train(training)
 
 
+def in_double(network: DynamicNetwork) -> DynamicNetwork:
+    """A copy on the CPU in float64, on which a change can be checked without the rounding of long sums."""
+    return copy.deepcopy(network).cpu().double()
+
+
 def check_answers(step: str, network: DynamicNetwork, wanted: list[Tensor]) -> None:
     """Refuse a change after which an exit answers otherwise than ``wanted``, which :func:`exit_answers` gave before.
 
     Raises:
-        DynamizeError: by more than 1e-5 of the largest logit.
+        DynamizeError: by more than 1e-5 of the spread of the logits.
     """
     errors = [difference(*pair) for pair in zip(exit_answers(network), wanted, strict=True)]
     worst = max(range(len(errors)), key=lambda k: errors[k] if errors[k] == errors[k] else float("inf"))
     if not errors[worst] <= TOLERANCE:
         raise DynamizeError(
-            f"{step}: exit {worst + 1} of {len(errors)} answers {errors[worst]:.1e} of its largest logit otherwise "
-            f"than before, more than {TOLERANCE:g} allow. Leave this step out, and please report the network."
+            f"{step}: exit {worst + 1} of {len(errors)} answers {errors[worst]:.1e} of the spread of its logits "
+            f"otherwise than before, more than {TOLERANCE:g} allow. Leave this step out, and please report the network."
         )
 
 

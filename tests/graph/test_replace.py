@@ -46,8 +46,10 @@ def test_a_region_cut_out_of_a_graph_runs_the_new_layer() -> None:
     assert torch.equal(plain(images), plain.get_submodule("3")(new(images).relu().flatten(1)))
 
 
-def test_difference_is_relative_to_the_largest_value() -> None:
-    assert difference(torch.tensor([1.0, 9.0]), torch.tensor([2.0, 10.0])) == pytest.approx(0.1)
+def test_difference_is_relative_to_the_spread() -> None:
+    assert difference(torch.tensor([1.0, 9.0]), torch.tensor([2.0, 10.0])) == pytest.approx(1 / 8)
+    assert difference(torch.tensor([1000.0, 1001.5]), torch.tensor([1000.0, 1001.0])) == pytest.approx(0.5)
+    assert difference(torch.tensor([3.0]), torch.tensor([2.0])) == pytest.approx(0.5)
     assert difference(torch.zeros(2), torch.zeros(2)) == 0
 
 

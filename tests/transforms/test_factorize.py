@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from digits import digit_splits
 from networks import SmallResNet, ThreeLayer, close, small_resnet
 from pruned_networks import SqueezeNet, made
 from pydantic import ValidationError
@@ -13,11 +14,12 @@ from torch import nn
 from dynamize import artifact
 from dynamize.compression.comparison import whole_macs
 from dynamize.compression.factors import Ranks
-from dynamize.conversion import apply, convert, wrap
+from dynamize.conversion import apply, convert, replay, wrap
 from dynamize.errors import DynamizeError, InfeasibleError
 from dynamize.measure.costs import exit_costs
 from dynamize.nn.network import DynamicNetwork
 from dynamize.runtime.compiled import compile_network
+from dynamize.sources import SourceSpec, load_source
 from dynamize.training.objectives import exit_logits
 from dynamize.transform import Context
 from dynamize.transforms import ChannelGates, Exits, Factorize, SkipGates, factorize
@@ -86,6 +88,41 @@ def test_the_clock_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     told = next(note for note in notes if "not faster on eager" in note)
     assert "layer1.0.body.0.0 (1.20 of its time)" in told
     assert (1, 3, 16, 16) in asked
+
+
+@pytest.mark.parametrize("ratio", [0.8, 1.0])
+def test_what_nobody_asked_for_is_taken_back_where_it_saves_no_time(
+    monkeypatch: pytest.MonkeyPatch, ratio: float
+) -> None:
+    class Clock:
+        def __init__(self, *_: object) -> None:
+            pass
+
+        def ratio(self, changed: DynamicNetwork) -> float:
+            return ratio
+
+    monkeypatch.setattr(factorize, "layer_ratio", lambda *_: 0.5)
+    monkeypatch.setattr(factorize, "Stopwatch", Clock)
+    module = made(ThreeLayer)
+    low_rank(module, "conv2", (2, 2))
+    step = Factorize(round_to=2)
+    network, notes = apply(wrap(module, ThreeLayer.shape), step, Context(backend="eager"))
+    layers = network.history[-1]["layers"]
+    assert bool(layers) == (ratio < 1)
+    assert notes[0].startswith("taken back: 1 layers as products save ") == (ratio == 1)
+    again = replay(made(ThreeLayer), network.history, ThreeLayer.shape)
+    assert again.state_dict().keys() == network.state_dict().keys()
+    asked, _ = apply(wrap(module, ThreeLayer.shape), step.model_copy(update={"energy": 0.9}), Context(backend="eager"))
+    assert asked.history[-1]["layers"]
+
+
+def test_what_it_costs_is_said() -> None:
+    splits = digit_splits(160)
+    network = wrap(
+        load_source(SourceSpec(source="dynamize:digits_resnet", kwargs={"pretrained": True}), False).eval(), (1, 8, 8)
+    )
+    _, notes = apply(network, Factorize(energy=0.5, timed=False, round_to=1), Context(data=splits))
+    assert any(note.startswith("calibration accuracy ") and "points lost by this step" in note for note in notes)
 
 
 def test_latency_ratio_follows_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:

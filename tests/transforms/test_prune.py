@@ -13,20 +13,24 @@ from digits import digit_network, digit_splits
 from networks import SmallResNet, ThreeLayer, close, randomise_norms, small_resnet, torchvision_network
 from pruned_networks import SqueezeNet, made
 from pydantic import ValidationError
-from torch import nn
+from torch import Tensor, nn
 
 from dynamize import artifact
 from dynamize.compression.comparison import whole_macs
 from dynamize.compression.layers import sizes
 from dynamize.conversion import apply, convert, replay, wrap
 from dynamize.errors import DynamizeError, InfeasibleError
+from dynamize.measure.accuracy import exit_accuracies
 from dynamize.measure.costs import exit_costs
 from dynamize.models import create
 from dynamize.nn.network import DynamicNetwork
-from dynamize.sources import SourceSpec
+from dynamize.sources import SourceSpec, load_source
 from dynamize.training.objectives import exit_logits
+from dynamize.training.statistics import Estimated
 from dynamize.transform import Context, check_order
 from dynamize.transforms import ChannelGates, Exits, Prune, SkipGates, prune
+
+CPU = torch.device("cpu")
 
 
 def pruned(network: nn.Module, shape: tuple[int, ...], *before: Any, **fields: Any) -> DynamicNetwork:
@@ -197,14 +201,48 @@ def test_recovery_in_rounds_keeps_metrics_and_goes_on(tmp_path: Path) -> None:
     assert all(torch.equal(t, again.state_dict()[name]) for name, t in network.state_dict().items())
 
 
+def trained_digits() -> DynamicNetwork:
+    """The bundled network."""
+    return wrap(
+        load_source(SourceSpec(source="dynamize:digits_resnet", kwargs={"pretrained": True}), False).eval(), (1, 8, 8)
+    )
+
+
+def running_mean(network: DynamicNetwork) -> Tensor:
+    return next(module.running_mean for module in network.modules() if isinstance(module, nn.BatchNorm2d))
+
+
 def test_batch_norms_are_estimated_again() -> None:
-    splits = digit_splits(160)
-    means = []
+    splits, found = digit_splits(160), []
     for images in (0, 64):
         step = Prune(ratio=0.5, round_to=2, statistics_images=images)
-        network, _ = apply(digit_network(), step, Context(data=splits))
-        means.append(next(m.running_mean for m in network.modules() if isinstance(m, nn.BatchNorm2d)))
-    assert not close(means[0], means[1], 1e-2)
+        network, _ = apply(trained_digits(), step, Context(data=splits))
+        found.append(running_mean(network))
+    assert not close(found[0], found[1], 1e-2)
+
+
+def test_batch_norms_stay_where_new_ones_cost_accuracy(monkeypatch: pytest.MonkeyPatch) -> None:
+    def spoil(network: DynamicNetwork, *_: Any, **__: Any) -> Estimated:
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.fill_(100)
+        return Estimated(64, 0)
+
+    monkeypatch.setattr(prune, "estimate_statistics", spoil)
+    splits = digit_splits(160)
+    network, notes = apply(trained_digits(), Prune(ratio=0.1, round_to=2), Context(data=splits))
+    assert float(running_mean(network).abs().max()) < 100
+    assert any(note.startswith("batch norms keep their statistics: anew from 64 train images") for note in notes)
+
+
+def test_what_it_costs_is_said() -> None:
+    splits = digit_splits(160)
+    network, notes = apply(trained_digits(), Prune(ratio=0.5, round_to=2), Context(data=splits))
+    before, after = (exit_accuracies(one, splits.calibration, CPU)[0] for one in (trained_digits(), network))
+    assert before - after > 0.01
+    (told,) = [note for note in notes if note.startswith("calibration accuracy")]
+    assert f"{before:.2%} -> {after:.2%}, {100 * (before - after):.2f} points lost by this step" in told
+    assert any("nothing was trained since" in note for note in notes)
 
 
 @pytest.mark.parametrize(
