@@ -1,6 +1,6 @@
 """`calibrate`: choose the thresholds of all exits for a budget, from one pass over the calibration images."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
@@ -8,7 +8,15 @@ from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_v
 from dynamize.calibration.certified import Trial, verdict
 from dynamize.calibration.collect import TableMaker
 from dynamize.calibration.goal import UNLABELLED, Goal
-from dynamize.calibration.offsets import OffsetTables, best_point, curve, order_without_images, with_chosen
+from dynamize.calibration.offsets import (
+    OffsetTables,
+    best_of_all,
+    best_point,
+    curve_of_all,
+    every_asking,
+    order_without_images,
+    with_chosen,
+)
 from dynamize.calibration.operating import OperatingPoint, no_ratio
 from dynamize.calibration.solver import unreachable
 from dynamize.errors import DynamizeError, InfeasibleError, rounded_up
@@ -104,15 +112,15 @@ class Calibrate(Transform):
             labelled=self.labels == "given",
             fitted_on=None if trial is None else trial.learnt,
         )
-        tables, given = OffsetTables(maker), self._given()
+        every, given = every_asking(maker), self._given()
         goal = Goal.of(maker.static_cost["macs"], **given)
         resolved = self if given else self.model_copy(update={goal.asked: goal.typed})
         notes = [*data.warnings, *([] if maker.labelled else [UNLABELLED])]
-        solved, allows = self._solve(tables, goal, trial, context.seed, notes)
-        along = curve(tables, self.points, context.seed)
+        solved, allows = self._solve(every, goal, trial, context.seed, notes)
+        along = curve_of_all(every, self.points, context.seed)
         network.operating_points, chosen = with_chosen(along, solved, allows, goal.about_accuracy)
         network.set_operating_point(chosen)
-        notes.append(_promise(chosen))
+        notes += [_promise(chosen), *_asked(network, chosen)]
         if network.changing:
             notes.append(adaptivity(network, data.calibration, context.device, context.seed).verdict())
         return Applied(network, resolved, notes)
@@ -136,24 +144,37 @@ class Calibrate(Transform):
     def _trial(self, network: DynamicNetwork, images: int, seed: int) -> Trial | None:
         if self.certain is None:
             return None
-        return Trial.of(self.certain, order_without_images(network), images, seed)
+        order = order_without_images(network)
+        return Trial.of(self.certain, order, images, seed, chooses=bool(network.members))
 
     def _solve(
-        self, tables: OffsetTables, goal: Goal, trial: Trial | None, seed: int, notes: list[str]
+        self, every: Sequence[OffsetTables], goal: Goal, trial: Trial | None, seed: int, notes: list[str]
     ) -> tuple[OperatingPoint, Allows]:
         """The point, and which points of the curve may take its place."""
-        try:
-            plain = best_point(tables, lambda table: goal.solve(table, seed), goal.about_accuracy)
-        except InfeasibleError:
-            if trial is None:
-                raise
-            plain = None
         if trial is None:
-            assert plain is not None
-            return plain, goal.allows
+            return best_of_all(every, lambda table: goal.solve(table, seed), goal.about_accuracy)[0], goal.allows
+        tables = every[0]
+        if len(every) > 1:
+            learnt = trial.learnt
+            solved = best_of_all(every, lambda table: goal.solve(table.subset(learnt), seed), goal.about_accuracy)
+            tables = solved[1]
+        try:
+            plain = tables.put(best_point(tables, lambda table: goal.solve(table, seed), goal.about_accuracy))
+        except InfeasibleError:
+            plain = None
         found = trial.certify(tables.at, tables.offsets(), goal, tables.dearest(goal.measure))
         notes += verdict(found, plain, goal)
-        return found.point, lambda _: False
+        return tables.put(found.point), lambda _: False
+
+
+def _asked(network: DynamicNetwork, point: OperatingPoint) -> list[str]:
+    """Which networks of a row are asked at a point, and how their answers are joined."""
+    if not network.members:
+        return []
+    asked = [name for name in network.members if point.thresholds[name] is not None]
+    if not asked:
+        return ["chosen on calibration images: none of the networks in front is asked"]
+    return [f"chosen on calibration images: {', '.join(asked)} are asked first, and answers joined by {point.combine}"]
 
 
 def _promise(point: OperatingPoint) -> str:

@@ -8,7 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dynamize.calibration.table import ConfidenceTable
+from dynamize.calibration.asking import EVERYONE_ASKED, Asking
+from dynamize.calibration.table import LARGEST, ConfidenceTable
 from dynamize.calibration.temperature import fit_temperature
 from dynamize.conversion import wrap
 from dynamize.data import Images
@@ -41,6 +42,7 @@ class TableMaker:
         fitted_on: NDArray[np.intp] | None = None,
     ) -> None:
         self.labelled = labelled
+        self._seen: dict[float, Seen] = {}
         self.network, self.teacher, self.images, self.device = network, teacher, images, device
         self.reference = top_answers(teacher, images, device)[0].numpy()
         static = wrap(teacher, network.input_shape)
@@ -53,25 +55,33 @@ class TableMaker:
             self.saved_ms = {name: costs[-1] - np.array(costs) for name, costs in times.options.items()}
         self._fit_temperatures(np.arange(len(self.reference)) if fitted_on is None else fitted_on)
 
-    def table(self, offset: float, others: Images | None = None) -> ConfidenceTable:
+    def table(self, offset: float, others: Images | None = None, asking: Asking = EVERYONE_ASKED) -> ConfidenceTable:
         """The table at an offset of what changes: of the images whose temperatures it has, or of others to judge on."""
-        images = self.images if others is None else others
-        seen = everything(self.network, images, self.device, Setting(offset=offset))
+        seen = self._everything(offset) if others is None else self._run(others, offset)
         reference = self.reference if others is None else top_answers(self.teacher, others, self.device)[0].numpy()
         costs = {"macs": self.costs.cumulative(), "ms": self.milliseconds}
         seen = seen if self.labelled else replace(seen, labels=torch.from_numpy(reference))
         saved = {"macs": self.costs.savings(seen.taken), "ms": _looked_up(self.saved_ms, seen.taken)}
-        table = _table(seen, reference, self.costs, costs, saved, self.static_cost)
+        table = _table(self.network, seen, reference, self.costs, costs, saved, self.static_cost, asking)
         return table if self.labelled else replace(table, labelled=False)
+
+    def _everything(self, offset: float) -> Seen:
+        """Of the calibration images, which several tables are made of."""
+        if offset not in self._seen:
+            self._seen[offset] = self._run(self.images, offset)
+        return self._seen[offset]
+
+    def _run(self, images: Images, offset: float) -> Seen:
+        return everything(self.network, images, self.device, Setting(offset=offset))
 
     def _fit_temperatures(self, chosen: NDArray[np.intp]) -> None:
         if not len(chosen):
-            for piece in self.network.leaving:
+            for piece in self.network.scored:
                 piece.temperature.fill_(1.0)
             return
         seen = everything(self.network, self.images, self.device)
         labels = seen.labels.numpy() if self.labelled else self.reference
-        for piece, logits in zip(self.network.leaving, seen.logits, strict=False):
+        for piece, logits in zip(self.network.scored, seen.logits, strict=False):
             piece.temperature.fill_(fit_temperature(logits.numpy()[chosen], labels[chosen]))
 
 
@@ -86,7 +96,8 @@ def macs_table(network: DynamicNetwork, seen: Seen, reference: Tensor, static_ma
     """
     costs = exit_costs(network)
     given, saved = {"macs": costs.cumulative()}, {"macs": costs.savings(seen.taken)}
-    return _table(seen, reference.numpy(), costs, given, saved, {"macs": static_macs})
+    asking = Asking.at(network, network.setting)
+    return _table(network, seen, reference.numpy(), costs, given, saved, {"macs": static_macs}, asking)
 
 
 def confidences(seen: Seen) -> NDArray[np.float64]:
@@ -96,30 +107,38 @@ def confidences(seen: Seen) -> NDArray[np.float64]:
 
 
 def _table(
+    network: DynamicNetwork,
     seen: Seen,
     reference: NDArray[np.int64],
     pieces: Costs,
     costs: Mapping[str, NDArray[np.float64]],
     saved: Mapping[str, Mapping[str, NDArray[np.float64]]],
     static_cost: Mapping[str, float],
+    asking: Asking,
 ) -> ConfidenceTable:
+    seen = asking.seen(network, seen)
+    costs = {measure: asking.costs(network, cost) for measure, cost in costs.items()}
     costs = {measure: np.maximum(cost, _LEAST * cost[-1]) for measure, cost in costs.items()}
     image_costs: dict[str, NDArray[np.float64]] = {}
     if seen.taken:
-        image_costs = {measure: _for_each(cost, pieces.up_to_exits(saved[measure])) for measure, cost in costs.items()}
+        less = {measure: asking.savings(each) for measure, each in saved.items()}
+        image_costs = {measure: _for_each(cost, pieces.up_to_exits(less[measure])) for measure, cost in costs.items()}
         costs = {measure: cost.mean(axis=1) for measure, cost in image_costs.items()}
     leaving = pieces.leaving
+    kept = asking.kept([one.name for one in leaving])
     heads = [one.always if one.name in pieces.switchable else 0.0 for one in leaving]
+    joins = len(asking.off) < len(network.members)  # then a network whose place to leave is not used runs all the same
     return ConfidenceTable(
-        scores=confidences(seen),
-        answers=np.stack([one.argmax(1).numpy() for one in seen.logits]),
+        scores=confidences(seen)[kept],
+        answers=np.stack([seen.logits[k].argmax(1).numpy() for k in kept]),
         labels=seen.labels.numpy(),
         reference=reference,
-        costs=costs,
+        costs={measure: cost[kept] for measure, cost in costs.items()},
         static_cost=static_cost,
-        head_costs={"macs": np.array(heads)},
-        image_costs=image_costs,
-        names=tuple(one.name for one in leaving),
+        head_costs={"macs": np.array(heads)[kept[:-1]]},
+        image_costs={measure: cost[kept] for measure, cost in image_costs.items()},
+        names=tuple(leaving[k].name for k in kept[:-1]),
+        never=LARGEST if joins else None,
     )
 
 

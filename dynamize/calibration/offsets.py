@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from dynamize.arguments import given_network
+from dynamize.calibration.asking import EVERYONE_ASKED, Asking, askings
 from dynamize.calibration.certified import Candidate, fixed_order
 from dynamize.calibration.collect import TableMaker
 from dynamize.calibration.operating import OperatingPoint, OperatingPoints, named_by_cost, undominated
@@ -58,20 +59,27 @@ def calibrate(
     device = next(network.parameters()).device
     images = loader if hasattr(loader, "batches") else LoaderSet("calibration", loader)
     maker = TableMaker(network, images, teacher, device, default_backend(device))
-    network.operating_points = curve(OffsetTables(maker), count, seed)
+    network.operating_points = curve_of_all(every_asking(maker), count, seed)
     return network.operating_points
 
 
 class OffsetTables:
-    """Tables by offset, made when they are first asked for; without gates there is one, at 0."""
+    """Tables by offset, made when they are first asked for; without gates there is one, at 0.
 
-    def __init__(self, maker: TableMaker) -> None:
-        self.maker = maker
+    ``asking`` is which networks of a row are asked.
+    """
+
+    def __init__(self, maker: TableMaker, asking: Asking = EVERYONE_ASKED) -> None:
+        self.maker, self.asking = maker, asking
         self._tables: dict[float, ConfidenceTable] = {}
 
     def offsets(self) -> list[float]:
         """The grid, the cheapest first."""
         return list(OFFSETS) if self.maker.network.changing else [0.0]
+
+    def put(self, point: OperatingPoint) -> OperatingPoint:
+        """A point that was found on these tables, for the whole network."""
+        return self.asking.put(self.maker.network, point)
 
     def dearest(self, measure: str) -> float:
         """The most that any image can cost."""
@@ -80,8 +88,44 @@ class OffsetTables:
     def at(self, offset: float) -> ConfidenceTable:
         """The table at this offset."""
         if offset not in self._tables:
-            self._tables[offset] = self.maker.table(offset)
+            self._tables[offset] = self.maker.table(offset, asking=self.asking)
         return self._tables[offset]
+
+
+def every_asking(maker: TableMaker) -> list[OffsetTables]:
+    """The tables of each choice of the networks that are asked; one for a network by itself."""
+    return [OffsetTables(maker, asking) for asking in askings(maker.network, maker.labelled)]
+
+
+def best_of_all(every: Sequence[OffsetTables], solve: Solver, cheapest: bool) -> tuple[OperatingPoint, OffsetTables]:
+    """The best point that ``solve`` finds, whoever is asked, and the tables that it is on.
+
+    Raises:
+        InfeasibleError: there is none; the error is that of what comes nearest.
+    """
+    found: dict[float, OperatingPoint] = {}
+    refused: list[InfeasibleError] = []
+    for number, tables in enumerate(every):
+        try:
+            found[number] = tables.put(best_point(tables, solve, cheapest))
+        except InfeasibleError as error:
+            refused.append(error)
+    if not found:
+        raise min(refused, key=lambda error: error.nearest)
+    best = _best(found, cheapest)
+    return found[best], every[int(best)]
+
+
+def curve_of_all(every: Sequence[OffsetTables], count: int, seed: int) -> OperatingPoints:
+    """Up to ``count`` points along the best of the curves of all."""
+    if len(every) == 1:
+        return curve(every[0], count, seed)
+    points = [
+        tables.put(point).model_copy(update={"name": "macs"})
+        for tables in every
+        for point in curve(tables, _POINTS_EACH if tables.maker.network.changing else count, seed)
+    ]
+    return _thinned(points, count, every[0])
 
 
 def order_without_images(network: DynamicNetwork) -> list[Candidate] | None:
@@ -133,9 +177,13 @@ def curve(tables: OffsetTables, count: int, seed: int) -> OperatingPoints:
         for offset in offsets
         for point in operating_points(tables.at(offset), _POINTS_EACH, seed=seed)
     ]
+    return _thinned(every, count, tables)
+
+
+def _thinned(every: Sequence[OperatingPoint], count: int, tables: OffsetTables) -> OperatingPoints:
     front = undominated(every)
     picked = sorted({round(i * (len(front) - 1) / max(1, count - 1)) for i in range(count)})
-    static = tables.at(offsets[0]).static_cost["macs"]
+    static = tables.at(tables.offsets()[0]).static_cost["macs"]
     return OperatingPoints(tuple(named_by_cost([front[place] for place in picked], static)))
 
 

@@ -4,7 +4,7 @@ A row ``small, Answer, Restart, big, Verdict`` is a cascade (Wang et al. 2020, W
 2023, Efficient Inference With Model Cascades). A network whose place to leave is off does not run at all.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -48,6 +48,17 @@ class Answer(Leaving):
 
     def score(self, logits: Tensor, features_NCHW: Tensor) -> Tensor:
         return logits[:, 0].float() * 0 if self.by_agreement else super().score(logits, features_NCHW)
+
+    def rated(self, logits: Tensor, votes: Sequence[Tensor], joined: bool) -> Tensor:
+        """The score (N,) of an answer, from what each network asked so far would have answered alone, (N,) each.
+
+        Args:
+            logits: of the answer, this network's own or ``joined`` with those before.
+        """
+        if self.by_agreement:
+            alike = torch.stack(list(votes)) == votes[-1]
+            return (alike.all(0) if len(votes) > 1 else alike[0] & False).float()
+        return CONFIDENCES[self.confidence](logits if joined else logits.float() / self.temperature.cpu())
 
     def decide(self, flow: Flow, setting: Setting, logits: Tensor, *more: Tensor) -> None:
         (score,) = more

@@ -9,6 +9,7 @@ import torch
 from gated_networks import scatter
 
 from dynamize.calibration import collect as collecting
+from dynamize.calibration.asking import EVERYONE_ASKED, Asking
 from dynamize.calibration.collect import TableMaker
 from dynamize.calibration.offsets import OFFSETS, OffsetTables, best_point, calibrate, curve
 from dynamize.calibration.points import point_for_budget, point_for_drop
@@ -41,7 +42,7 @@ class FakeMaker:
         self.network: Any = SimpleNamespace(changing=[None] * units)
         self.made: list[float] = []
 
-    def table(self, offset: float) -> ConfidenceTable:
+    def table(self, offset: float, asking: Asking = EVERYONE_ASKED) -> ConfidenceTable:
         self.made.append(offset)
         cost = min(1.02, max(0.2, 0.6 + 0.1 * offset)) * STATIC
         wrong = 0 if offset == ALL_OPEN else int(np.clip(50 - 40 * offset, 0, IMAGES))
