@@ -9,7 +9,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from dynamize.compression.comparison import points
-from dynamize.compression.fidelity import layer_fidelity
+from dynamize.compression.fidelity import layer_fidelity, part_errors
 from dynamize.compression.neural_compressor import chosen_steps
 from dynamize.compression.quantization import assemble, observe, placeholder_steps, sample, steps_of
 from dynamize.compression.rounding import Key, layer_names, prepare
@@ -17,7 +17,7 @@ from dynamize.compression.steps import RangeName, Steps
 from dynamize.data import Images, Splits
 from dynamize.errors import DynamizeError, closest
 from dynamize.files import write_text
-from dynamize.measure.accuracy import exit_accuracies
+from dynamize.measure.accuracy import Seen, accuracy, everything
 from dynamize.nn.network import DynamicNetwork
 from dynamize.rewrite.exchange import sliced_layers
 from dynamize.transform import Applied, Context, Kind, Transform, last_step
@@ -25,7 +25,9 @@ from dynamize.transform import Applied, Context, Kind, Transform, last_step
 LAYERS = "layers.json"
 _LISTED = 5
 _COMPARED = 2  # batches on which single layers are compared
-_MOST_FLOAT = 0.5  # share of the layers that may fall back
+_MOST_FLOAT = 0.5  # share of the layers that may fall back before all do
+_AGREEMENT = 0.98  # of the top answers of each exit with its own in float
+_PART_ERROR = 0.5  # of a part, as a share of the spread of what it gives in float
 
 Find = Callable[[Key], Steps]
 
@@ -56,8 +58,9 @@ class Quantize(Transform):
     )
     max_drop: Annotated[float, Field(ge=0, le=100)] | None = Field(
         0.5,
-        description="points of calibration accuracy that any exit may lose; beyond, the least exact layers fall back "
-        "to float until it holds. null: none falls back",
+        description="points of calibration accuracy that any exit may lose; beyond, where less than 98 % of its answers "
+        "stay, or where a part differs from itself in float by half of its spread, the least exact layers fall back to "
+        "float, all of them if need be. null: none falls back",
     )
     keep_float: list[str] = Field([], description="layers, or modules with all their layers, that stay in float")
     float_layers: list[str] | None = Field(
@@ -91,12 +94,12 @@ class Quantize(Transform):
         batches = sample(data.calibration, self.images, context.device)
         find, rare = self._find(prepared, batches)
         fidelity = layer_fidelity(prepared, find, batches[:_COMPARED], self.keep_float)
-        chosen = self._choose(prepared, find, list(fidelity), data.calibration, context)
+        chosen = self._choose(prepared, find, list(fidelity), data.calibration, batches, context)
         quantized, kept = chosen.network, chosen.kept
         notes = [_summary(network, quantized, names, kept, self.ranges, sum(map(len, batches)))]
         if rare:
             notes.append(f"{rare} parts that fewer than 16 of these images reach have their ranges from all of them")
-        notes += [chosen.accuracy_note(), *chosen.fallback_note(self), _fidelity_note(fidelity)]
+        notes += [chosen.accuracy_note(), *chosen.fallback_note(self), chosen.parts_note(), _fidelity_note(fidelity)]
         if context.work is not None:
             context.work.mkdir(parents=True, exist_ok=True)
             write_text(context.work / LAYERS, json.dumps({"decibels": fidelity, "float": kept}, indent=1))
@@ -112,60 +115,95 @@ class Quantize(Transform):
         return lambda key: theirs[key] if key in theirs else ours(key), observed.rare
 
     def _choose(
-        self, prepared: DynamicNetwork, find: Find, worst: list[str], images: Images, context: Context
+        self,
+        prepared: DynamicNetwork,
+        find: Find,
+        worst: list[str],
+        images: Images,
+        batches: Sequence[Tensor],
+        context: Context,
     ) -> "_Choice":
-        """As many of the worst layers in float as it takes, twice as many at each trial; where none is good enough,
-        the best."""
-        before = exit_accuracies(prepared, images, context.device)
-        kept, count = list(self.keep_float), 0
-        first: _Choice | None = None
-        best: _Choice | None = None
-        while True:
+        """As many of the worst layers in float as it takes, twice as many at each trial; all where half do not do."""
+        before = everything(prepared, images, context.device)
+
+        def choice(kept: list[str], first: "_Choice | None") -> _Choice:
             network = assemble(prepared, find, kept)
-            choice = _Choice(network, kept, before, exit_accuracies(network, images, context.device), first)
-            first = first or choice
-            best = choice if best is None or choice.drop < best.drop else best
-            count = max(1, 2 * count)
-            if self.max_drop is None or choice.drop <= self.max_drop / 100 or count > _MOST_FLOAT * len(worst):
-                return best
-            kept = [*self.keep_float, *worst[:count]]
+            error = max(part_errors(prepared, network, batches[:_COMPARED]))
+            return _Choice(network, kept, before, everything(network, images, context.device), error, first)
+
+        kept, count = self.keep_float, 1
+        first = found = choice(kept, None)
+        while not found.holds(self.max_drop):
+            if count > _MOST_FLOAT * len(worst):
+                return choice([*kept, *worst], first)
+            found = choice([*kept, *worst[:count]], first)
+            count *= 2
+        return found
 
 
 @dataclass(frozen=True)
 class _Choice:
-    """A network in bytes and its calibration accuracy at each exit, before and after; ``first`` had no fallback."""
+    """A network in bytes and what its exits answer on calibration images, before and after.
+
+    Attributes:
+        kept: layers in float.
+        error: of any part, as a share of the spread of what it gives in float.
+        first: the trial without fallback; None if this is it.
+    """
 
     network: DynamicNetwork
     kept: list[str]
-    before: list[float]
-    after: list[float]
+    before: Seen
+    after: Seen
+    error: float
     first: "_Choice | None"
+
+    @property
+    def accuracies(self) -> list[tuple[float, float]]:
+        """Of each exit, before and after."""
+        pairs = zip(self.before.logits, self.after.logits, strict=True)
+        return [(accuracy(old, self.before.labels), accuracy(new, self.after.labels)) for old, new in pairs]
 
     @property
     def drop(self) -> float:
         """The most that any exit loses, as a fraction."""
-        return max(old - new for old, new in zip(self.before, self.after, strict=True))
+        return max(old - new for old, new in self.accuracies)
+
+    @property
+    def agreement(self) -> float:
+        """The smallest share of any exit's answers that stay."""
+        pairs = zip(self.before.logits, self.after.logits, strict=True)
+        return min(accuracy(new, old.argmax(1)) for old, new in pairs)
+
+    def holds(self, max_drop: float | None) -> bool:
+        """Whether it loses no more than is allowed."""
+        if max_drop is None:
+            return True
+        return self.drop <= max_drop / 100 and self.agreement >= _AGREEMENT and self.error <= _PART_ERROR
+
+    def parts_note(self) -> str:
+        """How far parts in bytes are from themselves in float."""
+        return (
+            f"parts in bytes differ by at most {self.error:.2g} of their spread from float, of {_PART_ERROR:g} allowed"
+        )
 
     def accuracy_note(self) -> str:
         """Before and after, exit by exit."""
-        pairs = zip(self.before, self.after, strict=True)
-        each = ", ".join(f"exit {k + 1} {old:.2%} -> {new:.2%}" for k, (old, new) in enumerate(pairs))
-        return f"calibration accuracy, evaluated again in bytes: {each}; {points(self.drop)} lost at most"
+        each = ", ".join(f"exit {k + 1} {old:.2%} -> {new:.2%}" for k, (old, new) in enumerate(self.accuracies))
+        return (
+            f"calibration accuracy, evaluated again in bytes: {each}; {points(self.drop)} lost at most, and at least "
+            f"{self.agreement:.2%} of each exit's answers stay"
+        )
 
     def fallback_note(self, step: Quantize) -> list[str]:
         """What fell back, and what it was good for."""
         if self.first is None:
-            if step.max_drop is not None and self.drop > step.max_drop / 100:
-                return [
-                    f"an exit loses {100 * self.drop:.2f} points, more than max_drop {step.max_drop:g} allows; with "
-                    "more layers in float it lost no less"
-                ]
             return []
         fallen = self.kept[len(step.keep_float) :]
-        met = "" if self.drop * 100 <= (step.max_drop or 0) else f", still more than max_drop {step.max_drop:g} allows"
         return [
             f"{len(fallen)} layers fell back to float ({_listed(fallen)}): without, an exit loses "
-            f"{100 * self.first.drop:.2f} points, with them {100 * self.drop:.2f}{met}"
+            f"{100 * self.first.drop:.2f} points and keeps {self.first.agreement:.2%} of its answers, with them "
+            f"{100 * self.drop:.2f} and {self.agreement:.2%}"
         ]
 
 

@@ -1,4 +1,4 @@
-"""How exactly each layer computes in bytes, against itself in float."""
+"""How exactly each layer and each part compute in bytes, against themselves in float."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -85,6 +85,61 @@ def layer_fidelity(
         if layer.signal or layer.noise:
             ratios[name] = min(layer.decibels, ratios.get(name, math.inf))
     return dict(sorted(ratios.items(), key=lambda item: item[1]))
+
+
+class _Compared(nn.Module):
+    """A part in float that watches the same in bytes."""
+
+    def __init__(self, floats: nn.Module, in_bytes: nn.Module) -> None:
+        super().__init__()
+        self.floats, self.in_bytes = floats, in_bytes
+        self.noise = self.total = self.square = 0.0
+        self.count = 0
+
+    def forward(self, features: Tensor) -> Tensor:
+        wanted = cast(Tensor, self.floats(features.clone()))
+        found = self.in_bytes(features.clone()).double()
+        self.noise += float((found - wanted).square().sum())
+        self.total += float(wanted.double().sum())
+        self.square += float(wanted.double().square().sum())
+        self.count += wanted.numel()
+        return wanted
+
+    @property
+    def error(self) -> float:
+        """Root of the mean squared difference as a share of the deviation of what the part gives."""
+        if not self.noise:
+            return 0.0
+        spread = self.square - self.total**2 / self.count
+        return math.sqrt(self.noise / spread) if spread > 0 else math.inf
+
+
+def part_errors(network: DynamicNetwork, in_bytes: DynamicNetwork, batches: Sequence[Tensor]) -> list[float]:
+    """What each part in bytes differs by from itself in float, as a share of the spread of what it gives.
+
+    Each is given what reaches it in the float network.
+
+    Args:
+        network: prepared.
+        in_bytes: what it was assembled to.
+        batches: images (N, C, H, W).
+
+    Returns:
+        By the number of the part, in order of execution.
+    """
+    floats, others = rounded_parts(network, []), [part.graph for part in in_bytes.parts() if part.graph is not None]
+    compared = [_Compared(part.graph, other) for part, other in zip(floats, others, strict=True)]
+    for part, one in zip(floats, compared, strict=True):
+        part.put(one)
+    run = routed(network)
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                run(batch)
+    finally:
+        for part, one in zip(floats, compared, strict=True):
+            part.put(one.floats)
+    return [one.error for one in compared]
 
 
 def _call(graph: fx.GraphModule, node: fx.Node, value: Tensor) -> Tensor:

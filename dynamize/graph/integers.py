@@ -129,7 +129,25 @@ def _in_bytes(module: fx.GraphModule, node: fx.Node, rounded: Collection[fx.Node
         return False
     if _is(module, node, _SUMS):
         return len(node.args) == 2 and all(isinstance(one, fx.Node) for one in node.args) and not node.kwargs
+    if _is(module, node, _POOLS) and _over_borders(module, node):
+        return False
     return _is(module, node, (*_CLAMPS, *_CURVES, *_POOLS, torch.cat, torch.concat))
+
+
+def _over_borders(module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether an average pool takes means of what lies beyond the map, or not of all values: no two backends compute
+    such means of bytes alike."""
+    called = _called(module, node)
+    names = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
+    if isinstance(called, nn.Module):
+        given = {name: getattr(called, name, None) for name in names}
+    elif called is functional.avg_pool2d:
+        given = {**dict(zip(names, node.args[1:], strict=False)), **node.kwargs}
+    else:
+        return False
+    padding = given.get("padding") or 0
+    padded = any(padding) if isinstance(padding, list | tuple) else bool(padding)
+    return padded or bool(given.get("ceil_mode")) or given.get("divisor_override") is not None
 
 
 def _called(module: fx.GraphModule, node: fx.Node) -> Any:
