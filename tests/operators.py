@@ -90,7 +90,6 @@ def _pools() -> dict[str, nn.Module]:
         "lp 3": nn.Sequential(nn.Sigmoid(), nn.LPPool2d(3, (2, 3))),
         "lp 1d": rows(nn.LPPool1d(2, 3, 2, ceil_mode=True)),
         "lp 3d": volumes(nn.LPPool3d(2, (1, 2, 2))),
-        "fractional": nn.FractionalMaxPool2d(2, output_size=(4, 5)),
         **{f"adaptive avg {size}": nn.AdaptiveAvgPool2d(size) for size in (1, 2, 3, 5, (4, 11), (None, 3), (12, 13))},
         **{f"adaptive max {size}": nn.AdaptiveMaxPool2d(size) for size in (1, 2, 3, 5, (4, 11), (None, 3), (12, 13))},
         "adaptive avg 1d": rows(nn.AdaptiveAvgPool1d(7)),

@@ -58,9 +58,9 @@ class Quantize(Transform):
     )
     max_drop: Annotated[float, Field(ge=0, le=100)] | None = Field(
         0.5,
-        description="points of calibration accuracy that any exit may lose; beyond, where less than 98 % of its answers "
-        "stay, or where a part differs from itself in float by half of its spread, the least exact layers fall back to "
-        "float, all of them if need be. null: none falls back",
+        description="points of calibration accuracy that any exit may lose; beyond, where less than 98 % of its "
+        "answers stay or where a part differs from itself in float by half of its spread, the least exact layers "
+        "fall back to float, all of them if need be. null: none falls back",
     )
     keep_float: list[str] = Field([], description="layers, or modules with all their layers, that stay in float")
     float_layers: list[str] | None = Field(

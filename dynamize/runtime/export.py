@@ -8,16 +8,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from dynamize.errors import DynamizeError
 from dynamize.files import atomically, write_text
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.piece import Piece
+from dynamize.nn.quantized import is_quantized
 from dynamize.runtime.engine import Border
 from dynamize.runtime.onnx import INPUTS, NEXT, NEXT_CONTEXT, PathAndHead, export_onnx
+from dynamize.runtime.onnxruntime import OnnxRuntime
+from dynamize.runtime.threads import chosen_threads
+from dynamize.runtime.trial import Features, agree, limit_of, listed
 
 PLAN, DRIVER = "routing.json", "run.py"
+_INSTEAD = (
+    "Use `dynamize predict`, or dz.compile_network in Python, which leave such a stage to PyTorch. Nothing was changed."
+)
 _AS_SAVED, _ALL_OFF = "as-saved", "exits-off"
 
 
@@ -80,10 +88,10 @@ class _Stage:
 def _export_stages(network: DynamicNetwork) -> list[_Stage]:
     """A path and the head behind it each; the last one has none, or one that adds what the exits saw."""
     network = copy.deepcopy(network).cpu().eval()
-    stages, border = [], 0
+    stages, border, features = [], 0, Features(network, alike=True)
     for number, (path, head) in enumerate(_pairs(network.row), start=1):
         module: nn.Module = nn.Identity() if path is None else path.parts()[0].module
-        takes = Border(network.shapes[border])
+        takes, reached = Border(network.shapes[border]), features.at(border)
         border += path is not None
         context = network.contexts[head.name] if head is not None else 0
         early = head is not None and head.effect == "leaves"
@@ -91,11 +99,31 @@ def _export_stages(network: DynamicNetwork) -> list[_Stage]:
         if early:
             outputs = [NEXT, "logits", "score", *([NEXT_CONTEXT] if head.chained else [])]
         both = module if head is None else PathAndHead(module, head, early)
-        files = {f"stage-{number}.onnx": export_onnx(both, takes, context, outputs)}
+        files = {f"stage-{number}.onnx": _export(both, takes, context, outputs, reached)}
         if early and not head.chained:
-            files[f"stage-{number}-without-exit.onnx"] = export_onnx(module, takes, 0, [NEXT])
+            files[f"stage-{number}-without-exit.onnx"] = _export(module, takes, 0, [NEXT], reached)
         stages.append(_Stage(files, INPUTS[: 2 if context else 1], outputs))
     return stages
+
+
+@torch.inference_mode()
+def _export(module: nn.Module, takes: Border, context: int, outputs: list[str], features: Tensor) -> bytes:
+    """ONNX that answers as the module does, in ONNX Runtime."""
+    inputs = [features, *([torch.randn(len(features), context)] if context else [])]
+    engine = OnnxRuntime(torch.device("cpu"))
+    engine.threads = chosen_threads(None)
+    wanted = listed(module(*[one.clone() for one in inputs]))
+    try:
+        found = export_onnx(module, takes, context, outputs)
+        answers = engine.load(found, {}, overwrite=False)(inputs)
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        raise DynamizeError(f"a stage cannot be exported: {reason}. {_INSTEAD}") from error
+    if not agree(answers, wanted, limit_of(engine, is_quantized(module))):
+        raise DynamizeError(
+            f"a stage cannot be exported: it answers otherwise in ONNX Runtime than in PyTorch. {_INSTEAD}"
+        )
+    return found
 
 
 def _pairs(row: Sequence[Piece]) -> list[tuple[Piece | None, Any]]:

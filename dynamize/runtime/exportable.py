@@ -17,10 +17,19 @@ _EXACT = 15.0  # from here on softplus(x) is x, up to rounding
 
 
 class Exportable(TorchFunctionMode):
-    """While it is entered, what a module calls is written so that it can be exported."""
+    """While it is entered, what a module calls is written so that it can be exported.
+
+    Args:
+        in_bytes: whether the module rounds to bytes. OpenVINO pads bytes with the wrong value where it pools, so means
+            over borders are products there.
+    """
+
+    def __init__(self, in_bytes: bool = False) -> None:
+        super().__init__()
+        self.written = _WRITTEN | _IN_BYTES if in_bytes else _WRITTEN
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _WRITTEN.get(func, func)(*args, **(kwargs or {}))
+        return self.written.get(func, func)(*args, **(kwargs or {}))
 
 
 def _size(features: Tensor, dim: int | None = None) -> Any:
@@ -147,7 +156,7 @@ def _padded(features: Tensor, padding: list[int], beyond: list[int], value: floa
     return functional.pad(features, [end for pad, more in ends for end in (pad, pad + more)], value=value)
 
 
-def _avg_pool(dims: int, pool: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _avg_pool(dims: int, pool: Callable[..., Tensor], by_products: bool = False) -> Callable[..., Tensor]:
     """Where a border or a divisor makes means of other numbers of values, plain means times what that changes."""
     names = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
 
@@ -156,9 +165,18 @@ def _avg_pool(dims: int, pool: Callable[..., Tensor]) -> Callable[..., Tensor]:
         kernel, stride, padding, dilation = _window(dims, given)
         sizes = _sizes(input, dims)
         beyond = _beyond(sizes, kernel, stride, padding, dilation) if given.get("ceil_mode") else [0] * dims
-        if given.get("divisor_override") is None and not any(beyond):
+        bordered = any(beyond) or (by_products and any(padding))
+        if given.get("divisor_override") is None and not bordered:
             return pool(input, **{**given, "ceil_mode": False} if "ceil_mode" in given else given)
         ones = torch.ones(1, 1, *sizes, dtype=input.dtype, device=input.device)
+        if by_products:
+            windows = [
+                functional.avg_pool1d(functional.pad(torch.eye(size).to(input)[None], (pad, pad + more)), length, step)[
+                    0
+                ]
+                for size, pad, more, length, step in zip(sizes, padding, beyond, kernel, stride, strict=True)
+            ]
+            return _mapped(input, windows) * (pool(ones, **given) / _mapped(ones, windows))
         counted = pool(_padded(ones, padding, beyond, 0.0), kernel, stride)
         means: Tensor = pool(_padded(input, padding, beyond, 0.0), kernel, stride)
         return means * (pool(ones, **given) / counted)
@@ -275,6 +293,7 @@ _WRITTEN: dict[Any, Callable[..., Any]] = {
     torch.channel_shuffle: _channel_shuffle,
     torch.native_channel_shuffle: _channel_shuffle,
 }
+_IN_BYTES: dict[Any, Callable[..., Any]] = {}
 for _dims, (_convolve, _avg, _max, _by_avg, _by_max) in enumerate(
     zip(*map(_pools, ("conv", "avg_pool", "max_pool", "adaptive_avg_pool", "adaptive_max_pool")), strict=True), start=1
 ):
@@ -283,3 +302,4 @@ for _dims, (_convolve, _avg, _max, _by_avg, _by_max) in enumerate(
     _WRITTEN[_max] = _max_pool(_dims, _max)
     _WRITTEN[_by_avg] = _adaptive_avg(_dims, _by_avg, _avg)
     _WRITTEN[_by_max] = _adaptive_max(_dims, _by_max, _max)
+    _IN_BYTES[_avg] = _avg_pool(_dims, _avg, by_products=True)

@@ -149,7 +149,7 @@ def export_onnx(
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         try:
             outputs = outputs or output_names(module(*[one.clone() for one in inputs]))
-            with Exportable():
+            with Exportable(is_quantized(module)):
                 torch.onnx.export(
                     module,
                     tuple(inputs),

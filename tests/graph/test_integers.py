@@ -107,3 +107,31 @@ def test_residual_network() -> None:
     _, found = places(small_resnet(), *SmallResNet.shape, rounded_input=False)
     assert len(found.layers) == 16  # 15 convolutions and the classifier
     assert all(node.all_input_nodes[0] in found.rounded for node in found.layers)
+
+
+@pytest.mark.parametrize(
+    ("pool", "in_bytes"),
+    [
+        (nn.AvgPool2d(2), True),
+        (nn.AdaptiveAvgPool2d(3), True),
+        (nn.AvgPool2d(3, 2, padding=1), False),
+        (nn.AvgPool2d(3, 2, ceil_mode=True), False),
+        (nn.AvgPool2d(3, 2, padding=(0, 1), count_include_pad=False), False),
+        (nn.AvgPool2d(2, divisor_override=3), False),
+    ],
+)
+def test_means_over_borders_are_taken_in_float(pool: nn.Module, in_bytes: bool) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), pool).eval()
+    assert ("_1" in names(places(network, 3, 9, 9)[1])) is in_bytes
+
+
+def test_so_are_those_that_a_function_takes() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return functional.avg_pool2d(functional.avg_pool2d(self.conv(x), 2), 2, 1, 1)
+
+    assert names(places(Net().eval(), 3, 9, 9)[1]) == {"x", "conv", "avg_pool2d"}

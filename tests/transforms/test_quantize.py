@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from backends import needs_openvino
 from digits import SHAPE, DigitNet, digit_network, digit_splits
 from gated_digits import gated_digits, set_scores
 from networks import exit_scores, set_thresholds, thresholds
@@ -20,7 +21,7 @@ from dynamize.calibration.table import EVERYONE
 from dynamize.compression.neural_compressor import chosen_steps
 from dynamize.compression.quantization import sample
 from dynamize.compression.rounding import prepare
-from dynamize.conversion import apply, convert
+from dynamize.conversion import apply, convert, wrap
 from dynamize.data import Splits
 from dynamize.errors import DynamizeError
 from dynamize.measure.accuracy import exit_accuracies
@@ -204,6 +205,36 @@ def test_the_least_exact_layer_falls_back(
     assert len(kept["decibels"]) == 7
     spoilt, notes = apply(copy.deepcopy(trained), Quantize(max_drop=None), given)
     assert spoilt.history[-1]["float_layers"] == []
+
+
+def test_what_differs_too_much_from_float_stays_in_float(
+    trained: DynamicNetwork, data: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Answers that change without a loss of accuracy, and parts that differ however the answers are."""
+    for limit, value in (("_AGREEMENT", 1.1), ("_PART_ERROR", 0.0)):
+        with monkeypatch.context() as patch:
+            patch.setattr(quantize, limit, value)
+            network, notes = apply(copy.deepcopy(trained), Quantize(max_drop=100), context(data))
+        assert len(network.history[-1]["float_layers"]) == 7
+        assert not any(isinstance(module, QuantizedConv2d | QuantizedLinear) for module in network.modules())
+        assert any(note.startswith("7 layers fell back to float") for note in notes)
+        with torch.no_grad():
+            assert torch.allclose(network(images(data)), trained(images(data)), atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", pytest.param("openvino", marks=needs_openvino)])
+def test_pools_over_borders_are_the_same_everywhere(backend: str, data: Splits) -> None:
+    torch.manual_seed(0)
+    pools = [nn.AvgPool2d(3, 2, padding=1), nn.AvgPool2d(2, ceil_mode=True), nn.AvgPool2d(3, 1, 1, divisor_override=5)]
+    net = nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), *pools, nn.Conv2d(8, 8, 1), nn.Flatten(), nn.Linear(32, 10)
+    ).eval()
+    network, _ = apply(wrap(net, SHAPE), Quantize(max_drop=None), Context(data=data))
+    compiled, batch = compile_network(network, backend), images(data)
+    assert compiled.notes == []
+    with torch.no_grad():
+        wanted = net(batch)
+        assert (compiled(batch) - wanted).square().mean().sqrt() < 0.1 * wanted.std()
 
 
 def test_calibrated_again_by_itself(trained: DynamicNetwork, data: Splits, monkeypatch: pytest.MonkeyPatch) -> None:
