@@ -25,7 +25,6 @@ from dynamize.transform import Applied, Context, Kind, Transform, last_step
 LAYERS = "layers.json"
 _LISTED = 5
 _COMPARED = 2  # batches on which single layers are compared
-_MOST_FLOAT = 0.5  # share of the layers that may fall back before all do
 _AGREEMENT = 0.98  # of the top answers of each exit with its own in float
 _PART_ERROR = 0.5  # of a part, as a share of the spread of what it gives in float
 
@@ -123,7 +122,7 @@ class Quantize(Transform):
         batches: Sequence[Tensor],
         context: Context,
     ) -> "_Choice":
-        """As many of the worst layers in float as it takes, twice as many at each trial; all where half do not do."""
+        """As many of the worst layers in float as it takes, twice as many at each trial, at last all."""
         before = everything(prepared, images, context.device)
 
         def choice(kept: list[str], first: "_Choice | None") -> _Choice:
@@ -131,12 +130,10 @@ class Quantize(Transform):
             error = max(part_errors(prepared, network, batches[:_COMPARED]))
             return _Choice(network, kept, before, everything(network, images, context.device), error, first)
 
-        kept, count = self.keep_float, 1
-        first = found = choice(kept, None)
-        while not found.holds(self.max_drop):
-            if count > _MOST_FLOAT * len(worst):
-                return choice([*kept, *worst], first)
-            found = choice([*kept, *worst[:count]], first)
+        first = found = choice(self.keep_float, None)
+        count = 1
+        while not found.holds(self.max_drop) and len(found.kept) < len(self.keep_float) + len(worst):
+            found = choice([*self.keep_float, *worst[:count]], first)
             count *= 2
         return found
 

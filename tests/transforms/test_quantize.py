@@ -350,15 +350,3 @@ def test_neural_compressor(trained: DynamicNetwork, data: Splits) -> None:
     assert all(any(one.scale == pytest.approx(scale) for scale, _ in found) for one in theirs.values())
     before, after = (exit_accuracies(one, data.test, CPU) for one in (trained, network))
     assert max(abs(old - new) for old, new in zip(before, after, strict=True)) <= 0.03
-
-
-@pytest.mark.parametrize(("accuracies", "kept"), [([0.5, 0.7, 0.6], 1), ([0.7, 0.6, 0.5], 0), ([0.5, 0.897, 0.9], 1)])
-def test_the_best_trial_is_kept(
-    trained: DynamicNetwork, data: Splits, monkeypatch: pytest.MonkeyPatch, accuracies: list[float], kept: int
-) -> None:
-    found = iter([[0.9], *([one] for one in accuracies), *([0.0] for _ in range(9))])
-    monkeypatch.setattr(quantize, "exit_accuracies", lambda *_: next(found))
-    network, notes = apply(copy.deepcopy(trained), Quantize(images=64), context(data))
-    assert len(network.history[-1]["float_layers"]) == kept
-    lost = max(0.9 - one for one in accuracies[kept : kept + 1])
-    assert any(f"{100 * lost:.2f} points" in note for note in notes)
