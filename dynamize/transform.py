@@ -109,6 +109,7 @@ class Kind(Flag):
     SOLVES = auto()  # thresholds of exits and offsets of gates
     SOLVES_AGAIN = auto()  # by itself, where they had been solved
     TURNS_INTO_BYTES = auto()
+    FITS_CALIBRATION = auto()  # chooses by the calibration images, which then certify less than they seem to
 
 
 class Transform(BaseModel, ABC, metaclass=InWords):

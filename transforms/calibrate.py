@@ -25,7 +25,7 @@ from dynamize.graph.tracer import blank
 from dynamize.measure.controls import adaptivity
 from dynamize.measure.costs import exit_costs
 from dynamize.nn.network import DynamicNetwork
-from dynamize.transform import Applied, Context, Kind, Transform, gates_are_fused
+from dynamize.transform import Applied, Context, Kind, Transform, find_transform, gates_are_fused
 
 if TYPE_CHECKING:
     from dynamize.data import Splits
@@ -117,6 +117,7 @@ class Calibrate(Transform):
         resolved = self if given else self.model_copy(update={goal.asked: goal.typed})
         notes = [*data.warnings, *([] if maker.labelled else [UNLABELLED])]
         solved, allows = self._solve(every, goal, trial, context.seed, notes)
+        notes += [] if trial is None else _fitted_before(network)
         along = curve_of_all(every, self.points, context.seed)
         network.operating_points, chosen = with_chosen(along, solved, allows, goal.about_accuracy)
         network.set_operating_point(chosen)
@@ -175,6 +176,14 @@ def _asked(network: DynamicNetwork, point: OperatingPoint) -> list[str]:
     if not asked:
         return ["chosen on calibration images: none of the networks in front is asked"]
     return [f"chosen on calibration images: {', '.join(asked)} are asked first, and answers joined by {point.combine}"]
+
+
+def _fitted_before(network: DynamicNetwork) -> list[str]:
+    steps = [step["pass"] for step in network.history if find_transform(step["pass"]).kind & Kind.FITS_CALIBRATION]
+    if not steps:
+        return []
+    names = ", ".join(f"`{name}`" for name in dict.fromkeys(steps))
+    return [f"{names} may have chosen by the same calibration images, which the confidence does not account for"]
 
 
 def _promise(point: OperatingPoint) -> str:

@@ -82,7 +82,7 @@ class Exits(Transform):
     added: ClassVar[tuple[str, ...]] = ("member", "pool", "budgets")
     version: ClassVar[int] = 2
     once: ClassVar[bool] = True
-    kind: ClassVar[Kind] = Kind.ADDS_EXITS
+    kind: ClassVar[Kind] = Kind.ADDS_EXITS | Kind.FITS_CALIBRATION
     not_after: ClassVar[Kind] = Kind.TRAINS
 
     @classmethod

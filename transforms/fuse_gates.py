@@ -48,7 +48,7 @@ class FuseGates(Transform):
     time: bool = Field(True, description="whether gates that cost more time than they save are fused too")
 
     exact: ClassVar[bool] = False
-    kind: ClassVar[Kind] = Kind.SETTLES_GATES
+    kind: ClassVar[Kind] = Kind.SETTLES_GATES | Kind.FITS_CALIBRATION
     needs: ClassVar[Kind] = Kind.ADDS_GATES
 
     def passes(self, data: Splits) -> float:

@@ -95,7 +95,7 @@ class Prune(Transform):
     )
 
     exact: ClassVar[bool] = False
-    kind: ClassVar[Kind] = Kind.RESHAPES_LAYERS
+    kind: ClassVar[Kind] = Kind.RESHAPES_LAYERS | Kind.FITS_CALIBRATION
     not_after: ClassVar[Kind] = Kind.SPLITS_CHANNELS
 
     @model_validator(mode="after")

@@ -71,7 +71,7 @@ class Quantize(Transform):
     whole: ClassVar[bool] = True
     exact: ClassVar[bool] = False
     once: ClassVar[bool] = True
-    kind: ClassVar[Kind] = Kind.TURNS_INTO_BYTES | Kind.SOLVES_AGAIN
+    kind: ClassVar[Kind] = Kind.TURNS_INTO_BYTES | Kind.SOLVES_AGAIN | Kind.FITS_CALIBRATION
 
     def passes(self, data: Splits) -> float:
         return 2 * self.images + 4 * len(data.calibration)

@@ -49,7 +49,7 @@ class Recalibrate(Transform):
     )
 
     exact: ClassVar[bool] = False
-    kind: ClassVar[Kind] = Kind.ESTIMATES
+    kind: ClassVar[Kind] = Kind.ESTIMATES | Kind.FITS_CALIBRATION
     needs: ClassVar[Kind] = Kind.ADDS_GATES
 
     def passes(self, data: Splits) -> float:

@@ -267,6 +267,7 @@ def test_limits_of_gated_networks_are_certified(splits: Splits, exits: bool, jud
     assert calibrated.setting == Setting(point.thresholds, point.offset)
     assert point.accuracy_drop < 0.6
     assert any(note.startswith("certified: a drop of 60.00 points at most, with 90%") for note in notes)
+    assert any(note.startswith("`exits` may have chosen") for note in notes) == exits
     assert calibrated.operating_points is not None
     assert [one.certified is not None for one in calibrated.operating_points].count(True) == 1
     cheaper, _ = apply(calibrated, Calibrate(macs_ratio=0.8, certain=0.9, points=2), context)
