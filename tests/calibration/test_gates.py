@@ -78,7 +78,7 @@ def test_a_table_that_fails_is_not_kept() -> None:
     maker = FakeMaker()
     tables, right = OffsetTables(maker), maker.table
 
-    def fail(offset: float) -> ConfidenceTable:
+    def fail(offset: float, asking: Asking = EVERYONE_ASKED) -> ConfidenceTable:
         raise DynamizeError("scores contain NaN")
 
     maker.table = fail  # type: ignore[method-assign]
@@ -117,7 +117,7 @@ def test_limits_that_no_offset_meets() -> None:
     maker = FakeMaker()
     perfect = maker.table
 
-    def worse(offset: float) -> ConfidenceTable:
+    def worse(offset: float, asking: Asking = EVERYONE_ASKED) -> ConfidenceTable:
         table = perfect(offset)
         answers = table.answers.copy()
         answers[0, -100:] = 1
