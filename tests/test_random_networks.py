@@ -6,15 +6,17 @@ import pytest
 import torch
 from networks import close
 from random_networks import random_network
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dynamize.artifact import load, save
 from dynamize.conversion import convert
+from dynamize.errors import DynamizeError, InfeasibleError
 from dynamize.nn.flow import Flow
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.piece import Choose, Setting
-from dynamize.transforms import Exits, SkipGates
+from dynamize.transform import Transform
+from dynamize.transforms import ChannelGates, Exits, Prune, SkipGates
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -77,3 +79,40 @@ def test_a_few_take_exits_and_skip_gates(seed: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("seed", range(60))
 def test_all_take_exits_and_skip_gates(seed: int, tmp_path: Path) -> None:
     take(seed, tmp_path)
+
+
+def takes(seed: int, step: Transform) -> bool:
+    """Whether the step is taken, or refused in words; if it is, the network is cheaper where it can be."""
+    drawn = random_network(seed)
+    images = torch.randn(2, *drawn.input_shape)
+    wanted = drawn.network(images).detach()
+    try:
+        dynamic = convert(drawn.network, [step], drawn.input_shape).eval()
+    except InfeasibleError:
+        return True  # it can be pruned, but not as far
+    except DynamizeError:
+        return False
+    if isinstance(step, ChannelGates):
+        assert close(dynamic(images), wanted)
+        choices = {unit.name: torch.tensor([0, 1]) for unit in dynamic.changing}
+        with torch.no_grad():
+            assert close(dynamic.run(images, Setting(forced=choices)).logits, masked(dynamic, images, choices))
+        assert all(unit.path_macs[0] < unit.path_macs[-1] for unit in dynamic.changing)
+    return True
+
+
+@pytest.mark.slow
+def test_most_with_batch_norm_take_channel_gates() -> None:
+    found = []
+    for seed in range(60):
+        taken = takes(seed, ChannelGates(groups=2, keep_first=False))
+        if any(
+            isinstance(module, nn.modules.batchnorm._BatchNorm) for module in random_network(seed).network.modules()
+        ):
+            found.append(taken)
+    assert sum(found) >= 0.7 * len(found)
+
+
+@pytest.mark.slow
+def test_most_can_be_pruned() -> None:
+    assert sum(takes(seed, Prune(macs_ratio=0.7, round_to=4, statistics_images=0)) for seed in range(60)) >= 0.8 * 60

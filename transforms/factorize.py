@@ -29,8 +29,8 @@ Below1 = Annotated[float, Field(gt=0, lt=1)]
 class Factorize(Transform):
     """Low rank: SVD of linear layers and 1x1 convolutions, Tucker-2 of larger kernels (Kim et al. 2016).
 
-    One of ``energy``, ``macs_ratio`` and ``latency_ratio``; none means ``energy: 0.9``, which is taken back where the
-    whole network is no faster then and answers suffer. Accuracy suffers: let a `distill` step follow.
+    One of ``energy``, ``macs_ratio`` and ``latency_ratio``; none means ``energy: 0.9``, which is taken back where
+    answers change and the whole network is no faster. Accuracy suffers: let a `distill` step follow.
 
     Example:
         >>> net = dz.source("dynamize:digits_resnet", pretrained=True)
@@ -91,8 +91,8 @@ class Factorize(Transform):
         changed = _with(network, plan)
         saved = 1 - whole_macs(changed) / macs
         notes.insert(0, f"{len(plan)} of {len(chosen)} layers are products now, without {saved:.0%} of the MACs")
-        lost, note = _lost(network, changed, context)
-        slow = self._no_faster(network, changed, context) if lost is None or lost > 0 else None
+        alike, note = _compared(network, changed, context)
+        slow = None if alike else self._no_faster(network, changed, context)
         if slow is not None:
             plan, notes = (), [*_taken_back(len(plan), saved, slow, note, context), *notes[1:]]
         else:
@@ -145,12 +145,12 @@ class Factorize(Transform):
         return plan, notes + gain.notes()
 
 
-def _lost(network: DynamicNetwork, changed: DynamicNetwork, context: Context) -> tuple[float | None, list[str]]:
-    """What the change costs on calibration images, if there are any, as a share of them; and a note."""
+def _compared(network: DynamicNetwork, changed: DynamicNetwork, context: Context) -> tuple[bool, list[str]]:
+    """Whether all calibration images, if there are any, are answered as before; and a note."""
     if context.data is None:
-        return None, []
+        return False, []
     before, after = (answers(one, context.data.calibration, context.device) for one in (network, changed))
-    return before.lost(after), [before.note(after)]
+    return before.agreement(after) == 1, [before.note(after)]
 
 
 def _taken_back(layers: int, saved: float, ratio: float, note: list[str], context: Context) -> list[str]:

@@ -72,8 +72,10 @@ class Features:
 
 
 def _image(like: Tensor) -> Tensor:
-    """Large smooth shapes, and noise."""
+    """Large smooth shapes, and noise; noise alone for features without positions."""
     generator = torch.Generator().manual_seed(0)
+    if like.dim() < 3:
+        return torch.randn(like.shape, generator=generator).to(like)
     coarse = torch.randn(1, like.shape[1], *[-(-size // 8) for size in like.shape[2:]], generator=generator)
     smooth = functional.interpolate(coarse, like.shape[2:], mode="bilinear" if coarse.dim() == 4 else "nearest")
     return (smooth + 0.5 * torch.randn(like.shape, generator=generator)).to(like)

@@ -245,6 +245,12 @@ def test_what_it_costs_is_said() -> None:
     assert any("nothing was trained since" in note for note in notes)
 
 
+def test_a_ratio_that_is_not_reached_is_said() -> None:
+    network = wrap(small_resnet(), SmallResNet.shape)
+    _, notes = apply(network, Prune(ratio=0.99, round_to=4, keep=["layer3"]), Context())
+    assert any(note.startswith("ratio: 0.99 was not reached") for note in notes)
+
+
 @pytest.mark.parametrize(
     "fields",
     [{"ratio": 0.5, "macs_ratio": 0.5}, {"ratio": 1.0}, {"ratio": 0}, {"steps": 2}, {"criterion": "random"}, {"at": 1}],
