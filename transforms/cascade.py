@@ -27,7 +27,7 @@ from dynamize.nn.preprocess import Preprocess
 from dynamize.preprocessing import Normalisation, Steps, of_images, published, steps_between
 from dynamize.rewrite.exchange import count_again
 from dynamize.runtime.compiled import compile_network
-from dynamize.sources import Scalar, SourceSpec, load_source
+from dynamize.sources import Checkpoint, Scalar, SourceSpec, load_source
 from dynamize.transform import Applied, Context, Kind, Transform
 from dynamize.transforms.prune import Prune
 
@@ -51,7 +51,9 @@ class Member(BaseModel):
     name: str | None = Field(None, description="how it is called; default: after its source")
     source: str | None = Field(None, description="as in `model`, e.g. torchvision:mobilenet_v3_large,weights=DEFAULT")
     kwargs: dict[str, Scalar] = Field(default_factory=dict, description="keyword arguments of the factory")
-    checkpoint: Path | None = Field(None, description=".pt, .pth, .th or .safetensors file")
+    checkpoint: Path | Checkpoint | None = Field(
+        None, description=".pt, .pth, .th or .safetensors file, or {file, weights} as in `model`"
+    )
     resolution: PositiveInt | None = Field(
         None, description="the recipe's own network on images of this height and width"
     )
@@ -101,7 +103,7 @@ class Member(BaseModel):
     def spec(self) -> SourceSpec:
         """Its source as the recipe's own network has one."""
         assert self.source is not None
-        return SourceSpec(source=self.source, kwargs=self.kwargs, checkpoint=self.checkpoint)
+        return SourceSpec.model_validate({"source": self.source, "kwargs": self.kwargs, "checkpoint": self.checkpoint})
 
     def called(self) -> str:
         """Its name, or one after its source."""

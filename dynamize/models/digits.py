@@ -22,11 +22,11 @@ def digits_resnet(num_classes: int = 10, in_channels: int = 1, pretrained: bool 
 
 
 def digits_resnet_small(num_classes: int = 10, in_channels: int = 1, pretrained: bool = False) -> CifarResNet:
-    """``(N, 1, 8, 8) -> (N, num_classes)``: three residual blocks, 0.01 M parameters, 0.15 MMACs.
+    """``(N, 1, 8, 8) -> (N, num_classes)``: three residual blocks, 2,518 parameters, 0.04 MMACs.
 
     ``pretrained`` loads the weights that come with dynamize.
     """
-    network = CifarResNet((1, 1, 1), widths=(8, 16, 16), num_classes=num_classes, in_channels=in_channels)
+    network = CifarResNet((1, 1, 1), widths=(4, 8, 8), num_classes=num_classes, in_channels=in_channels)
     return _trained(network, "digits_resnet_small") if pretrained else network
 
 
