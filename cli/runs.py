@@ -141,8 +141,9 @@ def _overrides(
 
 def _print(outcome: "Outcome", folder: Path, as_json: bool, quiet: bool) -> None:
     if as_json:
-        rows = [row.model_dump(mode="json") for row in outcome.report.ledger.rows]
-        show_json({"out": str(folder), "ledger": rows, "failures": [vars(one) for one in outcome.failures]})
+        found = outcome.report.ledger.model_dump(mode="json", include={"rows", "rivals"})
+        failures = [vars(one) for one in outcome.failures]
+        show_json({"out": str(folder), "ledger": found["rows"], "rivals": found["rivals"], "failures": failures})
         return
     if not quiet:
         from dynamize.report import terminal

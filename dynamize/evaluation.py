@@ -132,9 +132,21 @@ class Evaluator:
     def row(self, step: int, transform: str, network: DynamicNetwork, seconds: float, notes: Sequence[str]) -> Row:
         """A row of the ledger for the network as it stands."""
         judged = self.judge(network) if step else self.reference
+        row = self.describe(step, transform, network, judged, seconds, notes)
+        return self.timed(row, "dynamic" if step else "static", self.times(network, judged, alone=not step))
+
+    def describe(
+        self,
+        step: int,
+        transform: str,
+        network: DynamicNetwork,
+        judged: Judgement,
+        seconds: float = 0.0,
+        notes: Sequence[str] = (),
+    ) -> Row:
+        """A row without times."""
         macs = float(judged.macs.mean())
         right = int((judged.answers == judged.labels).sum())
-        times = self.times(network, judged) if step else self.times(network, judged, alone=True)
         return Row(
             step=step,
             transform=transform,
@@ -146,32 +158,45 @@ class Evaluator:
             accuracy_ci=wilson(right, len(judged.labels)),
             accuracy_drop=self.reference.accuracy - judged.accuracy,
             agreement=float((judged.answers == self.reference.answers).double().mean()),
-            latency=latency_table(times),
-            speedup=speedup_table(times) if step else {},
             decisions={one.name: judged.use(one) for one in network.decisions()},
             leaving=list(judged.leaving),
             seconds=round(seconds, 1),
             size=saved_bytes(network),
             peak_memory=peak_bytes(network),
-            notes=[*notes, *self.notes, *busy(times)],
+            notes=list(notes),
         )
 
-    def times(self, network: DynamicNetwork, judged: Judgement, alone: bool = False) -> dict[tuple[str, int], Times]:
-        """Interleaved times of the static network and ``network``, by backend and batch size.
+    def timed(self, row: Row, name: str, times: Mapping[tuple[str, int], Times]) -> Row:
+        """The row with the times of contender ``name``, and with what is to be told of them."""
+        speedup = {} if name == "static" else speedup_table(times, name)
+        told = [note for note in self.notes if note.startswith(("static: ", f"{name}: "))]
+        notes = [*row.notes, *told, *busy(times)]
+        return row.model_copy(update={"latency": latency_table(times, name), "speedup": speedup, "notes": notes})
 
-        The images timed cost as the whole split does, from the cheapest to the dearest.
+    def times(self, network: DynamicNetwork, judged: Judgement, alone: bool = False) -> dict[tuple[str, int], Times]:
+        """Interleaved times of the static network and ``network``, by backend and batch size."""
+        return self.times_together({} if alone else {"dynamic": network}, {"dynamic": judged})
+
+    def times_together(
+        self, networks: Mapping[str, DynamicNetwork], judged: Mapping[str, Judgement]
+    ) -> dict[tuple[str, int], Times]:
+        """Interleaved times of the static network and all these, by backend and batch size.
+
+        The images timed cost each network as the whole split does, from the cheapest to the dearest: they are spread
+        over the sum of what an image costs in all of them.
         """
         found: dict[tuple[str, int], Times] = {}
         self.notes = []
-        chosen = representative(judged.macs, max(self.inputs, *self.batches))
+        costs = torch.stack([one.macs for one in judged.values()]).sum(0)
+        chosen = representative(costs, max(self.inputs, *self.batches))
         images = gather(self.images, chosen, self.device)
         images = images[torch.arange(max(len(images), *self.batches)) % len(images)]
         for backend in self.backends:
             if backend not in self._compiled:
                 self._compiled[backend] = compile_network(self.static, backend, self.device, self.threads)
             contenders = {"static": self._compiled[backend]}
-            if not alone:
-                contenders["dynamic"] = compile_network(network, backend, self.device, self.threads)
+            for name, network in networks.items():
+                contenders[name] = compile_network(network, backend, self.device, self.threads)
             for batch in self.progress(self.batches, f"timing on {backend}, batch by batch", len(self.batches)):
                 most = max(self.inputs, batch)
                 inputs = [images[i : i + batch] for i in range(0, min(most, len(images)) - batch + 1, batch)]
@@ -185,21 +210,20 @@ def busy(times: Mapping[tuple[str, int], Times]) -> list[str]:
     return max(times.values(), key=lambda one: one.busy_elsewhere).warnings() if times else []
 
 
-def latency_table(times: Mapping[tuple[str, int], Times]) -> dict[str, dict[str, Timing]]:
-    """The ledger's ``latency`` of the last contender."""
+def latency_table(times: Mapping[tuple[str, int], Times], name: str = "dynamic") -> dict[str, dict[str, Timing]]:
+    """The ledger's ``latency`` of a contender."""
     table: dict[str, dict[str, Timing]] = {}
     for (backend, batch), one in times.items():
-        name = list(one.seconds)[-1]
         timing = Timing(median_ms=one.median_ms(name), p95_ms=one.p95_ms(name))
         table.setdefault(backend, {})[str(batch)] = timing
     return table
 
 
-def speedup_table(times: Mapping[tuple[str, int], Times]) -> dict[str, dict[str, float]]:
-    """The ledger's ``speedup`` of "dynamic" over "static"."""
+def speedup_table(times: Mapping[tuple[str, int], Times], name: str = "dynamic") -> dict[str, dict[str, float]]:
+    """The ledger's ``speedup`` of a contender over "static"."""
     table: dict[str, dict[str, float]] = {}
     for (backend, batch), one in times.items():
-        table.setdefault(backend, {})[str(batch)] = one.speedup("static", "dynamic")
+        table.setdefault(backend, {})[str(batch)] = one.speedup("static", name)
     return table
 
 

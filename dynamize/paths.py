@@ -9,7 +9,6 @@ from typing import Any, Union, get_args, get_origin
 from pydantic import BaseModel
 
 from dynamize.data.spec import DataSpec
-from dynamize.sources import SourceSpec
 from dynamize.transform import Transform, registered
 
 Find = Callable[[str], str]
@@ -56,8 +55,8 @@ def _located_fields(plain: Mapping[str, Any], kind: Any, find: Find) -> dict[str
         return dict(plain)
     fields = {field.alias or name: field.annotation for name, field in cls.model_fields.items()}
     found = {name: located(value, fields.get(name), find) for name, value in plain.items()}
-    if issubclass(cls, SourceSpec | DataSpec) and isinstance(found.get("source"), str):
-        found["source"] = _in_source(found["source"], find) if issubclass(cls, SourceSpec) else _in_data(found, find)
+    if "source" in fields and isinstance(found.get("source"), str):
+        found["source"] = _in_data(found, find) if issubclass(cls, DataSpec) else _in_source(found["source"], find)
     return found
 
 

@@ -30,6 +30,7 @@ from dynamize.recipes import builtin_recipes, find_recipe, read_recipe
 from dynamize.runtime.engine import backend_names, unknown_backend
 from dynamize.sources import SourceSpec
 from dynamize.transform import Transform, any_step, check_order, upgraded
+from dynamize.transforms.cascade import Member
 from dynamize.usercode import import_file
 
 
@@ -139,7 +140,20 @@ class Recipe(BaseModel):
         [], description="Python files that define transforms, relative to the recipe; run only with --trust-code"
     )
     steps: list[Step]
+    compare: list[Member] = Field(
+        [],
+        description="other networks, which are judged and timed beside the last step's, alone and as a cascade in "
+        "front of the recipe's own: each a source with its checkpoint, or the own one at another `resolution`",
+    )
     expect: Expect = Expect()
+
+    @field_validator("compare")
+    @classmethod
+    def _trained(cls, members: list[Member]) -> list[Member]:
+        for member in members:
+            if member.source is None and member.resolution is None:
+                raise ValueError("a network to compare with has to be trained already: give its source and checkpoint")
+        return members
 
     def transforms(self) -> list[Transform]:
         """The steps, whose order has been checked."""

@@ -47,8 +47,9 @@ from dynamize.nn.network import DynamicNetwork
 from dynamize.plan import Plan, Planner, longest_timing
 from dynamize.recipe import Bound, Recipe
 from dynamize.rehearsal import Rehearsed, told
-from dynamize.report import Ledger, ReportData, Row, html, markdown
+from dynamize.report import Ledger, ReportData, Rival, Row, html, markdown
 from dynamize.report.folder import OF_OTHER_FILES
+from dynamize.rivals import Rivals
 from dynamize.runtime.engine import default_backend
 from dynamize.sources import load_source
 from dynamize.transform import Context, Progress, Transform, quiet
@@ -141,6 +142,7 @@ class Runner:
             longest_timing(recipe),
             self.progress,
         )
+        self.rivals = self._rivals()
         self.planner = Planner(recipe, self.teacher, self.data, self.evaluator)
 
     def run(self) -> Outcome | None:
@@ -197,6 +199,10 @@ class Runner:
         )
         return judgeable(data, self.teacher, self.device)
 
+    def _rivals(self) -> Rivals | None:
+        recipe = self.recipe
+        return Rivals(recipe.compare, self.teacher, recipe.model.input, self._context()) if recipe.compare else None
+
     def _context(self, work: Path | None = None) -> Context:
         return Context(
             data=self.data,
@@ -248,7 +254,7 @@ class Runner:
 
     def _fingerprint(self, index: int) -> str:
         """Of everything that the outcome of step ``index`` depends on, later steps not among it."""
-        parts = self.recipe.model_dump(mode="json", by_alias=True, exclude={"expect", "description", "code"})
+        parts = self.recipe.model_dump(mode="json", by_alias=True, exclude={"expect", "description", "code", "compare"})
         parts["steps"] = list(map(_counted, self.recipe.steps[:index]))
         parts["timing_seconds"] = longest_timing(self.recipe)
         if self.recipe.code:
@@ -300,8 +306,13 @@ class Runner:
 
     def _finish(self, network: DynamicNetwork, rows: list[Row], metrics: list[dict[str, Any]]) -> Outcome:
         recipe, out = self.recipe, self.out
+        rivals: list[Rival] = []
+        if self.rivals is not None:
+            last, rivals = self.rivals.rows(network, rows[-1], self.evaluator, recipe.steps)
+            rows = [*rows[:-1], last]
         ledger = Ledger(
             rows=rows,
+            rivals=rivals,
             title=recipe.description or f"{recipe.model.source}, converted",
             model=recipe.model.source,
             command=self.command,

@@ -148,9 +148,9 @@ class Cascade(Transform):
     kind: ClassVar[Kind] = Kind.ADDS_EXITS
 
     def apply(self, network: DynamicNetwork, context: Context) -> Applied:
-        names = _names(self.first, [one.name for one in network.decisions()])
+        names = names_of(self.first, [one.name for one in network.decisions()])
         named = [one.model_copy(update={"name": name}) for one, name in zip(self.first, names, strict=True)]
-        built = [_build(member, network, context) for member in named]
+        built = [build(member, network, context) for member in named]
         nets = {name: net for name, (_, net) in zip(names, built, strict=True)}
         _check_row(nets, network)
         _link(network, nets, self.confidence)
@@ -160,7 +160,8 @@ class Cascade(Transform):
         return Applied(network, resolved, [_cost_note(nets, network), *_accuracy_notes(network, context)])
 
 
-def _names(members: Sequence[Member], taken: Sequence[str]) -> list[str]:
+def names_of(members: Sequence[Member], taken: Sequence[str]) -> list[str]:
+    """How each is called, none by a name that is ``taken``."""
     names: list[str] = []
     for member in members:
         name, number = member.called(), 2
@@ -172,7 +173,7 @@ def _names(members: Sequence[Member], taken: Sequence[str]) -> list[str]:
     return names
 
 
-def _build(member: Member, network: DynamicNetwork, context: Context) -> tuple[Member, fx.GraphModule]:
+def build(member: Member, network: DynamicNetwork, context: Context) -> tuple[Member, fx.GraphModule]:
     """The network of a member, traced, and the member with everything decided."""
     if member.shrink is not None:
         return _shrunk(member, network, context)

@@ -4,7 +4,7 @@ Each face is a module with one function, `render(report)`: `terminal`, `markdown
 """
 
 from dynamize.report.data import DecisionUse, Gallery, GalleryImage, Network, OptionUse, ReportData, Usage
-from dynamize.report.ledger import Ledger, Row, Timing, headline
+from dynamize.report.ledger import Ledger, Rival, Row, Timing, headline
 from dynamize.report.verdicts import share_of_saving_shown, verdicts
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Network",
     "OptionUse",
     "ReportData",
+    "Rival",
     "Row",
     "Timing",
     "Usage",

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dynamize.calibration.operating import OperatingPoint
+from dynamize.report.best import UNNAMED
 from dynamize.report.data import DecisionUse, ReportData, Usage
 from dynamize.report.ledger import Interval, Ledger, Row
 
@@ -223,8 +224,11 @@ def unit_columns(usage: Usage) -> list[Column]:
 
 
 def row_notes(ledger: Ledger) -> list[str]:
-    """The notes of all rows, each naming its step."""
-    return [f"Step {row.step}, {row.transform}: {note}" for row in ledger.rows for note in row.notes]
+    """The notes of all rows, each naming its step, then of the rivals; or that there is none."""
+    notes = [f"Step {row.step}, {row.transform}: {note}" for row in ledger.rows for note in row.notes]
+    if not ledger.rivals and len(ledger.rows) > 1:
+        return [*notes, UNNAMED]
+    return notes + [f"{row.transform}: {note}" for row in ledger.rivals for note in row.notes]
 
 
 def legend(ledger: Ledger) -> str:

@@ -8,6 +8,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from dynamize.calibration.operating import OperatingPoint
 from dynamize.report import cells
+from dynamize.report.best import best
 from dynamize.report.data import DecisionUse, Network, ReportData, Usage
 from dynamize.report.ledger import Row, headline
 from dynamize.report.verdicts import verdicts
@@ -23,15 +24,15 @@ def render(report: ReportData) -> str:
 
     Raises `DynamizeError` if the ledger has no rows.
     """
-    ledger = report.ledger
+    ledger, shown = report.ledger, report.ledger.with_rivals()
     summary = headline(ledger)
-    columns = cells.name_columns(ledger) + cells.result_columns(ledger) + cells.size_columns(ledger)
+    columns = cells.name_columns(shown) + cells.result_columns(shown) + cells.size_columns(shown)
     groups = [("", len(columns))]
     for backend in ledger.backends():
-        timing = cells.timing_columns(ledger, backend, ledger.batches(backend))
+        timing = cells.timing_columns(shown, backend, ledger.batches(backend))
         groups.append((backend, len(timing)))
         columns += timing
-    exits = cells.exit_column(ledger)
+    exits = cells.exit_column(shown)
     columns += exits
     groups.append(("", len(exits)))
     return (
@@ -40,7 +41,9 @@ def render(report: ReportData) -> str:
         .render(
             report=report,
             ledger=ledger,
+            shown=shown,
             headline=summary,
+            best=best(ledger),
             verdicts=verdicts(ledger),
             columns=columns,
             groups=[group for group in groups if group[1]],

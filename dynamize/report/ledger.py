@@ -94,18 +94,34 @@ class Row(BaseModel):
         return self
 
 
+RIVAL = "rival: "  # what a rival's name stands behind in `transform`
+
+
+class Rival(Row):
+    """A network that the recipe compares with, in the same rounds as the last row; `step` only goes on counting.
+
+    `lead` is its accuracy on the test images less that of the last row, with the 95 % interval of that paired
+    difference.
+    """
+
+    lead: float
+    lead_ci: Interval
+
+
 _ROWS = TypeAdapter(list[Row])
 
 
 class Ledger(BaseModel):
     """All rows of a run, and what a reader must know to believe them.
 
-    `backend` is the one shown first (the first measured one if empty). The file holds the rows only.
+    `backend` is the one shown first (the first measured one if empty). `rivals` were measured beside the last row. The
+    file holds the rows only.
     """
 
     model_config = ConfigDict(extra="forbid")
 
     rows: list[Row] = []
+    rivals: list[Rival] = []
     title: str = "dynamize report"
     model: str = ""
     command: str = ""
@@ -118,6 +134,10 @@ class Ledger(BaseModel):
         if steps and (steps[0] != 0 or steps != sorted(set(steps))):
             raise ValueError(f"rows have the steps {steps}: they must start at 0 and rise")
         return self
+
+    def with_rivals(self) -> Self:
+        """The rivals as rows below the others, for tables."""
+        return self.model_copy(update={"rows": [*self.rows, *self.rivals]})
 
     def backends(self) -> list[str]:
         """The measured backends, the main one first."""
@@ -137,8 +157,8 @@ class Ledger(BaseModel):
         write_text(Path(path), self.to_json())
 
     @classmethod
-    def read(cls, path: str | Path, **about: str) -> Self:
-        """The ledger in the file `path`; `about` gives title, model, command, backend, machine.
+    def read(cls, path: str | Path, **about: Any) -> Self:
+        """The ledger in the file `path`; `about` gives title, model, command, backend, machine, rivals.
 
         Raises `DynamizeError` if the file is missing, is not JSON or does not hold ledger rows.
         """

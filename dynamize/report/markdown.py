@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from dynamize.report import cells
+from dynamize.report.best import best
 from dynamize.report.cells import Column
 from dynamize.report.data import ReportData
 from dynamize.report.ledger import headline
@@ -14,15 +15,15 @@ def render(report: ReportData) -> str:
 
     Raises `DynamizeError` if the ledger has no rows.
     """
-    ledger = report.ledger
-    blocks = [f"# {_plain(ledger.title)}", _plain(headline(ledger)), _about(report)]
-    columns = cells.name_columns(ledger) + cells.result_columns(ledger) + cells.size_columns(ledger)
+    ledger, shown = report.ledger, report.ledger.with_rivals()
+    blocks = [f"# {_plain(ledger.title)}", _plain(best(ledger)), _plain(headline(ledger)), _about(report)]
+    columns = cells.name_columns(shown) + cells.result_columns(shown) + cells.size_columns(shown)
     backends = ledger.backends()
     for backend in backends:
-        timing = cells.timing_columns(ledger, backend, ledger.batches(backend))
+        timing = cells.timing_columns(shown, backend, ledger.batches(backend))
         suffix = f" {backend}" if len(backends) > 1 else ""
         columns += [Column(column.heading + suffix, column.cells) for column in timing]
-    blocks += [_table(columns + cells.exit_column(ledger)), _plain(cells.legend(ledger))]
+    blocks += [_table(columns + cells.exit_column(shown)), _plain(cells.legend(ledger))]
     if len(backends) == 1:
         blocks[-1] += f" Backend: {_plain(backends[0])}."
     if told := verdicts(ledger):

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dynamize.report import cells
+from dynamize.report.best import best
 from dynamize.report.cells import Column
 from dynamize.report.data import ReportData
 from dynamize.report.ledger import headline
@@ -35,24 +36,25 @@ def render(report: ReportData) -> Group:
 
 
 def _parts(report: ReportData) -> Iterator[RenderableType]:
-    ledger = report.ledger
+    ledger, shown = report.ledger, report.ledger.with_rivals()
     summary = headline(ledger)
     backends = ledger.backends()
     main = backends[:1]
     yield Text(" · ".join(filter(None, [ledger.title, ledger.model])), style="bold")
+    yield from (Text(line, style="bold") for line in [best(ledger)] if line)
     yield Text(summary + "\n")
-    parts = [cells.result_columns(ledger)]
+    parts = [cells.result_columns(shown)]
     for backend in main:
-        parts.append(cells.timing_columns(ledger, backend, _shown_batches(ledger.batches(backend))))
-    yield _Fitted(cells.name_columns(ledger), [*parts, cells.exit_column(ledger)])
+        parts.append(cells.timing_columns(shown, backend, _shown_batches(ledger.batches(backend))))
+    yield _Fitted(cells.name_columns(shown), [*parts, cells.exit_column(shown)])
     yield from (Text(f"ms and x: {backend}", style="dim") for backend in main)
-    if sizes := cells.size_columns(ledger):
-        yield from (Text(), _Fitted(cells.name_columns(ledger), [sizes]))
+    if sizes := cells.size_columns(shown):
+        yield from (Text(), _Fitted(cells.name_columns(shown), [sizes]))
     for backend in backends:
         batches = ledger.batches(backend)
         if backend not in main or len(batches) > BATCHES_BESIDE_RESULTS:
-            timing = [cells.timing_columns(ledger, backend, [batch]) for batch in batches]
-            yield from (Text(), _Fitted(cells.name_columns(ledger), timing))
+            timing = [cells.timing_columns(shown, backend, [batch]) for batch in batches]
+            yield from (Text(), _Fitted(cells.name_columns(shown), timing))
             yield Text(f"ms and x: {backend}", style="dim")
     if report.operating_points:
         label = "" if report.latency_label == "ms" else f" Time: {report.latency_label}."

@@ -17,8 +17,9 @@ from dynamize.evaluation import Evaluator, Judgement, gather
 from dynamize.measure.accuracy import Seen, accuracy, everything
 from dynamize.measure.costs import exit_costs
 from dynamize.nn.network import DynamicNetwork
-from dynamize.report import DecisionUse, Gallery, GalleryImage, Ledger, Network, OptionUse, ReportData, Usage
+from dynamize.report import DecisionUse, Gallery, GalleryImage, Ledger, Network, OptionUse, ReportData, Rival, Usage
 from dynamize.report.data import exit_names
+from dynamize.report.ledger import RIVAL
 
 _SHOWN = 12
 _BUDGETS = 12  # points of a budgeted-batch curve
@@ -40,6 +41,7 @@ def report_data(ledger: Ledger, network: DynamicNetwork, evaluator: Evaluator, d
         ledger=ledger,
         operating_points=list(network.operating_points or []),
         static=static,
+        rivals=[_rival(one, static.latency_ms, ledger.backend) for one in ledger.rivals],
         latency_label=f"ms per image, batch 1, {ledger.backend}",
         selected=network.operating_point.name if network.operating_point else None,
         class_names=list(data.classes),
@@ -63,6 +65,18 @@ def report_data(ledger: Ledger, network: DynamicNetwork, evaluator: Evaluator, d
         if network.changing:
             report.gallery.append(_cheapest_and_dearest(seen.logits, judged, pictures))
     return report
+
+
+def _rival(row: Rival, static_ms: float | None, backend: str) -> Network:
+    """A mark; its time follows from its speed-up, as what the machine did meanwhile is the same in both then."""
+    speedup = row.speedup.get(backend, {}).get("1")
+    return Network(
+        name=row.transform.removeprefix(RIVAL),
+        macs=row.macs,
+        accuracy=row.accuracy,
+        accuracy_ci=row.accuracy_ci,
+        latency_ms=static_ms / speedup if static_ms and speedup else None,
+    )
 
 
 def _anytime(network: DynamicNetwork, seen: Seen, names: Sequence[str]) -> list[Network]:
