@@ -109,12 +109,14 @@ def test_finished_run_goes_on_with_other_rivals_or_none(compared: Path, tmp_path
     assert {file: file.stat().st_mtime_ns for file in compared.rglob("state.json")} == states
 
 
+@pytest.mark.slow
 def test_recipe_with_a_cascade_is_compared_with_single_networks_only(tmp_path: Path) -> None:
     steps = [{"pass": "cascade", "first": [SMALL]}, {"pass": "calibrate", "max_drop": 1}]
     ledger = run(tmp_path / "out", steps, [SMALL]).report.ledger
     assert [row.transform for row in ledger.rivals] == ["rival: digits_resnet_small"]
 
 
+@pytest.mark.slow
 def test_without_a_goal_the_cascade_stands_where_it_costs_nearest_to_the_network(tmp_path: Path) -> None:
     outcome = run(tmp_path / "out", [{"pass": "fold_batchnorm"}], [SMALL])
     ledger = outcome.report.ledger
