@@ -90,7 +90,11 @@ def allowed(names: Names) -> bool:
 
 def chain(first: str, second: str) -> Names | None:
     """The two, after what they need; None if the rules forbid this order."""
-    needed = [one for name in (first, second) if (one := NEEDS.get(name) or of_kind(registered()[name].needs))]
+    needed = [
+        [name for name in one if name in SETTINGS]
+        for step in (first, second)
+        if (one := NEEDS.get(step) or of_kind(registered()[step].needs))
+    ]
     for before in ((), *product(*needed)):
         names = (*dict.fromkeys(before), first, second)
         others = set(combinations(names, 2)) - {(first, second)}
