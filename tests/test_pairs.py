@@ -55,7 +55,7 @@ SETTINGS: dict[str, dict[str, Any]] = {  # the smallest that do something
 }
 WITH_GATES = {"distill": {"gate_budget": 0.9}}  # fields besides, for networks with gates
 GATES = ("skip_gates", "channel_gates")
-ELSEWHERE = {"cascade"}  # makes a row of several networks: with steps before and behind it in transforms/test_cascade.py
+ELSEWHERE = {"cascade"}  # makes a row of several networks: see transforms/test_cascade.py
 NEEDS = {  # where the digits network would give a step nothing to do, or less than elsewhere
     "fuse_branches": ("expand_branches",),
     "recalibrate": ("channel_gates", "skip_gates"),
