@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 
 from dynamize.calibration.temperature import WIDEST
+from dynamize.nn.joining import Joining
 
 Floats = NDArray[np.float64]
 Classes = NDArray[np.int64]
-Combine = Literal["last", "mean", "product"]
 Score = Literal["top_probability", "margin", "entropy", "agreement"]
 
 LEAST_PROBABILITY = 1e-12  # probability of what a network calls impossible
@@ -35,7 +35,7 @@ class Reading:
     """
 
     score: Score
-    combine: Combine
+    combine: Joining
     temperatures: tuple[float, ...]
 
 

@@ -15,13 +15,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dynamize.calibration.certified import Candidate, Trial, fixed_order, verdict
-from dynamize.calibration.evidence import Combine, Evidence, Reading, Score
+from dynamize.calibration.evidence import Evidence, Reading, Score
 from dynamize.calibration.given import Named, as_costs, as_labels, as_named, from_arrays, from_logits, read_arrays
 from dynamize.calibration.goal import UNLABELLED, Goal
 from dynamize.calibration.operating import OperatingPoint, OperatingPoints
 from dynamize.calibration.points import operating_points
 from dynamize.calibration.table import LARGEST, ConfidenceTable, Evaluation
 from dynamize.errors import DynamizeError, InfeasibleError
+from dynamize.nn.joining import Joining
 
 _FOLDS = 2  # by which combinations are compared
 _CURVE = 8  # points at which they are, where there is no goal
@@ -163,7 +164,7 @@ class PredictionTable:
             never=LARGEST if builds else None,
         )
 
-    def choose(self, goal: Goal | None, score: Score, combine: Combine | Literal["auto"], seed: int = 0) -> Choice:
+    def choose(self, goal: Goal | None, score: Score, combine: Joining | Literal["auto"], seed: int = 0) -> Choice:
         """How predictions are read.
 
         Temperatures that fit the labels, or none, and the combination if it is "auto": what keeps the goal best by
@@ -175,7 +176,7 @@ class PredictionTable:
                 raise DynamizeError(f"combine={combine!r} cannot be judged without labels: leave it out, or give some.")
             return Choice(Reading(score, "last", plain), (UNLABELLED,))
         fitted = self.evidence.temperatures(self.labels)
-        readings = [Reading(score, one, fitted) for one in (get_args(Combine) if combine == "auto" else (combine,))]
+        readings = [Reading(score, one, fitted) for one in (get_args(Joining) if combine == "auto" else (combine,))]
         readings += [Reading(score, one.combine, plain) for one in readings if one.combine != "last"]
         if len(readings) == 1:
             return Choice(readings[0], ())
@@ -204,7 +205,7 @@ class PredictionTable:
         latency_ms: float | None = None,
         certain: float | None = None,
         score: Score = "top_probability",
-        combine: Combine | Literal["auto"] = "auto",
+        combine: Joining | Literal["auto"] = "auto",
         seed: int = 0,
     ) -> Plan:
         """The best setting within one limit.
@@ -238,7 +239,7 @@ class PredictionTable:
         count: int = 20,
         *,
         score: Score = "top_probability",
-        combine: Combine | Literal["auto"] = "auto",
+        combine: Joining | Literal["auto"] = "auto",
         seed: int = 0,
     ) -> OperatingPoints:
         """Up to ``count`` operating points along the whole curve, the cheapest first."""
@@ -249,7 +250,7 @@ class PredictionTable:
         return self.read(plan.reading).evaluate([plan.point.thresholds[name] for name in self.names[:-1]], measure)
 
     def _certified(
-        self, goal: Goal, certain: float, score: Score, combine: Combine | Literal["auto"], seed: int
+        self, goal: Goal, certain: float, score: Score, combine: Joining | Literal["auto"], seed: int
     ) -> Plan:
         decisions = len(self.names) - 1
         order = _agreeing(decisions) if score == "agreement" else fixed_order(decisions)

@@ -27,7 +27,8 @@ def test_what_mixes_the_images_of_a_batch_is_refused_by_name(layer: nn.Module) -
 
 def test_norms_of_each_image_by_itself_are_taken() -> None:
     for layer in (nn.InstanceNorm2d(8), nn.GroupNorm(2, 8), nn.BatchNorm2d(8)):
-        trace(classifier(layer), (3, 8, 8))
+        traced = trace(classifier(layer), (3, 8, 8))
+        assert any(isinstance(module, type(layer)) for module in traced.modules())
 
 
 @pytest.mark.parametrize(
