@@ -6,14 +6,16 @@ All are arithmetic on what each network answers alone, which one pass over the i
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, product
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from dynamize.calibration.operating import OperatingPoint
 from dynamize.measure.accuracy import Seen
-from dynamize.nn.cascade import join, log_probabilities
-from dynamize.nn.joining import Joining
+from dynamize.nn.cascade import numbers
+from dynamize.nn.joining import Joining, join, weigh
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.piece import Setting
 
@@ -62,23 +64,23 @@ class Asking:
 
     def seen(self, network: DynamicNetwork, seen: Seen) -> Seen:
         """What the networks answer together, and how sure they are."""
-        if self.combine == "last" and not any(getattr(piece, "by_agreement", False) for piece in network.leaving):
+        if self.combine == "last" and all(piece.alone for piece in network.leaving):
             return seen
         logits, scores = list(seen.logits), list(seen.scores)
-        so_far, votes = None, []
-        pieces = network.scored
-        for k, piece in enumerate(pieces):
+        before: NDArray[np.floating[Any]] | None = None
+        votes: list[NDArray[np.int64]] = []
+        for k, piece in enumerate(network.scored):
             if not piece.links or piece.name in self.off:
                 continue
-            own = seen.logits[k]
+            own = numbers(seen.logits[k])
+            answer = weigh(self.combine, own, piece.temperature.item())
+            if before is not None:
+                answer = join(self.combine, before, answer)
+            votes.append(own.argmax(axis=1))
             if self.combine != "last":
-                if so_far is None:
-                    so_far = log_probabilities(own, piece.temperature.cpu())
-                else:
-                    so_far = logits[k] = join(self.combine, so_far, own, piece.temperature.cpu())
-            votes.append(own.argmax(1))
+                before, logits[k] = answer, torch.from_numpy(answer)
             if k < len(scores):
-                scores[k] = piece.rated(logits[k], votes, so_far is logits[k])
+                scores[k] = torch.from_numpy(piece.rated(answer, None if piece.alone else np.stack(votes, axis=1)))
         return replace(seen, logits=logits, scores=scores)
 
     def put(self, network: DynamicNetwork, point: OperatingPoint) -> OperatingPoint:

@@ -5,14 +5,14 @@ Each network gives log-probabilities of some classes; those that it does not nam
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 
 from dynamize.calibration.temperature import WIDEST
-from dynamize.nn.joining import Joining
+from dynamize.nn.joining import Joining, agreement, join
 
 Floats = NDArray[np.float64]
 Classes = NDArray[np.int64]
@@ -81,16 +81,14 @@ class Evidence:
     def read(self, reading: Reading) -> tuple[Floats, Classes]:
         """Scores (M, n) and answers (M, n) of the networks so far."""
         scores, answers = [], []
-        agreed = np.ones(self.answers.shape[1], bool)
         for m, log_probabilities in enumerate(self._combined(reading)):
-            agreed &= self.answers[m] == self.answers[0]
             if reading.combine == "last" or m == 0:
                 answers.append(self.answers[m])
             else:
                 top = (log_probabilities + np.minimum(self._log_times, 0.0))[:, :-1].argmax(axis=1)
                 answers.append(np.take_along_axis(self.columns, top[:, None], axis=1)[:, 0])
             if reading.score == "agreement":
-                scores.append((agreed & (m > 0)).astype(np.float64))
+                scores.append(agreement(self.answers[: m + 1].T))
             else:
                 scores.append(_SCORES[reading.score](log_probabilities, self._log_times))
         return np.stack(scores), np.stack(answers)
@@ -100,10 +98,7 @@ class Evidence:
         total: Floats | None = None
         for logits, temperature in zip(self._logits, reading.temperatures, strict=True):
             own = self._normalised(logits / temperature)
-            if reading.combine == "last" or total is None:
-                total = own
-            else:
-                total = np.logaddexp(total, own) if reading.combine == "mean" else total + own
+            total = own if total is None else cast(Floats, join(reading.combine, total, own))
             yield own if reading.combine == "last" else self._normalised(total)
 
     def _normalised(self, logits: Floats) -> Floats:

@@ -4,16 +4,18 @@ A row ``small, Answer, Restart, big, Verdict`` is a cascade (Wang et al. 2020, W
 2023, Efficient Inference With Model Cascades). A network whose place to leave is off does not run at all.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from dynamize.nn.confidence import CONFIDENCES, ConfidenceName
+from dynamize.nn.confidence import ConfidenceName
 from dynamize.nn.exits import Leaving
 from dynamize.nn.flow import Flow, take_rows
-from dynamize.nn.joining import Joining
+from dynamize.nn.joining import SCORES, Floats, Joining, agreement, join, weigh
 from dynamize.nn.piece import Call, Choose, Part, Piece, Run, Setting
 
 EVIDENCE = "evidence"  # (n, classes), in what a flow carries: the joined answers so far, as logits
@@ -25,10 +27,7 @@ MemberConfidence = ConfidenceName | Literal["agreement"]
 class Answer(Leaving):
     """The end of a network that is not the last of its row.
 
-    Its score is that of the answers joined so far; or, for ``agreement``, 1 where all networks so far answer alike and
-    0 elsewhere (Kolawole et al. 2025, Agreement-Based Cascading), which is never so for the first.
-
-    ``forward``: the network's logits (N, classes) -> the same, score (N,) of them alone.
+    Its score is that of the answers joined so far; or, for ``agreement``, whether all networks so far answer alike.
     """
 
     kind = "member"
@@ -36,8 +35,8 @@ class Answer(Leaving):
     links = True
 
     def __init__(self, confidence: MemberConfidence = "top_probability") -> None:
-        self.by_agreement = confidence == "agreement"
         super().__init__("answer", "top_probability" if confidence == "agreement" else confidence)
+        self.alone = confidence != "agreement"
 
     @property
     def name(self) -> str:
@@ -46,32 +45,37 @@ class Answer(Leaving):
     def classify(self, features_NCHW: Tensor, context_ND: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         return features_NCHW, None
 
-    def score(self, logits: Tensor, features_NCHW: Tensor) -> Tensor:
-        return logits[:, 0].float() * 0 if self.by_agreement else super().score(logits, features_NCHW)
+    def parts(self) -> list[Part]:
+        return []
 
-    def rated(self, logits: Tensor, votes: Sequence[Tensor], joined: bool) -> Tensor:
-        """The score (N,) of an answer, from what each network asked so far would have answered alone, (N,) each.
+    def rated(self, answer_NC: Floats, votes_NM: NDArray[np.int64] | None) -> Floats:
+        """How sure an answer is, (N,), from its logits, weighed, or from what each network would have answered."""
+        return SCORES[self.confidence](answer_NC) if votes_NM is None else agreement(votes_NM)
 
-        Args:
-            logits: of the answer, this network's own or ``joined`` with those before.
-        """
-        if self.by_agreement:
-            alike = torch.stack(list(votes)) == votes[-1]
-            return (alike.all(0) if len(votes) > 1 else alike[0] & False).float()
-        return CONFIDENCES[self.confidence](logits if joined else logits.float() / self.temperature.cpu())
+    def bind(self, calls: Mapping[str, Call]) -> Run:
+        def run(flow: Flow, setting: Setting) -> None:
+            logits = flow.features
+            own = numbers(logits)
+            if flow.seen is not None:
+                score = self.rated(weigh("last", own, self.temperature.item()), None)
+                flow.seen.append((self.name, logits, torch.from_numpy(score)))
+                return
+            answer = weighed(flow, setting.combine, own, self.temperature)
+            if setting.combine != "last":
+                flow.extra[EVIDENCE] = torch.from_numpy(answer)
+                logits = flow.extra[EVIDENCE].to(logits.device)
+            self.let_go(flow, setting, logits, self.rated(answer, self._votes(flow, own)))
 
-    def decide(self, flow: Flow, setting: Setting, logits: Tensor, *more: Tensor) -> None:
-        (score,) = more
-        if self.by_agreement:
-            score = _agreement(flow, logits)
-        joins = setting.combine != "last" and flow.seen is None
-        before = flow.extra.get(EVIDENCE) if joins else None
-        if before is not None:
-            logits = flow.features = flow.extra[EVIDENCE] = join(setting.combine, before, logits, self.temperature)
-            score = score if self.by_agreement else CONFIDENCES[self.confidence](logits)
-        super().decide(flow, setting, logits, score)
-        if joins and before is None and len(flow):
-            flow.extra[EVIDENCE] = log_probabilities(flow.features, self.temperature)
+        return run
+
+    def _votes(self, flow: Flow, own_NC: Floats) -> NDArray[np.int64] | None:
+        """With this network's own, if they are what decides."""
+        if self.alone:
+            return None
+        own = torch.from_numpy(own_NC.argmax(axis=1, keepdims=True))
+        before = flow.extra.get(VOTES)
+        flow.extra[VOTES] = own if before is None else torch.cat([before, own], 1)
+        return flow.extra[VOTES].numpy()
 
 
 class Restart(Piece):
@@ -129,9 +133,9 @@ class Verdict(Piece):
 
     def bind(self, calls: Mapping[str, Call]) -> Run:
         def run(flow: Flow, setting: Setting) -> None:
-            before = flow.extra.get(EVIDENCE)
-            if before is not None and len(flow):
-                flow.features = join(setting.combine, before, flow.features, self.temperature)
+            if EVIDENCE in flow.extra and len(flow):
+                answer = weighed(flow, setting.combine, numbers(flow.features), self.temperature)
+                flow.features = torch.from_numpy(answer).to(flow.features.device)
 
         return run
 
@@ -150,21 +154,15 @@ def restart(flow: Flow) -> None:
     flow.extra = {name: values for name, values in flow.extra.items() if name in (EVIDENCE, VOTES)}
 
 
-def log_probabilities(logits: Tensor, temperature: Tensor | float) -> Tensor:
-    """Of softmax(logits / temperature), in float32."""
-    return (logits.float() / temperature).log_softmax(1)
+def numbers(logits: Tensor) -> NDArray[np.float32]:
+    """As numpy has them, in float32."""
+    plain = logits.dtype == torch.float32 and logits.is_cpu and not logits.requires_grad
+    found: NDArray[np.float32] = (logits if plain else logits.detach().float().cpu()).numpy()
+    return found
 
 
-def join(how: Joining, before: Tensor, logits: Tensor, temperature: Tensor | float) -> Tensor:
-    """Answers so far (n, classes) and those of one network more as one, but for a constant that all classes share."""
-    if how == "last":
-        return logits
-    added = log_probabilities(logits, temperature)
-    return before + added if how == "product" else torch.logaddexp(before, added)
-
-
-def _agreement(flow: Flow, logits: Tensor) -> Tensor:
-    own = logits.argmax(1, keepdim=True)
-    votes = flow.extra.get(VOTES)
-    flow.extra[VOTES] = own if votes is None else torch.cat([votes, own], 1)
-    return torch.zeros(len(own), device=own.device) if votes is None else (votes == own).all(1).float()
+def weighed(flow: Flow, how: Joining, own_NC: Floats, temperature: Tensor) -> Floats:
+    """The answers of the networks so far as logits of one, with a network's own logits added."""
+    added = weigh(how, own_NC, temperature.item())
+    before = flow.extra.get(EVIDENCE)
+    return added if before is None else join(how, before.numpy(), added)

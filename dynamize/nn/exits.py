@@ -12,6 +12,7 @@ from dynamize.graph.macs import counting_macs
 from dynamize.nn.confidence import CONFIDENCES, ConfidenceName
 from dynamize.nn.flow import NOBODY, ONLY, Flow, Indices
 from dynamize.nn.heads import ExitHead
+from dynamize.nn.joining import Floats
 from dynamize.nn.piece import GOES_ON, LEAVES, Call, Choose, Decision, Part, Piece, Run, Setting
 
 CONTEXT = "context"  # (n, D), in what a flow carries: everything that heads so far have pooled, side by side
@@ -52,11 +53,13 @@ class Leaving(Answering):
     Attributes:
         temperature: of the logits before they are scored, a scalar.
         chained: whether later ones build on what it saw, so that it runs even while it is off.
+        alone: whether its score is that of its own logits, whatever others answered before.
     """
 
     effect = "leaves"
     scored = True
     kind: ClassVar[str] = "exit"
+    alone = True
     temperature: Tensor
 
     def __init__(self, name: str, confidence: ConfidenceName = "top_probability", chained: bool = False) -> None:
@@ -99,13 +102,17 @@ class Leaving(Answering):
         if flow.seen is not None:
             flow.seen.append((self.name, logits, score))
             return
-        leaving = self._leaving(flow, setting, score)
+        self.let_go(flow, setting, logits, score)
+
+    def let_go(self, flow: Flow, setting: Setting, logits: Tensor, score_N: Tensor | Floats) -> None:
+        """Answer the images that are sure enough."""
+        leaving = self._leaving(flow, setting, score_N)
         options = np.full(len(flow), GOES_ON)
         options[leaving] = LEAVES
         flow.log.append((self.name, flow.rows, options))
         flow.leave(leaving, logits)
 
-    def _leaving(self, flow: Flow, setting: Setting, score_N: Tensor) -> Indices:
+    def _leaving(self, flow: Flow, setting: Setting, score_N: Tensor | Floats) -> Indices:
         if self.name in setting.forced:
             forced = setting.forced[self.name][torch.from_numpy(flow.rows)]
             return np.flatnonzero(forced.cpu().numpy() == LEAVES)
@@ -114,8 +121,8 @@ class Leaving(Answering):
             return NOBODY
         if len(flow) == 1:  # a single image waits for every microsecond between two sessions
             return ONLY if score_N.item() >= threshold else NOBODY
-        scores = score_N.detach().cpu().double().numpy()  # in float32 the threshold would be rounded
-        return np.flatnonzero(scores >= threshold)
+        scores = score_N.detach().cpu().numpy() if isinstance(score_N, Tensor) else score_N
+        return np.flatnonzero(scores.astype(np.float64) >= threshold)  # in float32 the threshold would be rounded
 
     def dense(self, flow: Flow, choose: Choose) -> None:
         features = flow.features

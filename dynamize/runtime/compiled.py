@@ -16,7 +16,7 @@ from dynamize.nn.flow import Flow
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.piece import Call, Part, Piece, Run, Setting
 from dynamize.nn.row import needed
-from dynamize.runtime.engine import Border, Engine, engine_class, one_torch_thread
+from dynamize.runtime.engine import Border, Engine, OneTorchThread, engine_class
 from dynamize.runtime.inputs import why_refused
 from dynamize.runtime.maker import Maker
 from dynamize.runtime.threads import Threads, chosen_threads
@@ -76,7 +76,7 @@ class CompiledNetwork:
             last = self._last = setting, self._program(setting)
         found = last[1]
         one_thread = self.engine.one_torch_thread and not self._maker.path_in_torch
-        with torch.inference_mode(), one_torch_thread() if one_thread else nullcontext():
+        with torch.inference_mode(), OneTorchThread() if one_thread else nullcontext():
             try:
                 return execute(found, setting, images_NCHW, cache=self.cache)
             except Exception:

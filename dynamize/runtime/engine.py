@@ -4,8 +4,7 @@ A backend is a subclass of :class:`Engine`; those of this package are imported w
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from threading import Lock
@@ -167,19 +166,21 @@ def torch_threads() -> int:
         return _HELD[0] if _HELD else torch.get_num_threads()
 
 
-@contextmanager
-def one_torch_thread() -> Iterator[None]:
-    """For the small products between sessions; what several threads set at a time is put back by the last of them."""
-    import torch
+class OneTorchThread:
+    """Around the small products between sessions; what several threads set at a time is put back by the last."""
 
-    with _LOCK:
-        if not _HELD:
-            _HELD.append(torch.get_num_threads())
-            torch.set_num_threads(1)
-        _HELD.append(1)
-    try:
-        yield
-    finally:
+    def __enter__(self) -> None:
+        import torch
+
+        with _LOCK:
+            if not _HELD:
+                _HELD.append(torch.get_num_threads())
+                torch.set_num_threads(1)
+            _HELD.append(1)
+
+    def __exit__(self, *error: object) -> None:
+        import torch
+
         with _LOCK:
             _HELD.pop()
             if len(_HELD) == 1:

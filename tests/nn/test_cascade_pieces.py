@@ -11,7 +11,6 @@ from torch import Tensor
 import dynamize as dz
 from dynamize.graph.macs import count_macs
 from dynamize.measure.costs import exit_costs
-from dynamize.nn.cascade import join, log_probabilities
 from dynamize.nn.joining import Joining
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.piece import Dense, Setting
@@ -88,16 +87,6 @@ def test_each_image_gets_the_answer_of_whom_it_needs(
     assert torch.equal(routed.exits, places)
     assert close(routed.logits.softmax(1), wanted.softmax(1))
     assert torch.equal(routed.logits.argmax(1), wanted.argmax(1))
-
-
-def test_joined_answers_are_the_mean_and_the_product_of_probabilities() -> None:
-    one, other = torch.randn(2, 5, 7).unbind(0)
-    before = log_probabilities(one, 2.0)
-    both = [(one / 2).softmax(1), (other / 3).softmax(1)]
-    assert close(join("mean", before, other, 3.0).softmax(1), (both[0] + both[1]) / 2)
-    product_NC = both[0] * both[1]
-    assert close(join("product", before, other, 3.0).softmax(1), product_NC / product_NC.sum(1, keepdim=True))
-    assert join("last", before, other, 3.0) is other
 
 
 @pytest.mark.parametrize("backend", FLOAT32)
