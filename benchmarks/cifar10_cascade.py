@@ -2,10 +2,14 @@
 other.
 
     python benchmarks/cifar10_cascade.py --data cifar10 --given DIR
+    python benchmarks/cifar10_cascade.py --data cifar10 --given DIR --bytes --backend openvino --first 20,32
+    python benchmarks/cifar10_cascade.py --data cifar10 --given DIR --artifact runs/shrink
 
-DIR holds the three resnet*-cifar10-jpeg.pt. Accuracies and MACs are means of both halves. Times are medians of
-interleaved rounds in one process with the static networks, for the setting solved on the first half and images that
-cost as the other half does; nothing else may run meanwhile. With ``--bytes`` all networks are quantised first.
+DIR holds the three resnet*-cifar10-jpeg.pt. ``--artifact`` judges what a recipe made of the ResNet-56 instead, such as
+benchmarks/cifar10_shrink.yaml. Accuracies and MACs are means of both halves, executed. Times are medians of interleaved
+rounds in one process with the static networks, for the setting solved on the first half and images that cost as the
+other half does; nothing else may run meanwhile. With ``--bytes`` all networks are quantised first, and the ResNet-56 in
+float32 on ONNX Runtime is timed beside them.
 """
 
 import json
@@ -29,11 +33,11 @@ from dynamize.evaluation import Evaluator, gather, representative
 from dynamize.files import write_text
 from dynamize.measure.latency import interleave
 from dynamize.nn.network import DynamicNetwork
-from dynamize.nn.piece import Setting
+from dynamize.nn.piece import MAIN, Setting
 from dynamize.transform import Context, Transform
 
-BUDGETS = (0.36, 0.40, 0.44, 0.48, 0.53, 0.60, 0.67)
-DROPS = (0.0,)
+BUDGETS = (0.40, 0.44, 0.53)
+DROPS = (0.0, 0.3)
 BATCHES = (1, 8, 64)
 DEPTHS = (20, 32, 56)
 IMAGES = 96  # timed in each round, at least one batch
@@ -46,23 +50,28 @@ def main(
     backend: str = "onnxruntime",
     first: Annotated[str, typer.Option(help="depths in front of the ResNet-56")] = "20,32",
     in_bytes: Annotated[bool, typer.Option("--bytes", help="quantise all networks")] = False,
-    seconds: Annotated[float, typer.Option(help="for each comparison of times")] = 20.0,
+    artifact: Annotated[Path | None, typer.Option(help="judge this instead; it was made of the ResNet-56")] = None,
+    seconds: Annotated[float, typer.Option(help="for each comparison of times")] = 8.0,
 ) -> None:
     """Measure everything and print one Markdown report."""
     statics = {
         n: dz.source(f"dynamize:cifar_resnet{n}", checkpoint=given / f"resnet{n}-cifar10-jpeg.pt") for n in DEPTHS
     }
-    depths = [int(depth) for depth in first.split(",")]
-    folds = [Fold(statics, depths, data, fold, backend, in_bytes) for fold in (0, 1)]
-    rows = [summary(folds, f"{budget:.2f} of the MACs", budget=budget) for budget in BUDGETS]
-    rows += [summary(folds, f"drop of {drop:g}", drop=drop) for drop in DROPS]
+    depths = [] if artifact else [int(depth) for depth in first.split(",")]
+    folds = [Fold(statics, depths, data, fold, backend, in_bytes, artifact) for fold in (0, 1)]
+    rows = [row for budget in BUDGETS if (row := summary(folds, f"{budget:.2f} of the MACs", budget=budget))]
+    rows += [row for drop in DROPS if (row := summary(folds, f"drop of {drop:g} points", drop=drop))]
     static = {f"ResNet-{n}": sum(fold.alone[n] for fold in folds) / 2 for n in DEPTHS}
-    for row in rows:
-        row["speedup"] = {batch: folds[0].speedups(row["points"][0], batch, seconds) for batch in BATCHES}
-    text = render(rows, static, backend, in_bytes, depths)
+    times = {batch: folds[0].speedups([row["points"][0] for row in rows], batch, seconds) for batch in BATCHES}
+    for number, row in enumerate(rows):
+        row["speedup"] = {batch: times[batch][str(number)] for batch in BATCHES}
+    of_static = {name: {batch: times[batch][name] for batch in BATCHES} for name in times[BATCHES[0]] if name[0] == "R"}
+    title = artifact.name if artifact else "Cascade of " + ", ".join(f"ResNet-{depth}" for depth in [*depths, 56])
+    text = render(title, rows, static, of_static, backend, in_bytes)
     kept = [{name: value for name, value in row.items() if name != "points"} for row in rows]
-    name = f"cascade-{backend}{'-bytes' if in_bytes else ''}"
-    write_text(out / f"{name}.json", json.dumps({"static": static, "rows": kept}, indent=1))
+    kind = f"-{artifact.name}" if artifact else f"-{first.replace(',', '-')}"
+    name = f"cascade{kind}-{backend}{'-bytes' if in_bytes else ''}"
+    write_text(out / f"{name}.json", json.dumps({"static": static, "speedup": of_static, "rows": kept}, indent=1))
     write_text(out / f"{name}.md", text)
     print(text)
 
@@ -78,16 +87,23 @@ class Fold:
         fold: int,
         backend: str,
         in_bytes: bool,
+        artifact: Path | None,
     ) -> None:
         self.splits: Splits = halves(data, fold=fold, train_limit=JUDGING)
-        self.backend = backend
+        self.backend, self.in_bytes = backend, in_bytes
         context = Context(data=self.splits, teacher=statics[56], backend=backend, members=named(statics, depths))
         more: list[Transform] = [dz.Quantize()] if in_bytes else []
-        first = [{"name": f"resnet{depth}"} for depth in depths]
-        self.network = convert(statics[56], [dz.Cascade(first=first), *more], SHAPE, context).eval()
+        if artifact:
+            made = dz.load(artifact, statics[56])
+            self.network = dz.apply(made, more[0], context)[0].eval() if more else made.eval()
+        else:
+            first = [{"name": f"resnet{depth}"} for depth in depths]
+            self.network = convert(statics[56], [dz.Cascade(first=first), *more], SHAPE, context).eval()
+        self.float56 = wrap(statics[56], SHAPE)
         self.statics = {n: convert(net, more, SHAPE, context).eval() for n, net in statics.items()}
         self.alone = {n: self.judge(net).accuracy for n, net in self.statics.items()}
-        self.every = every_asking(TableMaker(self.network, self.splits.calibration, self.statics[56], CPU, backend))
+        own = self.statics[56].graphs[MAIN] if in_bytes else statics[56]
+        self.every = every_asking(TableMaker(self.network, self.splits.calibration, own, CPU, backend))
 
     def judge(self, network: DynamicNetwork) -> Any:
         evaluator = Evaluator(wrap(self.statics[56], SHAPE), self.splits.test, CPU, [self.backend])
@@ -113,34 +129,39 @@ class Fold:
         tables: OffsetTables = self.every[0]
         return tables.at(0.0).static_cost["macs"]
 
-    def speedups(self, point: OperatingPoint, batch: int, seconds: float) -> dict[str, float]:
-        """Over the static ResNet-56, of the cascade and of all static networks."""
-        _, _, macs = self.judged(point)
-        chosen = representative(macs, max(IMAGES, batch))
-        images = gather(self.splits.test, chosen, CPU)
-        inputs = [images[i : i + batch] for i in range(0, len(images) - batch + 1, batch)]
+    def speedups(self, points: list[OperatingPoint], batch: int, seconds: float) -> dict[str, float]:
+        """Over the static ResNet-56, of the cascade at each point by its number, and of all static networks."""
         compiled = dz.compile_network(self.network, self.backend, threads="shared")
         contenders: dict[str, Any] = {
             f"ResNet-{n}": dz.compile_network(net, self.backend, threads="shared") for n, net in self.statics.items()
         }
-        setting = Setting(point.thresholds, combine=point.combine)
-        contenders["cascade"] = partial(compiled.run, setting=setting)
-        times = interleave(contenders, inputs, CPU, seconds)
-        return {name: times.speedup("ResNet-56", name) for name in contenders}
+        if self.in_bytes:
+            float56 = dz.compile_network(self.float56, "onnxruntime", threads="shared")
+            contenders["ResNet-56 in float32, onnxruntime"] = float56
+        found: dict[str, float] = {}
+        for number, point in enumerate(points):
+            _, _, macs = self.judged(point)
+            chosen = representative(macs, max(IMAGES, batch))
+            images = gather(self.splits.test, chosen, CPU)
+            inputs = [images[i : i + batch] for i in range(0, len(images) - batch + 1, batch)]
+            setting = Setting(point.thresholds, combine=point.combine)
+            times = interleave({**contenders, "ours": partial(compiled.run, setting=setting)}, inputs, CPU, seconds)
+            found |= {name: times.speedup("ResNet-56", name) for name in contenders}
+            found[str(number)] = times.speedup("ResNet-56", "ours")
+        return found
 
 
 def named(statics: dict[int, torch.nn.Module], depths: list[int]) -> dict[str, torch.nn.Module]:
     return {f"resnet{depth}": statics[depth] for depth in depths}
 
 
-def summary(folds: list[Fold], asked: str, **limit: float) -> dict[str, Any]:
-    """One limit on both halves; what cannot be met is left out of neither."""
-    points = []
-    for fold in folds:
-        try:
-            points.append(fold.point(**limit))
-        except InfeasibleError as error:
-            raise SystemExit(f"{asked}: {error}") from error
+def summary(folds: list[Fold], asked: str, **limit: float) -> dict[str, Any] | None:
+    """One limit on both halves; None if it cannot be met."""
+    try:
+        points = [fold.point(**limit) for fold in folds]
+    except InfeasibleError as error:
+        print(f"{asked}: {error}")
+        return None
     found = [fold.judged(point) for fold, point in zip(folds, points, strict=True)]
     return {
         "asked": asked,
@@ -153,27 +174,31 @@ def summary(folds: list[Fold], asked: str, **limit: float) -> dict[str, Any]:
 
 
 def render(
-    rows: list[dict[str, Any]], static: dict[str, float], backend: str, in_bytes: bool, depths: list[int]
+    title: str,
+    rows: list[dict[str, Any]],
+    static: dict[str, float],
+    of_static: dict[str, dict[int, float]],
+    backend: str,
+    in_bytes: bool,
 ) -> str:
     """As Markdown."""
-    kind = ", in bytes" if in_bytes else ""
+    batches = " | ".join(f"batch {batch}" for batch in BATCHES)
     lines = [
-        f"Cascade of ResNet-{', -'.join(map(str, [*depths, 56]))}{kind}, {backend}; "
-        + ", ".join(f"{name} {100 * one:.2f} %" for name, one in static.items()),
+        f"{title}{', in bytes' if in_bytes else ''}, {backend}",
         "",
-        "| asked | MACs | accuracy | joined by | b1 | b8 | b64 |",
-        "|---|---|---|---|---|---|---|",
+        f"| network | MACs | accuracy | joined by | {batches} |",
+        "|---|---|---|---" + len(BATCHES) * "|---" + "|",
     ]
     for row in rows:
-        times = " | ".join(f"{row['speedup'][batch]['cascade']:.2f} x" for batch in BATCHES)
+        times = " | ".join(f"{row['speedup'][batch]:.2f} x" for batch in BATCHES)
         joined = "/".join(dict.fromkeys(row["combine"]))
         lines.append(
             f"| {row['asked']} | {row['macs_ratio']:.3f} | {100 * row['accuracy']:.2f} % | {joined} | {times} |"
         )
-    last = rows[-1]["speedup"]
-    for name in static:
-        times = " | ".join(f"{last[batch][name]:.2f} x" for batch in BATCHES)
-        lines.append(f"| static {name} | | {100 * static[name]:.2f} % | | {times} |")
+    for name, found in of_static.items():
+        times = " | ".join(f"{found[batch]:.2f} x" for batch in BATCHES)
+        accuracy = f"{100 * static[name]:.2f} %" if name in static else ""
+        lines.append(f"| static {name} | | {accuracy} | | {times} |")
     return "\n".join(lines) + "\n"
 
 
