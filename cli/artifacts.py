@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from dynamize.cli.console import complain, reporting, show, show_json
+from dynamize.cli.console import complain, reporting, show, show_json, warn
 from dynamize.cli.options import (
     BACKENDS,
     Artifact,
@@ -132,6 +132,10 @@ def predict(
     ] = None,
     point: Annotated[str | None, typer.Option(metavar="NAME", help="An operating point.")] = None,
     max_drop: Annotated[float | None, typer.Option(help="Largest expected accuracy drop, in points.")] = None,
+    deadline_ms: Annotated[
+        float | None,
+        typer.Option(help="Milliseconds for each batch of 64, once read: then the best answers that there are count."),
+    ] = None,
     backend: Annotated[str, typer.Option(help=f"{BACKENDS}.")] = ANYWHERE,
     device: Device = "auto",
     trust_code: TrustCode = False,
@@ -151,13 +155,15 @@ def predict(
         where = choose_device("cpu" if backend != ANYWHERE and device == "auto" else device)
         predictor = Predictor(out, backend=backend, device=where, trust_code=trust_code)
         predictor.choose(point=point, macs_ratio=budget, max_drop=max_drop)
-        found = list(predictor.predict(find_images(images)))
+        found = list(predictor.predict(find_images(images), deadline_ms))
     if as_json:
         show_json([asdict(one) for one in found])
     else:
         from dynamize.cli import tables
 
         show(tables.predictions(found, predictor.network.exit_count))
+    for note in predictor.notes:
+        warn(note)
     errors = [one.error for one in found if one.error is not None]
     for error in errors:
         complain(error)

@@ -196,7 +196,8 @@ def predictions(found: Sequence["Prediction"], exits: int) -> Table:
     for one in found:
         if one.confidence is None or one.macs is None:
             continue
-        cells = [one.file, str(one.answer), f"{one.confidence:.3f}", f"{one.exit}/{exits}", count(one.macs)]
+        left = f"{one.exit}/{exits}{' cut' if one.cut else ''}"
+        cells = [one.file, str(one.answer), f"{one.confidence:.3f}", left, count(one.macs)]
         made.add_row(*map(Text, cells))
     return made
 

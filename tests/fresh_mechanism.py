@@ -169,6 +169,13 @@ def test_every_backend_answers_alike(network: DynamicNetwork, images: Tensor, ba
         assert torch.equal(found.exits, wanted.exits[some])
 
 
+def test_a_deadline_ends_at_it(network: DynamicNetwork, images: Tensor) -> None:
+    found = dz.compile_network(network, "eager").within(images, 1e-6, Setting({"dark": float("inf")}))
+    assert found.place == "dark"
+    assert found.cut.all()
+    assert close(found.logits, network.leaving[0].guess.expand(len(images), -1))
+
+
 def test_it_is_saved_and_loaded(network: DynamicNetwork, images: Tensor, tmp_path: Path) -> None:
     dz.save(network, tmp_path)
     with torch.no_grad():

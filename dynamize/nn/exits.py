@@ -107,6 +107,8 @@ class Leaving(Answering):
     def let_go(self, flow: Flow, setting: Setting, logits: Tensor, score_N: Tensor | Floats) -> None:
         """Answer the images that are sure enough."""
         leaving = self._leaving(flow, setting, score_N)
+        if setting.ends is not None and setting.ends(self.name, np.delete(flow.rows, leaving)):
+            leaving = np.arange(len(flow))
         options = np.full(len(flow), GOES_ON)
         options[leaving] = LEAVES
         flow.log.append((self.name, flow.rows, options))

@@ -15,7 +15,7 @@ from dynamize.nn.executor import CACHE, Program, Routed, execute, names, program
 from dynamize.nn.exits import CONTEXT, Leaving
 from dynamize.nn.flow import Flow
 from dynamize.nn.joining import Joining
-from dynamize.nn.piece import MAIN, Choose, Decision, Dense, Part, Piece, Point, Setting, eager_calls
+from dynamize.nn.piece import MAIN, Choose, Decision, Dense, Part, Piece, Point, Setting, eager_calls, setting_at
 from dynamize.nn.routing import Routing
 from dynamize.nn.row import build_row, needed, refuse_misplaced
 from dynamize.nn.units import Unit
@@ -324,7 +324,7 @@ class DynamicNetwork(nn.Module):
                 f"{', '.join(self.decision_names[0]) or 'no early exit'}: calibrate this network again"
             )
         self.operating_point = point
-        self.setting = Setting() if point is None else Setting(point.thresholds, point.offset, combine=point.combine)
+        self.setting = Setting() if point is None else setting_at(point)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As any module's; what is assigned is computed with everywhere."""

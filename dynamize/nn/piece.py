@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 from torch import Tensor, nn
 
 from dynamize.graph.macs import counting_macs
-from dynamize.nn.flow import Flow
+from dynamize.nn.flow import Flow, Indices
 from dynamize.nn.gates import pool, sample_paths
 from dynamize.nn.joining import Joining
 
@@ -24,6 +24,7 @@ Call = Callable[..., Any]
 """A part as a backend runs it. path: features -> (features, their channel means if they are handed on, else None);
 gate: features -> description (n, D); head: features, context or None -> what the piece's own forward gives."""
 Run = Callable[[Flow, "Setting"], None]
+Ends = Callable[[str, Indices], bool]
 
 LEAVES, GOES_ON = 0, 1  # the options of a decision at which images leave
 MAIN = "main"  # the recipe's own network among those that a row is made of
@@ -61,12 +62,15 @@ class Setting:
         forced: by decision, the option of each image of the batch (N,), whatever is decided; -1, as
             :class:`~dynamize.nn.executor.Routed` has it for images that do not come there, is the last one.
         combine: how the answers of several networks in a row are joined.
+        ends: asked at each place where images may leave, with its name and which images of the batch would go on:
+            whether these leave there too.
     """
 
     thresholds: Mapping[str, float | None] = field(default_factory=dict)
     offset: float = 0.0
     forced: Mapping[str, Tensor] = field(default_factory=dict)
     combine: Joining = "last"
+    ends: Ends | None = None
 
 
 class Point(Protocol):
@@ -80,6 +84,11 @@ class Point(Protocol):
     def offset(self) -> float: ...
     @property
     def combine(self) -> Joining: ...
+
+
+def setting_at(point: Point) -> Setting:
+    """What the executor reads of an operating point."""
+    return Setting(point.thresholds, point.offset, combine=point.combine)
 
 
 class Choose:

@@ -14,8 +14,9 @@ from dynamize.nn.executor import CACHE, Program, Routed, execute, program
 from dynamize.nn.exits import CONTEXT
 from dynamize.nn.flow import Flow
 from dynamize.nn.network import DynamicNetwork
-from dynamize.nn.piece import Call, Part, Piece, Run, Setting
+from dynamize.nn.piece import Call, Part, Piece, Point, Run, Setting, setting_at
 from dynamize.nn.row import needed
+from dynamize.runtime.deadline import Deadlines, Timely
 from dynamize.runtime.engine import Border, Engine, OneTorchThread, engine_class
 from dynamize.runtime.inputs import why_refused
 from dynamize.runtime.maker import Maker
@@ -25,7 +26,9 @@ from dynamize.runtime.threads import Threads, chosen_threads
 class CompiledNetwork:
     """A frozen copy of a network's weights on a backend; the operating point is read from the network at each call.
 
-    ``compiled(images)`` takes (N, C, H, W) and returns (N, classes) as the network in eval mode does.
+    ``compiled(images)`` takes (N, C, H, W) and returns (N, classes) as the network in eval mode does;
+    ``compiled(images, deadline_ms=5)`` the best answers that there are by then (:meth:`within`). What any operating
+    point of the network needs is compiled at once, so that switching takes no time.
 
     Attributes:
         row: the pieces of the copy.
@@ -48,15 +51,24 @@ class CompiledNetwork:
         self._made: dict[tuple[object, ...], Call | None] = {}
         self._programs: dict[tuple[bool, ...], Program] = {}
         self._last: tuple[Setting, Program] | None = None
-        self._program(Setting({piece.name: 0.0 for piece in self.row}))
+        every = Setting({piece.name: 0.0 for piece in self.row})
+        for setting in (every, network.setting, *map(setting_at, network.operating_points or [])):
+            self._program(setting)
+        self._deadlines = Deadlines(self.run, self.row, engine.device)
 
     @property
     def notes(self) -> list[str]:
         """Parts that the backend refuses or gets wrong, which torch computes therefore."""
         return list(self._maker.notes)
 
-    def __call__(self, images_NCHW: Tensor) -> Tensor:
-        return self.run(images_NCHW).logits
+    def __call__(self, images_NCHW: Tensor, *, deadline_ms: float | None = None) -> Tensor:
+        return self.run(images_NCHW).logits if deadline_ms is None else self.within(images_NCHW, deadline_ms).logits
+
+    def set_operating_point(self, point: Point | str | None) -> None:
+        """Switch the network, and with it this copy, to another operating point
+        (:meth:`~dynamize.nn.network.DynamicNetwork.set_operating_point`); no batch waits for it."""
+        self.network.set_operating_point(point)
+        self._program(self.network.setting)
 
     def run(self, images_NCHW: Tensor, setting: Setting | None = None) -> Routed:
         """Logits (N, classes) and the options that each image took, at a setting, by default the network's own.
@@ -64,11 +76,7 @@ class CompiledNetwork:
         Raises:
             DynamizeError: images of another shape, type or device, or no tensor.
         """
-        try:
-            fits = images_NCHW.shape[1:] == self._shape and images_NCHW.dtype == self._dtype
-        except AttributeError:
-            fits = False
-        if not fits:
+        if not self._fits(images_NCHW):
             self._refuse(images_NCHW)
         setting = self.network.setting if setting is None else setting
         last = self._last  # read once: another thread may run at another setting
@@ -82,6 +90,39 @@ class CompiledNetwork:
             except Exception:
                 self._refuse(images_NCHW)
                 raise
+
+    def within(self, images_NCHW: Tensor, deadline_ms: float, setting: Setting | None = None) -> Timely:
+        """The best answers that there are when the time is up, for the whole batch together.
+
+        At each place where images may leave, all do if what comes next would not be done in time, as measured on this
+        machine, and get the answer of the last classifier that they passed. Nothing can be cut before the first one:
+        what is returned says how late it was. The first call for more images than before rehearses first, which takes
+        as long as some ten such batches and is not counted.
+
+        Args:
+            images_NCHW: the batch.
+            deadline_ms: milliseconds from the call on.
+            setting: by default the network's own.
+
+        Raises:
+            DynamizeError: the deadline is no positive number, or as :meth:`run`.
+
+        Example:
+            >>> import torch
+            >>> net = dz.source("dynamize:digits_resnet", pretrained=True)
+            >>> fast = dz.compile_network(dz.convert(net, [dz.Exits(count=2)], (1, 8, 8)), "onnxruntime")
+            >>> fast.within(torch.randn(4, 1, 8, 8), deadline_ms=0.0001).cut.tolist()
+            [True, True, True, True]
+        """
+        if not self._fits(images_NCHW):
+            self._refuse(images_NCHW)
+        return self._deadlines.answer(images_NCHW, self.network.setting if setting is None else setting, deadline_ms)
+
+    def _fits(self, images: Any) -> bool:
+        try:
+            return bool(images.shape[1:] == self._shape and images.dtype == self._dtype)
+        except AttributeError:
+            return False
 
     def _refuse(self, images: Any) -> None:
         """Say what is wrong with images, if something is."""

@@ -13,8 +13,10 @@ from dynamize.data.image_files import files_as_images
 from dynamize.data.storage import UnreadableImage
 from dynamize.errors import DynamizeError
 from dynamize.measure.costs import Costs, exit_costs
+from dynamize.nn.executor import Routed
 from dynamize.nn.network import DynamicNetwork
 from dynamize.runtime.compiled import CompiledNetwork, compile_network
+from dynamize.runtime.deadline import Timely, deadline_notes, seconds_of
 from dynamize.runtime.engine import ANYWHERE
 
 _BATCH = 64
@@ -26,7 +28,8 @@ class Prediction:
 
     ``exit`` counts from 1; ``macs`` are those executed for this image; ``confidence`` is the probability of the
     answer after the exit's temperature; ``paths`` are the indexes of the paths taken through the gated units, the
-    cheapest being 0, up to the exit. With an ``error`` all are None.
+    cheapest being 0, up to the exit; ``cut`` says, where there is a deadline, whether it was answered at that exit for
+    want of time. With an ``error`` all are None.
     """
 
     file: str
@@ -35,6 +38,7 @@ class Prediction:
     exit: int | None = None
     macs: float | None = None
     paths: list[int] | None = None
+    cut: bool | None = None
     error: str | None = None
 
 
@@ -58,6 +62,8 @@ class Predictor:
         self.manifest = artifact.read_manifest(path)
         self.path, self.backend, self.device = path, backend, torch.device(device)
         self.network: DynamicNetwork = artifact.load(path, trust_code=trust_code)
+        self._timely: list[Timely] = []
+        self._deadline_ms: float | None = None
 
     def choose(
         self, *, point: str | None = None, macs_ratio: float | None = None, max_drop: float | None = None
@@ -87,12 +93,24 @@ class Predictor:
         elif max_drop is not None:
             self.network.set_operating_point(points.at(max_drop=max_drop))
 
-    def predict(self, files: Sequence[str]) -> Iterator[Prediction]:
+    @property
+    def notes(self) -> list[str]:
+        """What a deadline made of the answers given so far."""
+        return [] if self._deadline_ms is None else deadline_notes(self._timely, self._deadline_ms)
+
+    def predict(self, files: Sequence[str], deadline_ms: float | None = None) -> Iterator[Prediction]:
         """One prediction a file, in order; a file that cannot be read gets one with an ``error``.
 
+        Args:
+            files: paths of images.
+            deadline_ms: by which each batch of up to 64 images is answered, counted from when they are read.
+
         Raises:
-            DynamizeError: the artifact does not say how images are normalised.
+            DynamizeError: the artifact does not say how images are normalised, or the deadline is no positive number.
         """
+        self._deadline_ms, self._timely = deadline_ms, []
+        if deadline_ms is not None:
+            seconds_of(deadline_ms)
         spec = self.manifest.data
         if spec is None:
             raise DynamizeError(
@@ -117,20 +135,30 @@ class Predictor:
                 failed[i] = str(error)
         answers: dict[int, Prediction] = {}
         if read:
-            routed = compiled.run(torch.stack(list(read.values())).to(self.device))
+            routed, cut = self._answered(compiled, torch.stack(list(read.values())).to(self.device))
             macs = costs.executed(routed.taken, routed.images)
             options = routed.choices.tolist()
+            rows = zip(read, routed.logits.cpu(), routed.exits, macs, options, cut, strict=True)
             answers = {
-                i: self._prediction(paths[i], one, int(k), float(cost), [option for option in taken if option >= 0])
-                for i, one, k, cost, taken in zip(read, routed.logits.cpu(), routed.exits, macs, options, strict=True)
+                i: self._prediction(paths[i], one, int(k), float(cost), [way for way in ways if way >= 0], ends)
+                for i, one, k, cost, ways, ends in rows
             }
         for i in index:
             yield answers[i] if i in answers else Prediction(paths[i], error=failed[i])
 
-    def _prediction(self, file: str, logits: Tensor, index: int, macs: float, taken: list[int]) -> Prediction:
+    def _answered(self, compiled: CompiledNetwork, images: Tensor) -> tuple[Routed, Sequence[bool | None]]:
+        """The outcome of a batch, and which images were cut short."""
+        if self._deadline_ms is None:
+            return compiled.run(images), [None] * len(images)
+        self._timely.append(compiled.within(images, self._deadline_ms))
+        return self._timely[-1].routed, self._timely[-1].cut.tolist()
+
+    def _prediction(
+        self, file: str, logits: Tensor, index: int, macs: float, taken: list[int], cut: bool | None
+    ) -> Prediction:
         early = self.network.leaving[index : index + 1]
         temperature = float(early[0].temperature) if early else 1.0
         confidence, answer = (logits.float() / temperature).softmax(0).max(0)
         names = self.manifest.classes
         name = names[int(answer)] if int(answer) < len(names) else str(int(answer))
-        return Prediction(file, name, round(float(confidence), 6), index + 1, macs, taken)
+        return Prediction(file, name, round(float(confidence), 6), index + 1, macs, taken, cut)

@@ -116,6 +116,19 @@ def test_predict_answers_files_and_folders(finished_run: Path, pictures: Path, c
     assert "/3" in text
 
 
+def test_predict_by_a_deadline(finished_run: Path, pictures: Path, cli: Cli) -> None:
+    hurried = cli("predict", finished_run, pictures, "--point", "full", "--deadline-ms", "0.0001", "--json")
+    assert [(one["exit"], one["cut"]) for one in json.loads(hurried.stdout)] == [(1, True)] * 5
+    assert "5 of 5 images" in hurried.stderr
+    assert "missed the deadline of 0.0001 ms" in hurried.stderr
+    free, long = (cli("predict", finished_run, pictures, *flags) for flags in ([], ["--deadline-ms", "60000"]))
+    assert free.stdout == long.stdout
+    for value in ("0", "-5", "nan", "inf", "soon"):
+        refused = cli("predict", finished_run, pictures, "--deadline-ms", value)
+        assert refused.exit_code == 2
+        assert refused.stderr.count("\n") == 1
+
+
 def test_predict_at_other_operating_points(finished_run: Path, pictures: Path, cli: Cli) -> None:
     full = json.loads(cli("predict", finished_run, pictures, "--point", "full", "--json").stdout)
     assert {one["exit"] for one in full} == {3}

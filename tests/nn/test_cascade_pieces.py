@@ -177,3 +177,22 @@ def test_one_network_is_taken_out_changed_and_put_back(
     loaded = dz.load(tmp_path, network=alone["main"], members=context.members)
     assert torch.equal(loaded.run(images, setting).logits, routed.logits)
     assert [step.get("member") for step in loaded.history] == [None, "middle", "main"]
+
+
+@pytest.mark.parametrize("combine", ["last", "product", "mean"])
+def test_whoever_is_held_up_gets_the_answers_joined_so_far(
+    network: DynamicNetwork, images: Tensor, combine: Joining
+) -> None:
+    asked: list[tuple[str, int]] = []
+
+    def ends(place: str, going_on: object) -> bool:
+        asked.append((place, len(going_on)))
+        return place == "middle"
+
+    on = dict.fromkeys(NAMES, float("inf"))
+    with torch.no_grad():
+        found = network.run(images, Setting(on, combine=combine, ends=ends))
+        wanted = network.run(images, Setting(on | {"middle": float("-inf")}, combine=combine))
+    assert asked == [("small", 40), ("middle", 40)]
+    assert torch.equal(found.logits, wanted.logits)
+    assert found.exits.tolist() == [1] * 40

@@ -1,5 +1,6 @@
 """Backends answer and route as the module does, and compiling leaves it alone."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -202,3 +203,22 @@ def test_the_images_are_never_written_to(backend: str, kind: str) -> None:
                 assert torch.equal(given, kept)
                 assert torch.equal(found.exits, wanted.exits)
                 assert close(found.logits, wanted.logits, 2e-5)
+
+
+def test_switching_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Points at which some exits are off run other sessions, which are there before they are asked for."""
+    dynamic = with_exits()
+    settings = [{"exit.1": None, "exit.2": 0.5}, {"exit.1": 0.5, "exit.2": None}, {"exit.1": None, "exit.2": None}]
+    points = [
+        SimpleNamespace(name=str(i), thresholds=one, offset=0.0, combine="last") for i, one in enumerate(settings)
+    ]
+    dynamic.operating_points = points
+    compiled = compile_network(dynamic, "onnxruntime")
+    loaded: list[Any] = []
+    monkeypatch.setattr(OnnxRuntime, "load", lambda self, *given: loaded.append(given))
+    for point in points:
+        compiled.set_operating_point(point)
+        found = compiled.run(images(5))
+        assert close(found.logits, dynamic.run(images(5)).logits.detach())
+        assert torch.equal(found.exits, dynamic.run(images(5)).exits)
+    assert not loaded
