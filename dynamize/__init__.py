@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dynamize.artifact import load as load
     from dynamize.artifact import save as save
+    from dynamize.calibration.controller import Controller as Controller
     from dynamize.calibration.offsets import calibrate as calibrate
     from dynamize.calibration.predictions import PredictionTable as PredictionTable
     from dynamize.conversion import convert as convert
@@ -41,6 +42,7 @@ _HOMES = {
     "Cascade": "transforms",
     "ChannelGates": "transforms",
     "Context": "transform",
+    "Controller": "calibration.controller",
     "Distill": "transforms",
     "DynamicNetwork": "nn.network",
     "DynamizeError": "errors",

@@ -39,7 +39,8 @@ class OperatingPoint(BaseModel):
     of as many images falls with 95 % probability. Accuracies and drops are fractions, macs per image,
     latency in ms per image without the machine's own noise; exits are the expected shares (K,). labels: "none" where
     the images had none: accuracy is agreement with the original network then, and accuracy_drop disagreement, which
-    the drop cannot exceed. certified: what was tested to hold besides, if anything was.
+    the drop cannot exceed. certified: what was tested to hold besides, if anything was. images: how many calibration
+    images all this stands on.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -60,6 +61,7 @@ class OperatingPoint(BaseModel):
     exits: list[float]
     labels: Literal["given", "none"] = "given"
     certified: Certificate | None = None
+    images: int | None = Field(None, gt=0)
 
     @model_validator(mode="before")
     @classmethod

@@ -153,6 +153,7 @@ def _point(table: ConfidenceTable, name: str, thresholds: Thresholds, fit: Cross
         latency_ci=_ends(latency) if latency else None,
         exits=fit.shares.tolist(),
         labels="given" if table.labelled else "none",
+        images=table.images,
     )
 
 

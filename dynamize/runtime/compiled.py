@@ -68,7 +68,7 @@ class CompiledNetwork:
         """Switch the network, and with it this copy, to another operating point
         (:meth:`~dynamize.nn.network.DynamicNetwork.set_operating_point`); no batch waits for it."""
         self.network.set_operating_point(point)
-        self._program(self.network.setting)
+        self._last = self.network.setting, self._program(self.network.setting)
 
     def run(self, images_NCHW: Tensor, setting: Setting | None = None) -> Routed:
         """Logits (N, classes) and the options that each image took, at a setting, by default the network's own.
