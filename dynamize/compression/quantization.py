@@ -12,6 +12,7 @@ from dynamize.compression.rounding import Key, RoundedPart, rounded_parts
 from dynamize.compression.steps import Observer, RangeName, Steps
 from dynamize.data import Images
 from dynamize.graph.integers import Recorder
+from dynamize.graph.padding import pads_zeros
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.piece import Setting
 from dynamize.nn.quantized import Quantizer, quantized_layer
@@ -164,6 +165,8 @@ def write(part: RoundedPart, steps: Mapping[fx.Node, Steps]) -> fx.GraphModule:
         path = f"quantizers.{numbers[rounded[node]]}"
         if rounded[node] is node:
             graph.add_submodule(path, Quantizer(*steps[node]))
+        if pads_zeros(graph, node) and node.users.keys() <= part.places.layers.keys():
+            continue  # backends take zeros around what a layer reads for the layer's own
         with graph.graph.inserting_after(node):
             call = graph.graph.call_module(path, (node,))
         node.replace_all_uses_with(call, delete_user_cb=lambda user, call=call: user is not call)  # type: ignore[misc]

@@ -70,7 +70,7 @@ def prepare(network: DynamicNetwork) -> DynamicNetwork:
         for part in _graphs(found):
             assert part.put is not None
             assert part.graph is not None
-            graph = prepared(part.graph)
+            graph = prepared(part.graph, reached[part.before])
             reached.setdefault(part.after, note_shapes(graph, reached[part.before]))
             part.put(graph)
     return found

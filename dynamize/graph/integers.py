@@ -1,5 +1,6 @@
 """Where a static graph can compute in bytes: which layers, and which tensors have to be rounded for it."""
 
+import copy
 import operator
 from collections import Counter
 from collections.abc import Callable, Collection
@@ -13,7 +14,9 @@ from torchvision.ops import StochasticDepth
 
 from dynamize.graph.fold import folded, has_hooks
 from dynamize.graph.modes import Dropping
-from dynamize.graph.nodes import output_value
+from dynamize.graph.nodes import callee, output_value
+from dynamize.graph.padding import explicit_padding, pads_by_itself, pads_zeros
+from dynamize.graph.tracer import NetworkTracer
 
 _DROPPED = (nn.modules.dropout._DropoutNd, StochasticDepth, Dropping, nn.Identity)
 _CLAMPS: tuple[Any, ...] = (nn.ReLU, nn.ReLU6, nn.Hardtanh, functional.relu, functional.relu6, functional.hardtanh,
@@ -43,12 +46,16 @@ class Places:
     rounded: dict[fx.Node, fx.Node]
 
 
-def prepared(module: nn.Module) -> fx.GraphModule:
-    """A copy in eval mode for quantising: batch norms folded, nothing overwritten, convolutions that a function
-    computes made layers, means over all pixels made pools. Exact up to rounding."""
-    found = folded(module)
+def prepared(module: nn.Module, features: Tensor) -> fx.GraphModule:
+    """A copy in eval mode for quantising: batch norms folded, nothing overwritten, convolutions that pad by themselves
+    or that a function computes made layers, means over all pixels made pools. Exact up to rounding.
+
+    Args:
+        features: as many as it is given, (1, C, H, W), which padding is taken from.
+    """
+    found = folded(_with_padding(module, features))
     for node in list(found.graph.nodes):
-        called = _called(found, node)
+        called = callee(found, node)
         if isinstance(called, _DROPPED) or called is functional.dropout:
             node.replace_all_uses_with(node.all_input_nodes[0])
             found.graph.erase_node(node)
@@ -66,6 +73,16 @@ def prepared(module: nn.Module) -> fx.GraphModule:
     found.graph.lint()
     found.recompile()
     return found
+
+
+def _with_padding(module: nn.Module, features: Tensor) -> nn.Module:
+    if not any(map(pads_by_itself, module.modules())):
+        return module
+    module = copy.deepcopy(module).eval()
+    traced = fx.GraphModule(module, NetworkTracer().trace(module))
+    note_shapes(traced, features)
+    explicit_padding(traced)
+    return traced
 
 
 def find_places(
@@ -90,7 +107,8 @@ def find_places(
     for node in module.graph.nodes:
         if node.op == "output" or (node is answer and len(node.meta["shape"]) == 2):
             continue  # logits stay as exact as they are
-        source = rounded.get(node.all_input_nodes[0]) if _is(module, node, _MOVES) else None
+        moves = _is(module, node, _MOVES) or pads_zeros(module, node)
+        source = rounded.get(node.all_input_nodes[0]) if moves else None
         if source is not None and not (node is answer and source.op == "placeholder"):
             rounded[node] = source
             continue
@@ -110,7 +128,7 @@ def _layers(module: fx.GraphModule, keep_float: Collection[str]) -> list[fx.Node
     """Calls of layers that may compute in bytes; one that is called twice would need two scales of its bias."""
     calls = [node for node in module.graph.nodes if node.op == "call_module" and str(node.target) not in keep_float]
     uses = Counter(str(node.target) for node in calls)
-    return [node for node in calls if uses[str(node.target)] == 1 and can_quantize(_called(module, node))]
+    return [node for node in calls if uses[str(node.target)] == 1 and can_quantize(callee(module, node))]
 
 
 def can_quantize(layer: nn.Module) -> bool:
@@ -137,7 +155,7 @@ def _in_bytes(module: fx.GraphModule, node: fx.Node, rounded: Collection[fx.Node
 def _over_borders(module: fx.GraphModule, node: fx.Node) -> bool:
     """Whether an average pool takes means of what lies beyond the map, or not of all values: no two backends compute
     such means of bytes alike."""
-    called = _called(module, node)
+    called = callee(module, node)
     names = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
     if isinstance(called, nn.Module):
         given = {name: getattr(called, name, None) for name in names}
@@ -150,15 +168,8 @@ def _over_borders(module: fx.GraphModule, node: fx.Node) -> bool:
     return padded or bool(given.get("ceil_mode")) or given.get("divisor_override") is not None
 
 
-def _called(module: fx.GraphModule, node: fx.Node) -> Any:
-    """The module, function or name of the method that a node calls; None for other nodes."""
-    if node.op == "call_module":
-        return module.get_submodule(str(node.target))
-    return node.target if node.op in ("call_function", "call_method") else None
-
-
 def _is(module: fx.GraphModule, node: fx.Node, kinds: Collection[Any]) -> bool:
-    called = _called(module, node)
+    called = callee(module, node)
     return called is not None and (type(called) if isinstance(called, nn.Module) else called) in kinds
 
 

@@ -1,5 +1,7 @@
 """Looking up nodes of a graph."""
 
+from typing import Any
+
 from torch import fx
 
 
@@ -23,3 +25,10 @@ def nodes_by_name(graph: fx.Graph) -> dict[str, fx.Node]:
 def positions(graph: fx.Graph) -> dict[str, int]:
     """The place of each node in the order of execution, by its name."""
     return {node.name: i for i, node in enumerate(graph.nodes)}
+
+
+def callee(module: fx.GraphModule, node: fx.Node) -> Any:
+    """The module, function or name of the method that a node calls; None for other nodes."""
+    if node.op == "call_module":
+        return module.get_submodule(str(node.target))
+    return node.target if node.op in ("call_function", "call_method") else None

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from networks import SmallResNet, close, small_resnet, torchvision_network
+from random_blocks import SamePadding
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
@@ -10,7 +11,7 @@ from dynamize.graph.integers import Places, find_places, note_shapes, prepared
 
 
 def places(network: nn.Module, *shape: int, keep: tuple[str, ...] = (), **ends: bool) -> tuple[fx.GraphModule, Places]:
-    graph = prepared(network)
+    graph = prepared(network, torch.randn(1, *shape))
     note_shapes(graph, torch.randn(1, *shape))
     given = {"rounded_input": True, "rounded_output": False} | ends
     return graph, find_places(graph, keep_float=keep, **given)
@@ -24,7 +25,7 @@ def names(found: Places) -> set[str]:
 def test_prepared_networks_answer_the_same(name: str) -> None:
     network, batch = torchvision_network(name), torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        assert close(prepared(network)(batch), network(batch), 1e-5)
+        assert close(prepared(network, batch[:1])(batch), network(batch), 1e-5)
 
 
 class Mixed(nn.Module):
@@ -95,10 +96,9 @@ def test_layers_that_are_called_twice_or_pad_otherwise_stay() -> None:
             super().__init__()
             self.conv = nn.Conv2d(3, 3, 3, padding=1)
             self.mirrored = nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect")
-            self.named = nn.Conv2d(3, 3, 3, padding="same")
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.named(self.mirrored(self.conv(self.conv(x))))
+            return self.mirrored(self.conv(self.conv(x)))
 
     assert places(Twice().eval(), 3, 8, 8)[1].layers == {}
 
@@ -135,3 +135,26 @@ def test_so_are_those_that_a_function_takes() -> None:
             return functional.avg_pool2d(functional.avg_pool2d(self.conv(x), 2), 2, 1, 1)
 
     assert names(places(Net().eval(), 3, 9, 9)[1]) == {"x", "conv", "avg_pool2d"}
+
+
+class Bordered(nn.Module):
+    """A layer, and zeros put around what it gives by hand for a second one and a pool."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.zeros, self.second = SamePadding(3, 4, 3, 2), nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(4, 4, 3, 2)
+        self.last = nn.Conv2d(4, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(self.zeros(self.first(x)))
+        return self.last(functional.max_pool2d(functional.pad(x, (1, 1, 1, 1)), 2))
+
+
+def test_zeros_around_a_map_have_its_steps() -> None:
+    torch.manual_seed(0)
+    network, batch = Bordered().eval(), torch.randn(2, 3, 32, 32)
+    graph, found = places(network, 3, 32, 32)
+    with torch.no_grad():
+        assert close(graph(batch), network(batch))
+    assert len(found.layers) == 3
+    assert names(found) == {"x", "first", "second", "last"}  # and no steps of their own for zeros and the pool

@@ -13,6 +13,7 @@ from backends import needs_openvino
 from digits import SHAPE, DigitNet, digit_network, digit_splits
 from gated_digits import gated_digits, set_scores
 from networks import exit_scores, set_thresholds, thresholds
+from random_blocks import SamePadding
 from torch import Tensor, nn
 
 from dynamize import artifact
@@ -230,6 +231,20 @@ def test_pools_over_borders_are_the_same_everywhere(backend: str, data: Splits) 
         nn.Conv2d(1, 8, 3, padding=1), *pools, nn.Conv2d(8, 8, 1), nn.Flatten(), nn.Linear(32, 10)
     ).eval()
     network, _ = apply(wrap(net, SHAPE), Quantize(max_drop=None), Context(data=data))
+    compiled, batch = compile_network(network, backend), images(data)
+    assert compiled.notes == []
+    with torch.no_grad():
+        wanted = net(batch)
+        assert (compiled(batch) - wanted).square().mean().sqrt() < 0.1 * wanted.std()
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", pytest.param("openvino", marks=needs_openvino)])
+def test_convolutions_that_pad_by_themselves(backend: str, data: Splits) -> None:
+    torch.manual_seed(0)
+    layers = [SamePadding(1, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU6(), SamePadding(8, 8, 3, 2, groups=8), nn.ReLU()]
+    net = nn.Sequential(*layers, nn.Conv2d(8, 8, 2, padding="same"), nn.Flatten(), nn.Linear(32, 10)).eval()
+    network, _ = apply(wrap(net, SHAPE), Quantize(max_drop=None), Context(data=data))
+    assert sum(isinstance(one, QuantizedConv2d) for one in network.modules()) == 3
     compiled, batch = compile_network(network, backend), images(data)
     assert compiled.notes == []
     with torch.no_grad():
