@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dynamize.graph.macs import counting_macs
 from dynamize.nn.confidence import CONFIDENCES, ConfidenceName
-from dynamize.nn.flow import NOBODY, ONLY, Flow, Indices
+from dynamize.nn.flow import NOBODY, ONLY, Flow, Indices, Options
 from dynamize.nn.heads import ExitHead
 from dynamize.nn.joining import Floats
 from dynamize.nn.piece import GOES_ON, LEAVES, Call, Choose, Decision, Part, Piece, Run, Setting
@@ -109,9 +109,7 @@ class Leaving(Answering):
         leaving = self._leaving(flow, setting, score_N)
         if setting.ends is not None and setting.ends(self.name, np.delete(flow.rows, leaving)):
             leaving = np.arange(len(flow))
-        options = np.full(len(flow), GOES_ON)
-        options[leaving] = LEAVES
-        flow.log.append((self.name, flow.rows, options))
+        flow.log.append((self.name, flow.rows, _options(len(flow), leaving)))
         flow.leave(leaving, logits)
 
     def _leaving(self, flow: Flow, setting: Setting, score_N: Tensor | Floats) -> Indices:
@@ -121,7 +119,7 @@ class Leaving(Answering):
         threshold = setting.thresholds.get(self.name)
         if threshold is None:
             return NOBODY
-        if len(flow) == 1:  # a single image waits for every microsecond between two sessions
+        if len(flow) == 1:
             return ONLY if score_N.item() >= threshold else NOBODY
         scores = score_N.detach().cpu().numpy() if isinstance(score_N, Tensor) else score_N
         return np.flatnonzero(scores.astype(np.float64) >= threshold)  # in float32 the threshold would be rounded
@@ -146,6 +144,14 @@ class Leaving(Answering):
     def _hand_on(self, flow: Flow, seen: Tensor | None) -> None:
         if self.chained and seen is not None:
             flow.extra[CONTEXT] = extend(flow.extra.get(CONTEXT), seen)
+
+
+def _options(rows: int, leaving: Indices) -> Options:
+    if rows == 1:  # a single image waits for every microsecond between two sessions
+        return (LEAVES,) if len(leaving) else (GOES_ON,)
+    options = np.full(rows, GOES_ON)
+    options[leaving] = LEAVES
+    return options
 
 
 class Exit(Leaving):

@@ -195,4 +195,4 @@ class _Plain(nn.Module):
 
 def as_array(values: Tensor) -> NDArray[Any]:
     """Contiguous, without a copy where it can be."""
-    return np.ascontiguousarray(values.detach().numpy())
+    return np.ascontiguousarray((values.detach() if values.requires_grad else values).numpy())

@@ -45,9 +45,11 @@ class OnnxRuntime(OnnxEngine):
         except (_ort.Fail, _ort.NotImplemented, _ort.InvalidGraph) as error:
             raise RefusedPart(f"ONNX Runtime refuses it: {error}") from error
 
+        names = [output.name for output in session.get_outputs()]
+
         def run(inputs: list[Tensor]) -> list[Tensor]:
             arrays = map(as_array, inputs)
-            return [torch.from_numpy(value) for value in session.run(None, dict(zip(INPUTS, arrays, strict=False)))]
+            return [torch.from_numpy(value) for value in session.run(names, dict(zip(INPUTS, arrays, strict=False)))]
 
         writes_over = overwrite and bool(channels) and can_write_over(model, FEATURES, NEXT)
         return InPlace(session, run) if writes_over else run
