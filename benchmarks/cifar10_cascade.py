@@ -94,7 +94,7 @@ class Fold:
         context = Context(data=self.splits, teacher=statics[56], backend=backend, members=named(statics, depths))
         more: list[Transform] = [dz.Quantize()] if in_bytes else []
         if artifact:
-            made = dz.load(artifact, statics[56])
+            made = dz.load(artifact)
             self.network = dz.apply(made, more[0], context)[0].eval() if more else made.eval()
         else:
             first = [{"name": f"resnet{depth}"} for depth in depths]
