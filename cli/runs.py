@@ -53,7 +53,7 @@ def run(
 
     Flags override the file. Exit code 1 if the last row misses what the recipe expects, 2 on an error.
 
-    Example: dynamize run quickstart --out runs/digits --set steps.1.epochs=3
+    Example: dynamize run quickstart --out runs/digits --set steps.1.max_drop=1
     """
     with reporting(quiet) as progress:
         from dynamize.recipe import load_recipe

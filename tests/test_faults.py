@@ -82,9 +82,9 @@ def test_a_recipe_answers_as_python_does() -> None:
     with pytest.raises(DynamizeError) as of_python:
         find_transform("exitz")
     with pytest.raises(DynamizeError) as of_recipe:
-        load_recipe("quickstart", ["steps.0.pass=exitz"])
+        load_recipe("digits_exits", ["steps.0.pass=exitz"])
     assert "Did you mean exits?" in str(of_python.value)
-    assert str(of_recipe.value) == f"quickstart is no valid recipe: steps.0: {of_python.value}"
+    assert str(of_recipe.value) == f"digits_exits is no valid recipe: steps.0: {of_python.value}"
 
 
 @pytest.mark.parametrize(
@@ -101,6 +101,6 @@ def test_a_recipe_answers_as_python_does() -> None:
 )
 def test_fields_are_those_of_the_section(override: str, line: str) -> None:
     with pytest.raises(DynamizeError) as refused:
-        load_recipe("quickstart", [override])
+        load_recipe("digits_exits", [override])
     (told,) = str(refused.value).splitlines()
-    assert told.startswith(f"quickstart is no valid recipe: {line}")
+    assert told.startswith(f"digits_exits is no valid recipe: {line}")

@@ -59,8 +59,8 @@ def refusal(code: str, folder: Path) -> str:
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
-    """The quickstart with an exit of the user's own, in a folder beside that of the process."""
-    plain: dict[str, Any] = read_recipe("quickstart") | {"code": ["steps/own.py"]}
+    """The recipe `digits_exits` with an exit of the user's own, in a folder beside that of the process."""
+    plain: dict[str, Any] = read_recipe("digits_exits") | {"code": ["steps/own.py"]}
     plain["steps"][0] = {"pass": "late_exit"}
     (tmp_path / "recipes" / "steps").mkdir(parents=True)
     (tmp_path / "recipes" / "steps" / "own.py").write_text(OWN)

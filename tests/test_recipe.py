@@ -23,7 +23,7 @@ def test_builtin_recipes_are_valid_and_described(name: str) -> None:
 
 
 def test_steps_are_the_python_transforms() -> None:
-    recipe = load_recipe("quickstart")
+    recipe = load_recipe("digits_exits")
     steps = recipe.transforms()
     assert steps[0] == Exits(at=["layer1.1", "layer2.1"], head="conv", share=0.15)
     assert isinstance(steps[1], Distill)
@@ -31,15 +31,15 @@ def test_steps_are_the_python_transforms() -> None:
 
 
 def test_a_step_may_be_one_of_an_artifact() -> None:
-    recipe = load_recipe("quickstart", ["steps.0.version=2"])
-    assert recipe == load_recipe("quickstart")
+    recipe = load_recipe("digits_exits", ["steps.0.version=2"])
+    assert recipe == load_recipe("digits_exits")
 
 
 def test_a_step_of_a_recipe_is_of_the_newest_version_unless_it_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Exits, "version", 3)
     monkeypatch.setattr(Exits, "upgrade", lambda step, version: step | {"count": 7})
     read = [
-        load_recipe("quickstart", [f"steps.0={step}"]).steps[0]
+        load_recipe("digits_exits", [f"steps.0={step}"]).steps[0]
         for step in ("{pass: exits, version: 1}", "{pass: exits}")
     ]
     assert read == [Exits(count=7), Exits()]
@@ -47,7 +47,7 @@ def test_a_step_of_a_recipe_is_of_the_newest_version_unless_it_says_otherwise(mo
 
 def test_overrides_go_through_the_schema() -> None:
     recipe = load_recipe(
-        "quickstart",
+        "digits_exits",
         ["steps.1.epochs=1", "seed=3", "data.test_limit=50", "expect.speedup={min: 1.5}", 'model.checkpoint="a b.pt"'],
     )
     assert isinstance(recipe.steps[1], Distill)
@@ -79,7 +79,7 @@ def test_overrides_go_through_the_schema() -> None:
 )
 def test_refused_override_names_the_place(override: str, told: str) -> None:
     with pytest.raises(DynamizeError) as refused:
-        load_recipe("quickstart", [override])
+        load_recipe("digits_exits", [override])
     assert told in str(refused.value)
 
 

@@ -27,7 +27,7 @@ def short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def recipe(*overrides: str) -> Recipe:
     quick = [flag.removeprefix("--set=") for flag in TINY]
-    return load_recipe("quickstart", [*quick, "backends=[eager]", "data.test_limit=100", *overrides])
+    return load_recipe("digits_exits", [*quick, "backends=[eager]", "data.test_limit=100", *overrides])
 
 
 def run(out: Path, *overrides: str, **options: Any) -> Outcome:
@@ -211,7 +211,7 @@ def test_distill_trains_the_whole_network_and_heads_only_the_heads(reference: Pa
 def test_half_finished_runs_of_earlier_versions_go_on() -> None:
     """The fingerprint of a recipe without code of its own is what it was before recipes could have any."""
     runner = Runner.__new__(Runner)
-    runner.recipe = load_recipe("quickstart")
+    runner.recipe = load_recipe("digits_exits")
     assert runner._fingerprint(3) == "515ed729edf2ba0b95026f1bb28dc1b0676e1bb9ace48cf48e3ab4ac3325ba25"
 
 
@@ -219,7 +219,7 @@ def test_steps_of_changed_code_are_not_gone_on_with(tmp_path: Path) -> None:
     runner, found = Runner.__new__(Runner), set()
     for text in ("a = 1", "a = 2"):
         (tmp_path / "own.py").write_text(text)
-        runner.recipe = load_recipe("quickstart").model_copy(update={"code": [tmp_path / "own.py"]})
+        runner.recipe = load_recipe("digits_exits").model_copy(update={"code": [tmp_path / "own.py"]})
         found.add(runner._fingerprint(3))
     assert len(found) == 2
 

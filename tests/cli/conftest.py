@@ -1,4 +1,4 @@
-"""One small run of the quickstart recipe that all verbs are tried on, and the command line as a user types it."""
+"""One small run of the recipe `digits_exits` that all verbs are tried on, and the command line as a user types it."""
 
 import shutil
 from functools import partial
@@ -29,8 +29,8 @@ def short_timing() -> object:
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory, short_timing: object) -> Path:
-    out = tmp_path_factory.mktemp("runs") / "quickstart"
-    result = call("run", "quickstart", "--out", out, *TINY)
+    out = tmp_path_factory.mktemp("runs") / "digits_exits"
+    result = call("run", "digits_exits", "--out", out, *TINY)
     assert result.exit_code == 0, result.output
     return out
 

@@ -159,7 +159,7 @@ def test_a_run_that_cannot_work(
     arguments, told = RECIPE_FAULTS[fault]
     if verb == "check" and "--resume" in arguments:
         arguments, told = ["--resume"], "No such option"
-    recipe = ["quickstart", *QUICK] if arguments[0].startswith("-") else []
+    recipe = ["digits_exits", *QUICK] if arguments[0].startswith("-") else []
     monkeypatch.chdir(place)
     before = sorted(place.rglob("*"))
     refused(cli(verb, *recipe, *arguments, "--out", tmp_path / "out"), told)
@@ -193,14 +193,14 @@ def test_a_folder_that_cannot_take_the_run(
 ) -> None:
     out = make(tmp_path)
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
-    refused(cli(verb, "quickstart", *QUICK, "--out", tmp_path / out), told)
+    refused(cli(verb, "digits_exits", *QUICK, "--out", tmp_path / out), told)
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
 
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_disk_that_is_full(verb: str, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**5))
-    refused(cli(verb, "quickstart", *QUICK, "--out", tmp_path / "out"), "free some space")
+    refused(cli(verb, "digits_exits", *QUICK, "--out", tmp_path / "out"), "free some space")
     assert not (tmp_path / "out").exists()
 
 
@@ -248,7 +248,7 @@ def test_other_verbs(
 
 
 def test_what_is_checked_runs(tmp_path: Path, cli: Cli) -> None:
-    result = cli("check", "quickstart", *QUICK, "--set=steps.0.at=auto", "--json", "--out", tmp_path / "out")
+    result = cli("check", "digits_exits", *QUICK, "--set=steps.0.at=auto", "--json", "--out", tmp_path / "out")
     assert result.exit_code == 0, result.stderr
     plan = json.loads(result.stdout)
     assert [step["transform"] for step in plan["steps"]] == ["exits", "distill", "calibrate"]
@@ -257,14 +257,14 @@ def test_what_is_checked_runs(tmp_path: Path, cli: Cli) -> None:
     assert plan["cheapest_ratio"] == pytest.approx(plan["exits"][0]["macs_ratio"])
     assert plan["warnings"] == []
     assert not (tmp_path / "out").exists()
-    assert "Nothing stands in the way" in cli("check", "quickstart", *QUICK).stdout
+    assert "Nothing stands in the way" in cli("check", "digits_exits", *QUICK).stdout
 
 
 @pytest.mark.parametrize("verb", ["check", "run"])
 def test_a_forgotten_checkpoint_is_told(verb: str, tmp_path: Path, cli: Cli) -> None:
     steps = "--set=steps=[{pass: exits, head: linear}]"
     quick = ["--set=timing_seconds=0.01", "--set=batches=[32]", "--set=expect={}"]
-    result = cli(verb, "quickstart", *QUICK, *quick, steps, "--set=model.kwargs={}", "--out", tmp_path / "out")
+    result = cli(verb, "digits_exits", *QUICK, *quick, steps, "--set=model.kwargs={}", "--out", tmp_path / "out")
     assert result.exit_code == 0, result.output
     told = " ".join((result.stdout + result.stderr).split())
     assert "no checkpoint was given, so its weights are random: add --checkpoint FILE" in told

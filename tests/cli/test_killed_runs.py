@@ -12,7 +12,7 @@ import pytest
 from commandline import FEW_EPOCHS, ON_DIGITS
 from ledgers import TINY, ledger_of
 
-OPTIONS = {"quickstart": TINY, "gates_and_exits": [*ON_DIGITS, *FEW_EPOCHS["gates_and_exits"]]}
+OPTIONS = {"digits_exits": TINY, "gates_and_exits": [*ON_DIGITS, *FEW_EPOCHS["gates_and_exits"]]}
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 

@@ -22,7 +22,7 @@ def test_run_leaves_an_artifact_and_a_report(finished_run: Path) -> None:
 
 
 def test_ledger_is_printed_within_80_columns(finished_run: Path, cli: Cli) -> None:
-    result = cli("run", "quickstart", "--out", finished_run, "--resume", *TINY)
+    result = cli("run", "digits_exits", "--out", finished_run, "--resume", *TINY)
     assert result.exit_code == 0
     assert "MACs" in result.stdout
     assert str(finished_run / "report.html") in result.stdout.replace("\n", "")
@@ -31,7 +31,7 @@ def test_ledger_is_printed_within_80_columns(finished_run: Path, cli: Cli) -> No
 
 
 def test_json_is_all_that_stdout_holds(finished_run: Path, cli: Cli) -> None:
-    result = cli("run", "quickstart", "--out", finished_run, "--resume", "--json", *TINY)
+    result = cli("run", "digits_exits", "--out", finished_run, "--resume", "--json", *TINY)
     found = json.loads(result.stdout)
     assert found["failures"] == []
     assert [row["step"] for row in found["ledger"]] == [0, 1, 2, 3]
@@ -39,7 +39,7 @@ def test_json_is_all_that_stdout_holds(finished_run: Path, cli: Cli) -> None:
 
 def test_failed_expectation_is_exit_code_1_and_a_table(finished_run: Path, cli: Cli) -> None:
     wanted = ["--set=expect.macs_ratio={max: 0.0001}", "--set=expect.accuracy={min: 1}"]
-    result = cli("run", "quickstart", "--out", finished_run, "--resume", "--quiet", *TINY, *wanted)
+    result = cli("run", "digits_exits", "--out", finished_run, "--resume", "--quiet", *TINY, *wanted)
     assert result.exit_code == 1
     assert "macs_ratio" in result.stdout
     assert "0.0001" in result.stdout
@@ -49,7 +49,7 @@ def test_failed_expectation_is_exit_code_1_and_a_table(finished_run: Path, cli: 
 
 def test_existing_run_is_not_destroyed(artifact: Path, cli: Cli) -> None:
     before = {file: file.read_bytes() for file in artifact.rglob("*") if file.is_file()}
-    result = cli("run", "quickstart", "--out", artifact, *TINY)
+    result = cli("run", "digits_exits", "--out", artifact, *TINY)
     assert result.exit_code == 2
     assert "--resume" in result.stderr
     assert "--overwrite" in result.stderr
@@ -59,7 +59,7 @@ def test_existing_run_is_not_destroyed(artifact: Path, cli: Cli) -> None:
 def test_foreign_folder_is_refused_even_with_overwrite(tmp_path: Path, cli: Cli) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     for flags in ([], ["--overwrite"], ["--resume"]):
-        result = cli("run", "quickstart", "--out", tmp_path, *flags, *TINY)
+        result = cli("run", "digits_exits", "--out", tmp_path, *flags, *TINY)
         assert result.exit_code == 2
         assert "holds no run of dynamize" in result.stderr
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
@@ -68,14 +68,14 @@ def test_foreign_folder_is_refused_even_with_overwrite(tmp_path: Path, cli: Cli)
 def test_overwrite_keeps_files_of_other_names_and_repeats_the_run(artifact: Path, cli: Cli) -> None:
     (artifact / "notes.txt").write_text("mine")
     before = ledger_of(artifact)
-    result = cli("run", "quickstart", "--out", artifact, "--overwrite", "--quiet", *TINY)
+    result = cli("run", "digits_exits", "--out", artifact, "--overwrite", "--quiet", *TINY)
     assert result.exit_code == 0, result.output
     assert (artifact / "notes.txt").read_text() == "mine"
     assert ledger_of(artifact) == before
 
 
 def test_resume_with_other_settings_is_refused(artifact: Path, cli: Cli) -> None:
-    result = cli("run", "quickstart", "--out", artifact, "--resume", "--seed", 7, *TINY)
+    result = cli("run", "digits_exits", "--out", artifact, "--resume", "--seed", 7, *TINY)
     assert result.exit_code == 2
     assert "another network or other images" in result.stderr
 
@@ -84,13 +84,13 @@ def test_resume_with_other_settings_is_refused(artifact: Path, cli: Cli) -> None
     ("arguments", "told"),
     [
         (["quickstrat"], "Did you mean quickstart"),
-        (["quickstart", "--set", "steps.1.epoks=3"], "epochs"),
-        (["quickstart", "--set", "steps.1.epochs=-3"], "steps.1.distill.epochs"),
-        (["quickstart", "--set", "steps.9.epochs=3"], "no place"),
-        (["quickstart", "--model", "dynamize:digits_resnt"], "digits_resnet"),
-        (["quickstart", "--data", "imagefolder:/nowhere"], "/nowhere"),
-        (["quickstart", "--device", "gpu"], "'gpu' is no device"),
-        (["quickstart", "--set", "steps=[{pass: calibrate}]"], "needs `cascade` or `exits`"),
+        (["digits_exits", "--set", "steps.1.epoks=3"], "epochs"),
+        (["digits_exits", "--set", "steps.1.epochs=-3"], "steps.1.distill.epochs"),
+        (["digits_exits", "--set", "steps.9.epochs=3"], "no place"),
+        (["digits_exits", "--model", "dynamize:digits_resnt"], "digits_resnet"),
+        (["digits_exits", "--data", "imagefolder:/nowhere"], "/nowhere"),
+        (["digits_exits", "--device", "gpu"], "'gpu' is no device"),
+        (["digits_exits", "--set", "steps=[{pass: calibrate}]"], "needs `cascade` or `exits`"),
     ],
 )
 def test_bad_input_is_one_error_and_exit_code_2(arguments: list[str], told: str, tmp_path: Path, cli: Cli) -> None:
@@ -111,7 +111,7 @@ def test_code_runs_if_named_on_the_command_line_only(tmp_path: Path, cli: Cli) -
     out = tmp_path / "out"
     quick = [*TINY, "--set=steps=[{pass: exits, head: linear}]", "--set=model.kwargs={}", "--quiet"]
     recipe = tmp_path / "own.yaml"
-    recipe.write_text(cli("recipes", "show", "quickstart").stdout)
+    recipe.write_text(cli("recipes", "show", "digits_exits").stdout)
     refused = cli("run", recipe, "--out", out, f"--set=model.source={source}", *quick)
     assert refused.exit_code == 2
     assert "--trust-code" in refused.stderr
@@ -126,7 +126,7 @@ def test_interrupt_is_one_line(tmp_path: Path, cli: Cli, monkeypatch: pytest.Mon
         raise KeyboardInterrupt
 
     monkeypatch.setattr("dynamize.run.run_recipe", stop)
-    result = cli("run", "quickstart", "--out", tmp_path / "out")
+    result = cli("run", "digits_exits", "--out", tmp_path / "out")
     assert result.exit_code == 2
     assert result.stderr == "error: stopped; go on with --resume\n"
 
@@ -136,7 +136,7 @@ def test_full_disk_is_one_line(tmp_path: Path, cli: Cli, monkeypatch: pytest.Mon
         raise OSError(28, "No space left on device", "runs/x")
 
     monkeypatch.setattr("dynamize.run.run_recipe", full)
-    result = cli("run", "quickstart", "--out", tmp_path / "out")
+    result = cli("run", "digits_exits", "--out", tmp_path / "out")
     assert result.exit_code == 2
     assert "No space left on device" in result.stderr
     assert result.stderr.count("\n") == 1
@@ -148,4 +148,4 @@ def test_unknown_exception_keeps_its_traceback(tmp_path: Path, cli: Cli, monkeyp
 
     monkeypatch.setattr("dynamize.run.run_recipe", bug)
     with pytest.raises(ZeroDivisionError):
-        cli("run", "quickstart", "--out", tmp_path / "out")
+        cli("run", "digits_exits", "--out", tmp_path / "out")

@@ -112,5 +112,5 @@ def test_a_run_from_the_users_file(tmp_path: Path) -> None:
         "--set=timing_seconds=0.01",
         "--quiet",
     ]
-    result = cli("run", "quickstart", "--out", tmp_path / "out", *options)
+    result = cli("run", "digits_exits", "--out", tmp_path / "out", *options)
     assert result.exit_code == 0, result.output
