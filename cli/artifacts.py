@@ -141,7 +141,7 @@ def predict(
     trust_code: TrustCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Classify image files: class, confidence, the exit each left at and its MACs.
+    """Classify image files: class, confidence, the exit or network that answered, and MACs.
 
     A file that cannot be read is named on stderr; the others are answered, and the exit code is 2.
 
@@ -161,7 +161,7 @@ def predict(
     else:
         from dynamize.cli import tables
 
-        show(tables.predictions(found, predictor.network.exit_count))
+        show(tables.predictions(found))
     for note in predictor.notes:
         warn(note)
     errors = [one.error for one in found if one.error is not None]

@@ -190,14 +190,14 @@ def _milliseconds(value: float) -> str:
     return three_digits(value) if value >= 0.0995 else f"{value:.4f}"
 
 
-def predictions(found: Sequence["Prediction"], exits: int) -> Table:
+def predictions(found: Sequence["Prediction"]) -> Table:
     """A row for each image that could be read."""
-    made = table(("file", "left"), ("class", "left"), ("conf.", "right"), ("exit", "right"), ("MACs", "right"))
+    made = table(("file", "left"), ("class", "left"), ("conf.", "right"), ("answered by", "left"), ("MACs", "right"))
     for one in found:
         if one.confidence is None or one.macs is None:
             continue
-        left = f"{one.exit}/{exits}{' cut' if one.cut else ''}"
-        cells = [one.file, str(one.answer), f"{one.confidence:.3f}", left, count(one.macs)]
+        by = f"{one.by}{', cut' if one.cut else ''}"
+        cells = [one.file, str(one.answer), f"{one.confidence:.3f}", by, count(one.macs)]
         made.add_row(*map(Text, cells))
     return made
 

@@ -5,6 +5,8 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 
+from dynamize.nn.network import DynamicNetwork
+
 WIDEST = 20.0
 
 
@@ -19,3 +21,12 @@ def fit_temperature(logits_NC: NDArray[np.floating], labels_N: NDArray[np.intege
     bound = float(np.log(WIDEST))
     found = minimize_scalar(cross_entropy, bounds=(-bound, bound), method="bounded")
     return float(np.exp(found.x))
+
+
+def answer_temperature(network: DynamicNetwork, index: int) -> float:
+    """What the logits of an image that left at place ``index`` (the end comes last) are still to be divided by, so that
+    their softmax is a probability: joined answers have been."""
+    if index >= len(network.scored):
+        return 1.0
+    piece = network.scored[index]
+    return 1.0 if piece.links and network.setting.combine != "last" else float(piece.temperature)

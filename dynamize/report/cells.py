@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from dynamize.calibration.operating import OperatingPoint
 from dynamize.report.best import UNNAMED
-from dynamize.report.data import DecisionUse, ReportData, Usage
+from dynamize.report.data import Answerer, DecisionUse, ReportData, Usage
 from dynamize.report.ledger import Interval, Ledger, Row
 
 ABSENT = "-"
@@ -204,6 +204,21 @@ def protocol_columns(report: ReportData) -> list[Column]:
         Column("MACs", [count(mark.macs) for mark in marks]),
         Column("MACs\nratio", [f"{mark.macs / whole:.2f}" for mark in marks]),
         Column("acc\n%", [percent(mark.accuracy) for mark in marks]),
+    ]
+
+
+def answerer_columns(answerers: Sequence[Answerer]) -> list[Column]:
+    """A row for each that answers: what it was asked, and what it would have answered alone."""
+    names = [one.name for one in answerers]
+    return [
+        Column("", names, right=False),
+        Column("answered\n%", [f"{100 * one.share:.1f}" for one in answerers]),
+        Column("of these\nright %", [ABSENT if one.right is None else percent(one.right) for one in answerers]),
+        Column("alone\nright %", [percent(one.alone) for one in answerers]),
+        *(
+            Column(f"as {name}\n%", [ABSENT if one.name == name else percent(one.alike[k]) for one in answerers])
+            for k, name in enumerate(names)
+        ),
     ]
 
 

@@ -84,6 +84,22 @@ class Usage(BaseModel):
         return [use for use in self.decisions if use.effect == "changes"]
 
 
+class Answerer(BaseModel):
+    """One of those that answer in a row: a place where images leave, or the network's own classifier.
+
+    `share` of the images was answered there, `right` of these; None where nobody was. `alone` is its accuracy if it
+    answers all images by itself, and `alike` the share of images on which it then answers as each of the row does.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    name: str
+    share: Share
+    right: Share | None
+    alone: Share
+    alike: Annotated[list[Share], Field(min_length=2)]
+
+
 class GalleryImage(BaseModel):
     """A small image with its label, the network's answer (class index or name) and confidence at its exit.
 
@@ -100,7 +116,8 @@ class GalleryImage(BaseModel):
 
 
 class Gallery(BaseModel):
-    """Images that leave at one exit (counted from 0): the surest ones, and those that nearly stayed.
+    """Images that leave at one exit (counted from 0): the surest ones, those that nearly stayed, and the surest of
+    those whose answer is wrong.
 
     Without an exit: the cheapest and the dearest of all images, in executed MACs.
     """
@@ -111,13 +128,17 @@ class Gallery(BaseModel):
     name: str
     first: list[GalleryImage] = []
     last: list[GalleryImage] = []
+    wrong: list[GalleryImage] = []
 
     @property
-    def headings(self) -> tuple[str, str]:
-        """Of both rows of images."""
+    def rows(self) -> list[tuple[str, list[GalleryImage]]]:
+        """The rows of images that there are, with headings."""
         if self.exit is None:
-            return "the cheapest, in executed MACs", "the dearest"
-        return "first to leave: the surest", "last to leave: the least sure"
+            headings = ["the cheapest, in executed MACs", "the dearest"]
+        else:
+            headings = ["first to leave: the surest", "last to leave: the least sure", "wrong, the surest first"]
+        every = zip(headings, (self.first, self.last, self.wrong), strict=False)
+        return [(heading, images) for heading, images in every if images]
 
 
 class ReportData(BaseModel):
@@ -126,7 +147,8 @@ class ReportData(BaseModel):
     `static` (row 0 of the ledger if not given) and the points should be judged on the same images, and all
     `latency_ms` taken in the same way, named by `latency_label` ("ms per image, batch 64, onnxruntime").
     `anytime` and `budgeted` are the protocols of Huang et al. 2018 (MSDNet, sec. 5), judged on test images.
-    `selected` names the operating point at which the network stands, and at which `usage` and `gallery` show it.
+    `selected` names the operating point at which the network stands, and at which `usage`, `answerers` and `gallery`
+    show it.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -140,6 +162,7 @@ class ReportData(BaseModel):
     latency_label: str = "ms"
     selected: str | None = None
     usage: Usage | None = None
+    answerers: list[Answerer] = []
     gallery: list[Gallery] = []
     class_names: list[str] = []
     notes: list[str] = []
@@ -156,7 +179,9 @@ class ReportData(BaseModel):
         return max(known, key=len, default=[])
 
     def exit_names(self) -> list[str]:
-        """What every place where images leave is called, by the gallery if it is shown there."""
+        """What every place where images leave is called, by who answers there or the gallery if these are known."""
+        if self.answerers:
+            return [one.name for one in self.answerers]
         named = {shown.exit: shown.name for shown in self.gallery if shown.exit is not None}
         return [named.get(index, name) for index, name in enumerate(exit_names(self.leaving))]
 
@@ -166,6 +191,6 @@ class ReportData(BaseModel):
         return self.class_names[label] if known and isinstance(label, int) else str(label)
 
 
-def exit_names(leaving: Sequence[str]) -> list[str]:
-    """What the places where images leave are called, by the decisions taken there and the network's own classifier."""
-    return [*(name.replace(".", " ") for name in leaving), "last exit"]
+def exit_names(leaving: Sequence[str], last: str = "last exit") -> list[str]:
+    """What the places where images leave are called, by the decisions taken there, and the end."""
+    return [*(name.replace(".", " ") for name in leaving), last]

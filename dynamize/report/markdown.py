@@ -42,6 +42,13 @@ def render(report: ReportData) -> str:
             "a share proportional to q^k leaves at exit k, at thresholds set on calibration images.",
             _table(cells.protocol_columns(report)),
         ]
+    if report.answerers:
+        blocks += [
+            "## Who answers",
+            "Which share of the test images each answered where the network stands, how many of these rightly; then "
+            "what each would answer alone: its accuracy, and the share of all test images on which two answer alike.",
+            _table(cells.answerer_columns(report.answerers)),
+        ]
     if report.usage and report.usage.changing:
         blocks += [
             "## Gates",

@@ -1,4 +1,4 @@
-"""What the report shows beside the ledger: the curve, the exits, the gates, and the images at either end."""
+"""What the report shows beside the ledger: the curve, who answers, the gates, and the images at either end."""
 
 import base64
 import io
@@ -9,15 +9,29 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dynamize.calibration.asking import Asking
 from dynamize.calibration.collect import confidences, macs_table
 from dynamize.calibration.protocols import budgeted_batch
+from dynamize.calibration.temperature import answer_temperature
 from dynamize.data import Images, ImageSet, Splits
 from dynamize.errors import DynamizeError
 from dynamize.evaluation import Evaluator, Judgement, gather
 from dynamize.measure.accuracy import Seen, accuracy, everything
 from dynamize.measure.costs import exit_costs
 from dynamize.nn.network import DynamicNetwork
-from dynamize.report import DecisionUse, Gallery, GalleryImage, Ledger, Network, OptionUse, ReportData, Rival, Usage
+from dynamize.nn.piece import MAIN
+from dynamize.report import (
+    Answerer,
+    DecisionUse,
+    Gallery,
+    GalleryImage,
+    Ledger,
+    Network,
+    OptionUse,
+    ReportData,
+    Rival,
+    Usage,
+)
 from dynamize.report.data import exit_names
 from dynamize.report.ledger import RIVAL
 
@@ -50,21 +64,33 @@ def report_data(ledger: Ledger, network: DynamicNetwork, evaluator: Evaluator, d
         return report
     seen = everything(network, evaluator.images, evaluator.device)
     judged = evaluator.judge(network)
-    names = exit_names(judged.leaving)
+    names = answerer_names(network)
     report.usage = _usage(network, judged)
+    asking = Asking.at(network, network.setting)
+    together = asking.seen(network, seen)
+    asked = asking.kept(network.decision_names[0])
     if network.leaving:
-        report.anytime = _anytime(network, seen, names)
+        report.answerers = _answerers(names, seen, judged)
+    if len(asked) > 1:
+        report.anytime = _anytime(network, together, asking, names)
         try:
-            report.budgeted = _budgeted(network, seen, evaluator, data.calibration)
+            report.budgeted = _budgeted(network, seen, evaluator, data.calibration, asking)
         except DynamizeError as error:  # few images, or confidences that are no numbers
             report.notes.append(f"no curve of budgeted batches: {error}")
     if isinstance(data.test, ImageSet):
         pictures = _Pictures(data.test, seen.labels)
+        answers = [one / answer_temperature(network, k) for k, one in enumerate(together.logits)]
         if network.leaving:
-            report.gallery = [_leaving_at(k, name, seen.logits[k], judged, pictures) for k, name in enumerate(names)]
+            report.gallery = [_leaving_at(k, name, answers[k], judged, pictures) for k, name in enumerate(names)]
         if network.changing:
-            report.gallery.append(_cheapest_and_dearest(seen.logits, judged, pictures))
+            report.gallery.append(_cheapest_and_dearest(answers, judged, pictures))
     return report
+
+
+def answerer_names(network: DynamicNetwork) -> list[str]:
+    """What those that answer are called: the networks of a cascade by their names, exits by number."""
+    leaving = network.decision_names[0]
+    return exit_names(leaving, MAIN) if network.members else exit_names(leaving)
 
 
 def _rival(row: Rival, static_ms: float | None, backend: str) -> Network:
@@ -79,20 +105,48 @@ def _rival(row: Rival, static_ms: float | None, backend: str) -> Network:
     )
 
 
-def _anytime(network: DynamicNetwork, seen: Seen, names: Sequence[str]) -> list[Network]:
-    """What it costs and gives if all images leave at one exit, with gates as they stand."""
+def _answerers(names: Sequence[str], seen: Seen, judged: Judgement) -> list[Answerer]:
+    """Who answered which share of the test images, and what each would have answered alone."""
+    alone = torch.stack([logits.argmax(1) for logits in seen.logits])
+    alike = (alone[:, None] == alone[None]).double().mean(2).tolist()
+    right = judged.answers == judged.labels
+    found = []
+    for k, (name, share) in enumerate(zip(names, judged.shares(len(names)), strict=True)):
+        here = right[judged.exits == k]
+        found.append(
+            Answerer(
+                name=name,
+                share=share,
+                right=float(here.double().mean()) if len(here) else None,
+                alone=accuracy(seen.logits[k], seen.labels),
+                alike=alike[k],
+            )
+        )
+    return found
+
+
+def _anytime(network: DynamicNetwork, seen: Seen, asking: Asking, names: Sequence[str]) -> list[Network]:
+    """What it costs and gives if all images leave at one exit of those that are asked, with gates as they stand."""
     costs = exit_costs(network)
-    saved = costs.up_to_exits(costs.savings(seen.taken))
+    saved = costs.up_to_exits(asking.savings(costs.savings(seen.taken)))
+    whole = asking.costs(network, costs.cumulative())
     return [
-        Network(name=name, macs=float(cost - np.mean(less)), accuracy=accuracy(logits, seen.labels))
-        for name, logits, cost, less in zip(names, seen.logits, costs.cumulative(), saved, strict=True)
+        Network(
+            name=names[k],
+            macs=float(whole[k] - np.mean(saved[k])),
+            accuracy=accuracy(seen.logits[k], seen.labels),
+        )
+        for k in asking.kept(network.decision_names[0])
     ]
 
 
-def _budgeted(network: DynamicNetwork, seen: Seen, evaluator: Evaluator, calibration: Images) -> list[Network]:
+def _budgeted(
+    network: DynamicNetwork, seen: Seen, evaluator: Evaluator, calibration: Images, asking: Asking
+) -> list[Network]:
     """MSDNet's sweep: thresholds set on calibration images, judged on the test images that were ``seen``."""
     judged = macs_table(network, seen, evaluator.reference.answers, evaluator.static_macs)
-    scores = confidences(everything(network, calibration, evaluator.device))
+    held_out = asking.seen(network, everything(network, calibration, evaluator.device))
+    scores = confidences(held_out)[asking.kept(network.decision_names[0])]
     return [
         Network(name=f"budget {point.cost / evaluator.static_macs:.2f}", macs=point.cost, accuracy=point.accuracy)
         for point in budgeted_batch(scores, judged, count=_BUDGETS)
@@ -120,8 +174,10 @@ def _usage(network: DynamicNetwork, judged: Judgement) -> Usage:
 def _leaving_at(number: int, name: str, logits_NC: Tensor, judged: Judgement, pictures: "_Pictures") -> Gallery:
     here = (judged.exits == number).nonzero().flatten()
     order = here[logits_NC[here].softmax(1).amax(1).argsort(descending=True)]
-    first, last = (pictures.show(index, logits_NC) for index in (order[:_SHOWN], order[_SHOWN:][-_SHOWN:]))
-    return Gallery(exit=number, name=name, first=first, last=last)
+    wrong = order[judged.answers[order] != judged.labels[order]]
+    chosen = (order[:_SHOWN], order[_SHOWN:][-_SHOWN:], wrong[:_SHOWN])
+    first, last, surely_wrong = (pictures.show(index, logits_NC) for index in chosen)
+    return Gallery(exit=number, name=name, first=first, last=last, wrong=surely_wrong)
 
 
 def _cheapest_and_dearest(logits: list[Tensor], judged: Judgement, pictures: "_Pictures") -> Gallery:

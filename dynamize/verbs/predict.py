@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dynamize import artifact
+from dynamize.calibration.temperature import answer_temperature
 from dynamize.data import ImageSet
 from dynamize.data.image_files import files_as_images
 from dynamize.data.storage import UnreadableImage
@@ -18,6 +19,7 @@ from dynamize.nn.network import DynamicNetwork
 from dynamize.runtime.compiled import CompiledNetwork, compile_network
 from dynamize.runtime.deadline import Timely, deadline_notes, seconds_of
 from dynamize.runtime.engine import ANYWHERE
+from dynamize.verbs.pictures import answerer_names
 
 _BATCH = 64
 
@@ -26,16 +28,17 @@ _BATCH = 64
 class Prediction:
     """The answer for one file, or why there is none.
 
-    ``exit`` counts from 1; ``macs`` are those executed for this image; ``confidence`` is the probability of the
-    answer after the exit's temperature; ``paths`` are the indexes of the paths taken through the gated units, the
-    cheapest being 0, up to the exit; ``cut`` says, where there is a deadline, whether it was answered at that exit for
-    want of time. With an ``error`` all are None.
+    ``exit`` counts from 1, and ``by`` is what it is called: of a cascade, which network answered; ``macs`` are those
+    executed for this image; ``confidence`` is the probability of the answer after the exit's temperature; ``paths`` are
+    the indexes of the paths taken through the gated units, the cheapest being 0, up to the exit; ``cut`` says, where
+    there is a deadline, whether it was answered at that exit for want of time. With an ``error`` all are None.
     """
 
     file: str
     answer: str | None = None
     confidence: float | None = None
     exit: int | None = None
+    by: str | None = None
     macs: float | None = None
     paths: list[int] | None = None
     cut: bool | None = None
@@ -62,6 +65,7 @@ class Predictor:
         self.manifest = artifact.read_manifest(path)
         self.path, self.backend, self.device = path, backend, torch.device(device)
         self.network: DynamicNetwork = artifact.load(path, trust_code=trust_code)
+        self.names = answerer_names(self.network)
         self._timely: list[Timely] = []
         self._deadline_ms: float | None = None
 
@@ -156,9 +160,8 @@ class Predictor:
     def _prediction(
         self, file: str, logits: Tensor, index: int, macs: float, taken: list[int], cut: bool | None
     ) -> Prediction:
-        early = self.network.leaving[index : index + 1]
-        temperature = float(early[0].temperature) if early else 1.0
-        confidence, answer = (logits.float() / temperature).softmax(0).max(0)
+        confidence, answer = (logits.float() / answer_temperature(self.network, index)).softmax(0).max(0)
         names = self.manifest.classes
         name = names[int(answer)] if int(answer) < len(names) else str(int(answer))
-        return Prediction(file, name, round(float(confidence), 6), index + 1, macs, taken, cut)
+        by = self.names[index]
+        return Prediction(file, name, round(float(confidence), 6), index + 1, by, macs, taken, cut)

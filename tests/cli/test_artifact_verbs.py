@@ -113,7 +113,8 @@ def test_predict_answers_files_and_folders(finished_run: Path, pictures: Path, c
     assert right >= 4
     assert all(0 < one["confidence"] <= 1 and one["error"] is None for one in found)
     text = cli("predict", finished_run, pictures / "0-is-0.png").stdout
-    assert "/3" in text
+    assert "last exit" in text or "exit 1" in text or "exit 2" in text
+    assert {(one["exit"], one["by"]) for one in found} <= {(1, "exit 1"), (2, "exit 2"), (3, "last exit")}
 
 
 def test_predict_by_a_deadline(finished_run: Path, pictures: Path, cli: Cli) -> None:

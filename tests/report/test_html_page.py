@@ -18,7 +18,7 @@ from selenium.webdriver.common.keys import Keys
 from dynamize.calibration.operating import OperatingPoint
 from dynamize.calibration.table import EVERYONE
 from dynamize.errors import DynamizeError
-from dynamize.report import Gallery, GalleryImage, Ledger, Network, ReportData, html
+from dynamize.report import Answerer, Gallery, GalleryImage, Ledger, Network, ReportData, html
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 CHROMEDRIVER = shutil.which("chromedriver")
@@ -323,6 +323,30 @@ def test_text_from_outside_stays_text(opened: Opened, report: ReportData) -> Non
     driver = opened(ReportData(**hostile))
     assert driver.execute_script("return window.broken") is None
     assert text(driver, "point-name") == HOSTILE
+    assert driver.get_log("browser") == []
+
+
+def test_who_answers(report: ReportData, opened: Opened) -> None:
+    names = ["small", HOSTILE, "main"]
+    alike = ([1, 0.9, 0.5], [0.9, 1, 0.75], [0.5, 0.75, 1])
+    rights = (0.95, None, 0.5)
+    found = [
+        Answerer(name=name, share=share, right=right, alone=0.9, alike=list(row))
+        for name, share, right, row in zip(names, (0.75, 0, 0.25), rights, alike, strict=True)
+    ]
+    wrong = report.gallery[0].model_copy(update={"wrong": report.gallery[0].last[:1], "last": []})
+    driver = opened(report.model_copy(update={"answerers": found, "gallery": [wrong]}))
+    rows = driver.find_elements(By.CSS_SELECTOR, "#answerers tbody tr")
+    cells = [[cell.text for cell in row.find_elements(By.CSS_SELECTOR, "th, td")] for row in rows]
+    assert cells == [
+        ["small", "75.0", "95.00", "90.00", "–", "90.0", "50.0"],
+        [HOSTILE, "0.0", "–", "90.00", "90.0", "–", "75.0"],
+        ["main", "25.0", "50.00", "90.00", "50.0", "75.0", "–"],
+    ]
+    shades = [cell.value_of_css_property("background-color") for cell in rows[0].find_elements(By.CLASS_NAME, "alike")]
+    assert len(set(shades)) == 3
+    headings = [one.text for one in driver.find_elements(By.CSS_SELECTOR, ".gallery h4")]
+    assert headings == ["first to leave: the surest", "wrong, the surest first"]
     assert driver.get_log("browser") == []
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from dynamize.calibration.operating import OperatingPoint
 from dynamize.errors import DynamizeError
-from dynamize.report import DecisionUse, Ledger, OptionUse, ReportData, Row, Usage, markdown, terminal
+from dynamize.report import Answerer, DecisionUse, Ledger, OptionUse, ReportData, Row, Usage, markdown, terminal
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -102,6 +102,21 @@ def table_of_gates(ledger: Ledger, *gates: dict[str, tuple[float, float]]) -> li
     assert "took 1 way through the network." in text
     header, _, *rows = (line for line in text.split("## Gates")[1].splitlines() if line.startswith("|"))
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in (header, *rows)]
+
+
+def test_who_answers(ledger: Ledger) -> None:
+    answerers = [
+        Answerer(name="small", share=0.75, right=0.9, alone=0.8, alike=[1, 0.85]),
+        Answerer(name="main", share=0.25, right=None, alone=0.9, alike=[0.85, 1]),
+    ]
+    told = markdown.render(ReportData(ledger=ledger, answerers=answerers)).split("## Who answers")[1]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in told.splitlines() if line[:1] == "|"]
+    assert cells[0] == ["", "answered %", "of these right %", "alone right %", "as small %", "as main %"]
+    assert cells[2:4] == [
+        ["small", "75.0", "90.00", "80.00", "-", "85.00"],
+        ["main", "25.0", "-", "90.00", "85.00", "-"],
+    ]
+    assert "## Who answers" not in markdown.render(ReportData(ledger=ledger))
 
 
 def test_options_of_one_label_stand_below_each_other(ledger: Ledger) -> None:

@@ -7,9 +7,10 @@ import pytest
 import torch
 from digits import SHAPE, digit_splits
 from gated_networks import scatter
-from networks import exit_scores, set_thresholds, temperatures
+from networks import exit_scores, set_temperatures, set_thresholds, temperatures
 
-from dynamize.calibration.collect import macs_table
+from dynamize.calibration.asking import Asking
+from dynamize.calibration.collect import confidences, macs_table
 from dynamize.calibration.protocols import budgeted_batch
 from dynamize.conversion import convert, wrap
 from dynamize.data import LoaderSet
@@ -20,24 +21,26 @@ from dynamize.models import create
 from dynamize.nn.network import DynamicNetwork, record_routing
 from dynamize.nn.piece import LEAVES, Setting
 from dynamize.report import Ledger, ReportData, Usage, markdown
-from dynamize.transforms import ChannelGates, Exits, SkipGates
+from dynamize.transforms import Cascade, ChannelGates, Exits, SkipGates
 from dynamize.verbs.pictures import report_data
 
 EXITS = Exits(at=["layer1.1", "layer2.1"], head="conv", share=1.0, size=[16, 16])
 SKIPS = SkipGates(blocks=[["layer1.1"], ["layer2.0"], ["layer3.1"]])
 CHANNELS = ChannelGates(blocks=["layer1.2", "layer3.2"], multiple=4)
+SMALL = {"source": "dynamize:digits_resnet_small", "kwargs": {"pretrained": True}}
 
 
 class Told:
     """A network with gates or exits that disagree about digits, and the report about it."""
 
-    def __init__(self, *steps: Exits | SkipGates | ChannelGates) -> None:
+    def __init__(self, *steps: Exits | SkipGates | ChannelGates | Cascade) -> None:
         torch.manual_seed(0)
         original = create("digits_resnet", pretrained=True).eval()
         self.splits = digit_splits()
         self.network: DynamicNetwork = convert(original, list(steps), SHAPE)
         self.images = torch.cat([images for images, _ in self.splits.test.batches(100)])
-        scatter(self.network, self.images)
+        if not self.network.members:
+            scatter(self.network, self.images)
         self.evaluator = Evaluator(
             wrap(original, SHAPE), self.splits.test, torch.device("cpu"), ["eager"], [1], seconds=0.0
         )
@@ -159,6 +162,90 @@ def test_too_few_images_for_a_table_are_told_and_no_error() -> None:
     assert report.budgeted == []
     assert "no curve of budgeted batches: 9 " in report.notes[0]
     assert len(report.anytime) == 3
+
+
+@pytest.fixture(scope="module", params=["mean", "last"])
+def cascaded(request: pytest.FixtureRequest) -> Told:
+    """Three networks of which the middle one is not asked."""
+    told = Told(Cascade(first=[SMALL, {"resolution": 6}]))
+    network = told.network
+    set_temperatures(network, [2.0, 3.0])
+    network.scored[-1].temperature.fill_(1.5)
+    with torch.no_grad():
+        score = network.run(told.images, everyone=True).seen[0][2]
+    network.setting = Setting({"digits_resnet_small": float(score.quantile(0.6))}, combine=request.param)
+    return told
+
+
+def test_who_answers_what_and_what_each_would_answer_alone(cascaded: Told) -> None:
+    found = cascaded.report().answerers
+    left, _ = cascaded.one_by_one()
+    with torch.no_grad():
+        every = [logits.argmax(1) for logits in cascaded.network.eval().all_exits(cascaded.images)]
+        given = cascaded.network(cascaded.images).argmax(1)
+    labels = torch.cat([truth for _, truth in cascaded.splits.test.batches(100)])
+    assert [one.name for one in found] == ["digits_resnet_small", "main-6", "main"]
+    assert [one.share for one in found] == pytest.approx([left.count(k) / 100 for k in range(3)])
+    assert found[1].share == 0
+    assert found[1].right is None
+    for k in (0, 2):
+        here = torch.tensor(left) == k
+        assert found[k].right == pytest.approx(float((given == labels)[here].double().mean()))
+    for one, answers in zip(found, every, strict=True):
+        assert one.alone == pytest.approx(float((answers == labels).double().mean()))
+        assert one.alike == pytest.approx([float((answers == other).double().mean()) for other in every])
+
+
+def test_a_cascade_is_shown_as_it_answers(cascaded: Told) -> None:
+    """Joined where answers are joined, wrong ones from the surest down, and without networks that are not asked."""
+    report = cascaded.report()
+    network = cascaded.network
+    assert [mark.name for mark in report.anytime] == ["digits_resnet_small", "main"]
+    for mark, threshold in zip(report.anytime, (-1e9, 1e9), strict=True):
+        told = replace_threshold(network, threshold)
+        judged = cascaded.evaluator.judge(network)
+        network.setting = told
+        assert mark.accuracy == pytest.approx(judged.accuracy)
+        assert mark.macs == pytest.approx(float(judged.macs.mean()))
+    for gallery in report.gallery:
+        sure = [image.confidence for image in gallery.wrong]
+        assert sure == sorted(sure, reverse=True)
+        assert all(image.label != image.answer for image in gallery.wrong)
+    assert not report.gallery[1].rows
+    left = torch.tensor(cascaded.one_by_one()[0])
+    joined = network.setting.combine == "mean"
+    for gallery, k, temperature in ((report.gallery[0], 0, 2.0), (report.gallery[2], 2, 1.5)):
+        with torch.no_grad():
+            logits = network(cascaded.images)[left == k] / (1 if joined else temperature)
+        surest = logits.softmax(1).amax(1).sort(descending=True).values[:12]
+        assert [image.confidence for image in gallery.first] == pytest.approx(surest.tolist(), rel=1e-4)
+    rights = sum(one.share * (one.right or 0) for one in report.answerers)
+    assert rights == pytest.approx(cascaded.evaluator.judge(network).accuracy)
+
+
+def test_budgets_of_a_cascade_are_of_the_networks_that_are_asked(cascaded: Told) -> None:
+    network, before = cascaded.network, cascaded.network.setting
+    asking = Asking.at(network, before)
+    kept = [0, 2]
+    splits = cascaded.splits
+    test, held_out = (everything(network, one, torch.device("cpu")) for one in (splits.test, splits.calibration))
+    table = macs_table(network, test, cascaded.evaluator.reference.answers, cascaded.evaluator.static_macs)
+    wanted = budgeted_batch(confidences(asking.seen(network, held_out))[kept], table, count=12)
+    report = cascaded.report()
+    assert len(report.budgeted) == 12
+    for mark, point in zip(report.budgeted, wanted, strict=True):
+        replace_threshold(network, point.thresholds[0])
+        judged = cascaded.evaluator.judge(network)
+        network.setting = before
+        assert mark.accuracy == pytest.approx(judged.accuracy)
+        assert mark.macs == pytest.approx(float(judged.macs.mean()))
+
+
+def replace_threshold(network: DynamicNetwork, threshold: float | None) -> Setting:
+    """Of the first network; gives the setting before."""
+    before = network.setting
+    network.setting = replace(before, thresholds={**before.thresholds, "digits_resnet_small": threshold})
+    return before
 
 
 def test_nobody_comes_to_the_last_gates() -> None:
