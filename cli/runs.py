@@ -101,17 +101,17 @@ def check(
     """
     with reporting(quiet) as progress:
         from dynamize.recipe import load_recipe
-        from dynamize.run import Runner
+        from dynamize.run import plan_recipe
 
         given = _overrides(model, checkpoint, part, data, input_shape, seed)
-        plan = Runner(
+        plan = plan_recipe(
             load_recipe(recipe, [*given, *(settings or [])], trust_code=trust_code),
             out or Path("runs") / Path(recipe).stem,
             device=device,
             resume=out is None,
             trust_code=trust_code or (None if model is not None else False),
             progress=progress,
-        ).plan()
+        )
     if as_json:
         show_json(asdict(plan) | {"minutes": plan.minutes})
         return

@@ -13,9 +13,11 @@ if TYPE_CHECKING:
     from dynamize.calibration.offsets import calibrate as calibrate
     from dynamize.calibration.predictions import PredictionTable as PredictionTable
     from dynamize.conversion import convert as convert
+    from dynamize.data.given import splits as splits
     from dynamize.errors import DynamizeError as DynamizeError
     from dynamize.nn.network import DynamicNetwork as DynamicNetwork
     from dynamize.nn.network import record_routing as record_routing
+    from dynamize.run import run_steps as run_steps
     from dynamize.runtime.compiled import compile_network as compile_network
     from dynamize.sources import source as source
     from dynamize.training.objectives import MultiExitLoss as MultiExitLoss
@@ -65,8 +67,10 @@ _HOMES = {
     "convert": "conversion",
     "load": "artifact",
     "record_routing": "nn.network",
+    "run_steps": "run",
     "save": "artifact",
     "source": "sources",
+    "splits": "data.given",
 }
 
 __all__ = sorted(_HOMES)

@@ -1,7 +1,9 @@
 """What users hand over in Python, looked at before it is worked with: a network, a shape, steps, class numbers."""
 
-from collections.abc import Sequence
-from typing import Any
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from dynamize.errors import DynamizeError
 
 _SHOWN = 60
+T = TypeVar("T")
 
 
 def given_network(network: Any, where: str) -> nn.Module:
@@ -99,6 +102,44 @@ def given_steps(steps: Any, base: type) -> None:
             raise DynamizeError(f"a step is made with brackets: write {one.__name__}()")
         if not isinstance(one, base):
             raise DynamizeError(f"{_described(one)} is no step: write for example dz.Exits(count=2)")
+
+
+def given_data(data: Any, kind: type[T]) -> T:
+    """The images, if they are splits (``kind``).
+
+    Raises:
+        DynamizeError: they are something else.
+    """
+    if isinstance(data, kind):
+        return data
+    raise DynamizeError(
+        f"data are train, calibration and test images together, and {_described(data)} was given: write "
+        "data=dz.splits(train=..., calibration=..., test=...), each a DataLoader, a dataset or (images, labels)"
+    )
+
+
+def given_networks(networks: Any, argument: str) -> dict[str, nn.Module]:
+    """Networks by name.
+
+    Raises:
+        DynamizeError: it is something else.
+    """
+    if isinstance(networks, Mapping) and all(isinstance(name, str) for name in networks):
+        return {name: trained_network(one, f"{argument}: {name}") for name, one in networks.items()}
+    raise DynamizeError(
+        f"{argument} are networks by name, and {_described(networks)} was given: write {argument}={{'small': network}}"
+    )
+
+
+def given_folder(out: Any) -> Path:
+    """Where to write.
+
+    Raises:
+        DynamizeError: it is no path.
+    """
+    if isinstance(out, str | os.PathLike):
+        return Path(out)
+    raise DynamizeError(f"out is the folder to write, and {_described(out)} was given: write out='runs/mine'")
 
 
 def class_numbers(labels: Any, classes: int, where: str, *, unlabelled: bool = False) -> Tensor:

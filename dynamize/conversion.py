@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from dynamize.arguments import given_network, given_shape, given_steps, trained_network
+from dynamize.arguments import given_data, given_network, given_shape, given_steps, trained_network
+from dynamize.data import Splits
 from dynamize.errors import DynamizeError, closest
 from dynamize.graph.given import own_copy, unwrapped
 from dynamize.graph.trace import trace
@@ -75,7 +76,8 @@ def convert(
         teacher.eval()
         context = Context(teacher=teacher) if context is None else replace(context, teacher=teacher)
     if context.data is not None and context.teacher is not None:
-        context = replace(context, data=judgeable(context.data, context.teacher, context.device))
+        data = judgeable(given_data(context.data, Splits), context.teacher, context.device)
+        context = replace(context, data=data)
     for transform in transforms:
         converted = apply(converted, transform, context)[0]
     return converted

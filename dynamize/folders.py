@@ -21,7 +21,7 @@ def check_folder(out: Path, *, resume: bool, overwrite: bool) -> None:
             something else.
     """
     if resume and overwrite:
-        raise DynamizeError("--resume goes on with a run and --overwrite replaces it: give one of them")
+        raise DynamizeError("resume goes on with a run and overwrite replaces it: give one of them")
     if out.exists() and not out.is_dir():
         raise DynamizeError(f"{out} is a file: give another folder with --out")
     if not out.is_dir() or not any(out.iterdir()):
@@ -33,7 +33,7 @@ def check_folder(out: Path, *, resume: bool, overwrite: bool) -> None:
     if not resume and not overwrite:
         raise DynamizeError(
             f"{out} already holds a run: add --resume to go on with it, --overwrite to replace it, or give another "
-            "folder with --out. Nothing was changed."
+            "folder with --out (in Python: resume=True, overwrite=True, out=...). Nothing was changed."
         )
 
 

@@ -9,19 +9,17 @@ from torch import nn
 from dynamize.calibration.intervals import wilson
 from dynamize.data import Splits
 from dynamize.evaluation import Evaluator, Judgement
-from dynamize.inputs import other_size
 from dynamize.measure.costs import exit_costs
 from dynamize.nn.network import DynamicNetwork
-from dynamize.recipe import Recipe
+from dynamize.recipe import Settings
 from dynamize.rehearsal import Rehearsed, rehearse
 from dynamize.runtime.engine import engine_class
-from dynamize.sources import SourceSpec
+from dynamize.subject import Subject
 from dynamize.training.probe import probe
 from dynamize.transform import Context
 
 _LONGEST_TIMING, _SHORTEST_TIMING = 5.0, 0.1  # seconds
 _TIMING_SHARE = 0.1  # of what the steps take
-_PRETRAINED = {"torchvision": "weights: DEFAULT", "timm": "pretrained: true", "dynamize": "pretrained: true"}
 
 
 @dataclass(frozen=True)
@@ -109,28 +107,32 @@ def planned_gates(network: DynamicNetwork, static_macs: float) -> list[PlannedGa
 
 
 class Planner:
-    """Looks ahead on a recipe.
+    """Looks ahead on a run.
 
     Args:
-        recipe: checked.
+        settings: of the run.
+        subject: what it is about.
         teacher: the untouched network.
         data: its images.
         evaluator: of the untouched network, on the test images.
     """
 
-    def __init__(self, recipe: Recipe, teacher: nn.Module, data: Splits, evaluator: Evaluator) -> None:
-        self.recipe, self.teacher, self.data, self.evaluator = recipe, teacher, data, evaluator
+    def __init__(
+        self, settings: Settings, subject: Subject, teacher: nn.Module, data: Splits, evaluator: Evaluator
+    ) -> None:
+        self.settings, self.subject, self.teacher, self.data = settings, subject, teacher, data
+        self.evaluator = evaluator
 
     def warnings(self) -> list[str]:
         """What is wrong with the untouched network on these images."""
-        model = self.recipe.model
-        return [*other_size(model.spec(), self.teacher, model.input), *guessing(self.evaluator.reference, model.spec())]
+        subject = self.subject
+        return [*subject.warnings(self.teacher), *guessing(self.evaluator.reference, subject.forgotten())]
 
     def rehearse(self, network: DynamicNetwork, context: Context, first: int) -> list[Rehearsed]:
-        """The steps from ``first`` on, tried on ``network``, which is consumed; where the recipe leaves it open, how
+        """The steps from ``first`` on, tried on ``network``, which is consumed; where the settings leave it open, how
         long times are compared follows from how long they take."""
         steps = self._try(network, context, first)[1]
-        if self.recipe.timing_seconds == "auto":
+        if self.settings.timing_seconds == "auto":
             training = sum(self._seconds(one) for one in steps)
             comparisons = len(self.evaluator.backends) * len(self.evaluator.batches) * (len(steps) + 1)
             seconds = training * _TIMING_SHARE / max(1, comparisons)
@@ -138,7 +140,7 @@ class Planner:
         return steps
 
     def plan(self, network: DynamicNetwork, context: Context) -> Plan:
-        """The whole recipe, tried on ``network``, which is consumed.
+        """The whole run, tried on ``network``, which is consumed.
 
         Raises:
             DynamizeError: it cannot work.
@@ -148,8 +150,8 @@ class Planner:
         timing = len(evaluator.backends) * len(evaluator.batches) * evaluator.seconds
         after = len(evaluator.reference.labels) * self._image_seconds + timing
         return Plan(
-            source=self.recipe.model.source,
-            input=self.recipe.model.input,
+            source=self.subject.name,
+            input=self.subject.input_shape,
             macs=static,
             images={name: len(getattr(data, name)) for name in ("train", "calibration", "test")},
             classes=len(data.classes),
@@ -170,30 +172,26 @@ class Planner:
         started = time.monotonic()
         judged = self.evaluator.reference
         self._image_seconds = (time.monotonic() - started) / len(judged.labels)
-        return rehearse(network, self.recipe.transforms()[first - 1 :], context, first)
+        return rehearse(network, self.settings.transforms()[first - 1 :], context, first)
 
     def _seconds(self, one: Rehearsed) -> float:
         """What a step still takes, about."""
         return 0.0 if one.network is not None else one.step.passes(self.data) * self._image_seconds
 
 
-def longest_timing(recipe: Recipe) -> float:
+def longest_timing(settings: Settings) -> float:
     """Seconds that a comparison of times takes at most."""
-    return _LONGEST_TIMING if recipe.timing_seconds == "auto" else recipe.timing_seconds
+    return _LONGEST_TIMING if settings.timing_seconds == "auto" else settings.timing_seconds
 
 
-def guessing(judged: Judgement, spec: SourceSpec) -> list[str]:
-    """What to say of a network that answers no better than always the commonest class does: what was forgotten."""
+def guessing(judged: Judgement, forgotten: str) -> list[str]:
+    """What to say of a network that answers no better than always the commonest class does, and what may have been
+    ``forgotten``."""
     right, count = int((judged.answers == judged.labels).sum()), len(judged.labels)
     commonest = float(torch.bincount(judged.labels).max()) / count
     if wilson(right, count)[0] > commonest:
         return []
-    fact = (
+    return [
         f"the untouched network answers {100 * right / count:.1f} % of the test images right, and guessing "
-        f"{100 * commonest:.1f} %"
-    )
-    given = spec.checkpoint is not None or any(spec.kwargs.get(key) for key in ("weights", "pretrained"))
-    if given:
-        return [f"{fact}: are data.normalize, model.input and the order of classes those that it was trained with?"]
-    other = f", or model.kwargs: {{{_PRETRAINED[spec.library]}}}" if spec.library else ""
-    return [f"{fact}: no checkpoint was given, so its weights are random: add --checkpoint FILE{other}"]
+        f"{100 * commonest:.1f} %: {forgotten}"
+    ]

@@ -118,26 +118,20 @@ class Expect(BaseModel):
         return bound
 
 
-class Recipe(BaseModel):
-    """A whole run. ``backends`` is what latency is measured on, the main one first; empty means the fastest here.
+class Settings(BaseModel):
+    """A run, whatever network and images it is about: which steps, how it is measured and what must hold in the end.
 
-    ``code`` are Python files with transforms of the user's own. :func:`load_recipe` imports them, if they are trusted.
+    ``backends`` is what latency is measured on, the main one first; empty means the fastest here.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    version: Literal[1]
     description: str = ""
-    model: ModelSection
-    data: DataSpec
     seed: Annotated[int, Field(ge=0)] = 0
     backends: list[Backend] = []
     batches: list[PositiveInt] = [1, 64]
     timing_seconds: Literal["auto"] | PositiveFloat = Field(
         "auto", description="how long each comparison of times takes; auto: up to 5, a tenth of the run in all"
-    )
-    code: list[Path] = Field(
-        [], description="Python files that define transforms, relative to the recipe; run only with --trust-code"
     )
     steps: list[Step]
     compare: list[Member] = Field(
@@ -147,6 +141,25 @@ class Recipe(BaseModel):
     )
     expect: Expect = Expect()
 
+    def transforms(self) -> list[Transform]:
+        """The steps, whose order has been checked."""
+        check_order(self.steps)
+        return self.steps
+
+
+class Recipe(Settings):
+    """A whole run, with its network and its images.
+
+    ``code`` are Python files with transforms of the user's own. :func:`load_recipe` imports them, if they are trusted.
+    """
+
+    version: Literal[1]
+    model: ModelSection
+    data: DataSpec
+    code: list[Path] = Field(
+        [], description="Python files that define transforms, relative to the recipe; run only with --trust-code"
+    )
+
     @field_validator("compare")
     @classmethod
     def _trained(cls, members: list[Member]) -> list[Member]:
@@ -154,11 +167,6 @@ class Recipe(BaseModel):
             if member.source is None and member.resolution is None:
                 raise ValueError("a network to compare with has to be trained already: give its source and checkpoint")
         return members
-
-    def transforms(self) -> list[Transform]:
-        """The steps, whose order has been checked."""
-        check_order(self.steps)
-        return self.steps
 
 
 def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, trust_code: bool = False) -> Recipe:

@@ -74,7 +74,11 @@ def told(error: InfeasibleError, number: int, step: Transform, *, trained: bool)
     text = f"step {number} `{step.pass_name}`: {error}"
     if error.instead is None:
         return text
-    option = f"--set steps.{number - 1}.{error.instead[0]}={error.instead[1]}"
+    field, value = error.instead
+    option = f"--set steps.{number - 1}.{field}={value}"
     if trained:
-        return f"{text} What was trained is kept: the same command with --resume {option} goes on from there."
-    return f"{text} Nothing was trained yet; {option} asks for that."
+        return (
+            f"{text} What was trained is kept: the same command with --resume {option} goes on from there "
+            f"(in Python: resume=True and {field}={value})."
+        )
+    return f"{text} Nothing was trained yet; {option} asks for that (in Python: {field}={value})."

@@ -87,7 +87,7 @@ class Rivals:
             found, wanted = read(blank).shape[1], self._teacher(blank).shape[1]
         if found != wanted:
             raise DynamizeError(
-                f"compare: {name} tells {found} classes apart, and the recipe's network {wanted}: give a checkpoint "
+                f"compare: {name} tells {found} classes apart, and the run's own network {wanted}: give a checkpoint "
                 "that was trained on the same images"
             )
         return read

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 import dynamize as dz
-from dynamize.data import from_loaders
 from dynamize.errors import DynamizeError
 
 SHAPE, CLASSES = (3, 8, 8), 4
@@ -108,12 +107,12 @@ def test_calibration_images_that_cannot_be_judged_are_refused(loader: Any, said:
 
 def test_an_empty_loader_is_refused_by_every_step_that_reads_it() -> None:
     good = batches(GOOD)
-    for step, splits in (
-        (dz.Distill(epochs=1), from_loaders([], good, batches(GOOD))),
-        (dz.Quantize(images=8), from_loaders(good, [], batches(GOOD))),
-    ):
-        with pytest.raises(DynamizeError, match="loader gave no batch|no train images"):
-            dz.convert(with_exit(), [step], SHAPE, dz.Context(data=splits, backend="eager"))
+    with pytest.raises(DynamizeError, match="the calibration loader gave no batch"):
+        dz.splits(train=good, calibration=[], test=batches(GOOD))
+    for train in ([], ()):
+        data = dz.splits(train=train, calibration=good, test=batches(GOOD))
+        with pytest.raises(DynamizeError, match="no train images"):
+            dz.convert(with_exit(), [dz.Distill(epochs=1)], SHAPE, dz.Context(data=data, backend="eager"))
 
 
 def test_labels_of_the_loss() -> None:

@@ -11,7 +11,6 @@ from torch.nn import functional
 
 import dynamize as dz
 from dynamize.conversion import wrap
-from dynamize.data import from_loaders
 from dynamize.errors import DynamizeError
 from dynamize.fingerprint import Answers
 
@@ -95,9 +94,10 @@ def test_any_floating_type_is_compared_exactly(kind: torch.dtype) -> None:
 
 
 def test_bytes_are_compared_with_what_rounding_allows(tmp_path: Path) -> None:
-    batches = [[(torch.randn(32, *SHAPE), torch.arange(32) % 5)] for _ in range(3)]
+    parts = ("train", "calibration", "test")
+    data = dz.splits(**{name: (torch.randn(32, *SHAPE), torch.arange(32) % 5) for name in parts})
     net = Net(lambda x: functional.leaky_relu(x, 0.1)).eval()
-    made = dz.convert(net, [dz.Quantize(images=32)], SHAPE, dz.Context(data=from_loaders(*batches), backend="eager"))
+    made = dz.convert(net, [dz.Quantize(images=32)], SHAPE, dz.Context(data=data, backend="eager"))
     dz.save(made, tmp_path)
     images = torch.randn(3, *SHAPE)
     assert torch.equal(dz.load(tmp_path, network=net)(images), made(images))

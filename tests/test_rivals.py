@@ -131,7 +131,7 @@ def rivals_of(*members: dict[str, Any]) -> Rivals:
 
 
 def test_rivals_that_cannot_be_compared_are_refused_before_the_first_step(tmp_path: Path) -> None:
-    with pytest.raises(DynamizeError, match=r"^compare: digits_resnet_small tells 7 classes apart.*network 10"):
+    with pytest.raises(DynamizeError, match=r"^compare: digits_resnet_small tells 7 classes apart.*own network 10"):
         rivals_of({"source": "dynamize:digits_resnet_small,num_classes=7"})
     with pytest.raises(DynamizeError, match="^compare: 'cascade' is the name of two"):
         rivals_of(SMALL | {"name": "cascade"})

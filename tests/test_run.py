@@ -14,9 +14,11 @@ from dynamize.calibration import collect
 from dynamize.checkpoints import read_state_dict
 from dynamize.errors import DynamizeError
 from dynamize.folders import check_folder, clear, holds_run, step_folders
+from dynamize.kept import fingerprint
 from dynamize.recipe import Recipe, load_recipe
 from dynamize.report.ledger import Row
 from dynamize.run import Outcome, Runner, failures, run_recipe
+from dynamize.subject import Named
 from dynamize.training import loop
 
 
@@ -210,17 +212,17 @@ def test_distill_trains_the_whole_network_and_heads_only_the_heads(reference: Pa
 
 def test_half_finished_runs_of_earlier_versions_go_on() -> None:
     """The fingerprint of a recipe without code of its own is what it was before recipes could have any."""
-    runner = Runner.__new__(Runner)
-    runner.recipe = load_recipe("digits_exits")
-    assert runner._fingerprint(3) == "515ed729edf2ba0b95026f1bb28dc1b0676e1bb9ace48cf48e3ab4ac3325ba25"
+    recipe = load_recipe("digits_exits")
+    wanted = "515ed729edf2ba0b95026f1bb28dc1b0676e1bb9ace48cf48e3ab4ac3325ba25"
+    assert fingerprint(recipe, Named(recipe), 3) == wanted
 
 
 def test_steps_of_changed_code_are_not_gone_on_with(tmp_path: Path) -> None:
-    runner, found = Runner.__new__(Runner), set()
+    found = set()
     for text in ("a = 1", "a = 2"):
         (tmp_path / "own.py").write_text(text)
-        runner.recipe = load_recipe("digits_exits").model_copy(update={"code": [tmp_path / "own.py"]})
-        found.add(runner._fingerprint(3))
+        recipe = load_recipe("digits_exits").model_copy(update={"code": [tmp_path / "own.py"]})
+        found.add(fingerprint(recipe, Named(recipe), 3))
     assert len(found) == 2
 
 

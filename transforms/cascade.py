@@ -11,9 +11,11 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 from torch import fx, nn
 
+from dynamize.arguments import given_network, trained_network
 from dynamize.compression.layers import resize
 from dynamize.compression.shrink import blocks_to_leave_out, leave_out
 from dynamize.errors import DynamizeError
+from dynamize.graph.given import own_copy, unwrapped
 from dynamize.graph.macs import annotated_macs
 from dynamize.graph.nodes import output_value, placeholder
 from dynamize.graph.trace import annotate, trace
@@ -195,9 +197,10 @@ def _from_python(member: Member, context: Context) -> nn.Module:
         known = ", ".join(context.members) or "none"
         raise DynamizeError(
             f"cascade: '{name}' names neither source, resolution nor shrink, and no network of that name was passed: "
-            f"give Context(members={{'{name}': network}}), or dz.load(..., members=...). Passed: {known}."
+            f"give members={{'{name}': network}} to dz.run_steps, dz.Context or dz.load. Passed: {known}."
         )
-    return copy.deepcopy(context.members[name]).eval()
+    net = trained_network(unwrapped(given_network(context.members[name], f"cascade: {name}")), f"cascade: {name}")
+    return own_copy(net).eval()
 
 
 def _decide_steps(member: Member, net: nn.Module, network: DynamicNetwork, context: Context) -> Member:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from dynamize.arguments import class_numbers
 from dynamize.compression.layers import dimensions, layers, place
 from dynamize.compression.removal import ChannelGroup, Member
 from dynamize.nn.gates import ALL_OPEN
@@ -88,7 +89,8 @@ def add_gradients(network: DynamicNetwork, batches: Iterable[tuple[Tensor, Tenso
         with torch.enable_grad():
             for images, labels in batches:
                 exits = network.all_exits(images, Setting(offset=ALL_OPEN))
-                losses = [cross_entropy(logits.float(), labels) for logits in exits]
+                truth = class_numbers(labels, exits[-1].shape[1], "the train images")
+                losses = [cross_entropy(logits.float(), truth) for logits in exits]
                 torch.stack(losses).sum().backward()
     finally:
         for parameter, before in wanted.items():

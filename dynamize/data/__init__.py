@@ -1,4 +1,4 @@
-"""Images for conversion: one `data:` section, or the user's own loaders, become three disjoint splits.
+"""Images for conversion: one `data:` section, or what users bring (`dz.splits`), becomes three disjoint splits.
 
     splits = load_data(DataSpec(source="digits"), input_shape=(1, 8, 8), num_classes=10)
     for epoch in range(epochs):
@@ -20,23 +20,21 @@ if TYPE_CHECKING:
     from dynamize.data.augment import augment as augment
     from dynamize.data.images import Images as Images
     from dynamize.data.images import ImageSet as ImageSet
-    from dynamize.data.images import LoaderSet as LoaderSet
     from dynamize.data.images import loader as loader
     from dynamize.data.images import set_epoch as set_epoch
+    from dynamize.data.loaders import LoaderSet as LoaderSet
     from dynamize.data.spec import DataSpec as DataSpec
     from dynamize.data.splits import Splits as Splits
-    from dynamize.data.splits import from_loaders as from_loaders
     from dynamize.data.splits import load_data as load_data
 
 _HOMES = {
     "DataSpec": "spec",
     "Images": "images",
     "ImageSet": "images",
-    "LoaderSet": "images",
+    "LoaderSet": "loaders",
     "Normalize": "augment",
     "Splits": "splits",
     "augment": "augment",
-    "from_loaders": "splits",
     "load_data": "splits",
     "loader": "images",
     "set_epoch": "images",

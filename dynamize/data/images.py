@@ -1,4 +1,4 @@
-"""The images of one split, and the loaders over them: one interface for our own data and for users' loaders.
+"""The images of one split, and the loaders over them: one interface for our own data and for what users bring.
 
 Training reads uint8 batches from `training_loader` and turns them into network input with `prepare`, on the
 device they then lie on. Evaluation reads `batches`: network input under the test-time transform, in order.
@@ -9,12 +9,11 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dynamize.data.augment import Normalize, augment, random_resized_crop
 from dynamize.data.readers import UNLABELLED
@@ -29,6 +28,9 @@ class Images(Protocol):
 
     name: str
     classes: tuple[str, ...]
+
+    @property
+    def shape(self) -> tuple[int, int, int]: ...
 
     @property
     def labels(self) -> Tensor: ...
@@ -166,82 +168,6 @@ class Together(ImageSet):
         return images, labels
 
 
-class LoaderSet:
-    """A user's own loader of (normalised float images (N, C, H, W), int64 labels (N,)) as one split.
-
-    Its batch size, order and augmentation are the user's: `training_loader` returns it as it is.
-    """
-
-    def __init__(self, name: str, loader: Any, classes: tuple[str, ...] = ()) -> None:
-        self.name = name
-        self.loader = loader
-        self.classes = classes
-        self._instead: Tensor | None = None
-        self._check(shuffled_is_wrong=name != "train")
-
-    def _check(self, shuffled_is_wrong: bool) -> None:
-        if not hasattr(self.loader, "__iter__") or hasattr(self.loader, "__next__"):
-            raise DynamizeError(
-                f"the {self.name} loader is a {type(self.loader).__name__}, which can be read once at most; "
-                "pass what can be iterated again and again, such as a DataLoader or a list of batches"
-            )
-        if shuffled_is_wrong and isinstance(getattr(self.loader, "sampler", None), RandomSampler):
-            raise DynamizeError(
-                f"the {self.name} loader is shuffled, so two passes over it could not be compared; "
-                "make it with shuffle=False"
-            )
-
-    @property
-    def unlabelled(self) -> bool:
-        """Whether images without a label, -1, are in the first batch."""
-        first = next(iter(self.batches(0)), None)
-        return first is not None and bool((first[1] == UNLABELLED).any())
-
-    def relabelled(self, labels: Tensor) -> LoaderSet:
-        """The same images, with these labels (N,) where they have none."""
-        other = LoaderSet(self.name, self.loader, self.classes)
-        other._instead = labels.cpu()
-        return other
-
-    @cached_property
-    def labels(self) -> Tensor:
-        """int64 (N,); the first use reads through the loader once."""
-        return torch.cat([labels for _, labels in self.batches(0)])
-
-    def __len__(self) -> int:
-        dataset, sampler = getattr(self.loader, "dataset", None), getattr(self.loader, "sampler", None)
-        if getattr(self.loader, "drop_last", False) or not hasattr(dataset, "__len__"):
-            return len(self.labels)
-        return len(sampler if sampler is not None and hasattr(sampler, "__len__") else dataset)  # type: ignore[arg-type]
-
-    def batches(self, batch_size: int, device: str | torch.device = "cpu") -> Iterator[Batch]:
-        """The user's batches on `device`; their size is the user's, whatever `batch_size` says."""
-        start = 0
-        for batch in self.loader:
-            images, labels = _checked_batch(batch, self.name)
-            if self._instead is not None:
-                labels = torch.where(labels == UNLABELLED, self._instead[start : start + len(labels)], labels)
-            yield images.to(device), labels.to(device)
-            start += len(labels)
-        if not start:
-            raise DynamizeError(f"the {self.name} loader gave no batch; pass one that holds images")
-
-    def training_loader(self, batch_size: int, seed: int) -> Any:
-        """The user's loader. Raises DynamizeError if it gives nothing, or does not say how many batches it gives."""
-        try:
-            refuse_none(len(self.loader), self.name)
-        except TypeError as error:
-            raise DynamizeError(
-                f"the {self.name} loader does not say how many batches it gives, which the learning rate depends on: "
-                "give one with a length, such as a list of batches or a DataLoader over a dataset with __len__"
-            ) from error
-        return self.loader
-
-    def prepare(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """The images as they are: the user's loader has augmented and normalised them."""
-        return images
-
-
 def refuse_none(count: int, name: str) -> None:
     """Refuse to train on nothing; ``name`` is that of the split."""
     if not count:
@@ -249,24 +175,6 @@ def refuse_none(count: int, name: str) -> None:
             f"there are no {name} images, and this step trains on them: leave the step out, or give some; images "
             "without labels do for `distill` (unlabelled: FOLDER)"
         )
-
-
-def _checked_batch(batch: Any, name: str) -> Batch:
-    pair = isinstance(batch, list | tuple) and len(batch) == 2 and all(isinstance(x, Tensor) for x in batch)
-    if not pair:
-        raise DynamizeError(f"the {name} loader gave a {type(batch).__name__}; it must give (images, labels)")
-    images, labels = batch
-    if images.dim() != 4 or not images.is_floating_point():
-        raise DynamizeError(
-            f"the {name} loader gave images {tuple(images.shape)} of {images.dtype}; "
-            "it must give normalised floating-point images (N, C, H, W)"
-        )
-    if labels.shape != images.shape[:1] or labels.is_floating_point():
-        raise DynamizeError(
-            f"the {name} loader gave {len(images)} images, labels {tuple(labels.shape)} of {labels.dtype}; "
-            "it must give one class number per image"
-        )
-    return images, labels.long()
 
 
 def loader(

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import RandomSampler as Shuffled
-from torch.utils.data import SequentialSampler, Subset, SubsetRandomSampler
 
 from dynamize.data.augment import Normalize
-from dynamize.data.images import Images, ImageSet, LoaderSet
+from dynamize.data.images import Images, ImageSet
 from dynamize.data.readers import UNLABELLED, Pool, Source, read_source
 from dynamize.data.spec import DataSpec
 from dynamize.data.storage import Geometry, PixelStorage, Progress, decode
@@ -36,7 +34,7 @@ SEEN = (
 class Splits:
     """Train, calibration and test images that share nothing.
 
-    `spec` is the resolved section: calibration count and normalisation filled in (None for users' loaders);
+    `spec` is the resolved section: calibration count and normalisation filled in (None for what users bring);
     `warnings` are sentences for the report.
     """
 
@@ -83,7 +81,7 @@ def load_data(
     sets = {
         name: image_set(name, pool, index, source.classes, spec, input_shape) for name, (pool, index) in dealt.items()
     }
-    _check_disjoint({name: set(images.keys) for name, images in sets.items()})
+    check_disjoint({name: set(images.keys) for name, images in sets.items()})
     decode_what_fits(sets, spec.memory_gb, progress)
     if spec.normalize is None:
         seen = sets["train"] if len(sets["train"]) else sets["calibration"]
@@ -97,39 +95,13 @@ def load_data(
     return Splits(sets["train"], sets["calibration"], sets["test"], source.classes, spec, warnings)
 
 
-def from_loaders(train: Any, calibration: Any, test: Any, class_names: Sequence[str] | None = None) -> Splits:
-    """The user's own loaders of (normalised float images (N, C, H, W), labels (N,)) as three splits.
-
-    Refuses loaders that can be read only once, shuffled calibration or test loaders, and, where the datasets
-    are map-style and can be compared, loaders that share images.
-    """
-    loaders = {"train": train, "calibration": calibration, "test": test}
-    classes = tuple(class_names or ())
-    sets = {name: LoaderSet(name, loader, classes) for name, loader in loaders.items()}
-    _check_disjoint({name: _items(loader) for name, loader in loaders.items()})
-    return Splits(sets["train"], sets["calibration"], sets["test"], classes)
-
-
-def _items(loader: Any) -> set[tuple[int, int]]:
-    """(identity of the root dataset, index) of all that a DataLoader gives; of any other loader, itself."""
-    dataset, sampler = getattr(loader, "dataset", None), getattr(loader, "sampler", None)
-    if isinstance(sampler, SubsetRandomSampler):
-        index = [int(i) for i in sampler.indices]
-    elif isinstance(sampler, SequentialSampler | Shuffled) and hasattr(dataset, "__len__"):
-        index = list(range(len(dataset)))  # type: ignore[arg-type]
-    else:
-        return {(id(loader), 0)}
-    while isinstance(dataset, Subset):
-        index = [int(dataset.indices[i]) for i in index]
-        dataset = dataset.dataset
-    return {(id(dataset), i) for i in index}
-
-
-def _check_disjoint(keys: dict[str, set[Any]]) -> None:
+def check_disjoint(keys: dict[str, set[Any]]) -> None:
+    """Refuse splits that share images; ``keys`` say by split which images it holds."""
     for a, b in (("train", "calibration"), ("train", "test"), ("calibration", "test")):
         shared = keys[a] & keys[b]
         if shared:
-            example = next((f", such as {key}" for key in sorted(shared) if isinstance(key, str)), "")
+            named = sorted(key for key in shared if isinstance(key, str))
+            example = f", such as {named[0]}" if named else ""
             raise DynamizeError(
                 f"{a} and {b} share {len(shared)} images{example}; no image may be in two splits, "
                 "or the network is judged on what it was fitted to"
@@ -140,7 +112,7 @@ def _check_channels(spec: DataSpec, channels: int) -> None:
     if channels not in (1, 3):
         raise DynamizeError(
             f"the network's input has {channels} channels, and image files have 1 or 3; "
-            "give your own loaders with dynamize.data.from_loaders"
+            "give your own loaders or datasets in Python, with dz.splits"
         )
     if spec.normalize is not None and len(spec.normalize[0]) != channels:
         raise DynamizeError(

@@ -23,6 +23,7 @@ from dynamize.report.verdicts import verdicts
 LONGEST_CELL = 10
 """Characters: with this an ordinary ledger is at most 80 columns wide."""
 
+WIDTH = 80
 BATCHES_BESIDE_RESULTS = 2
 UNLIMITED = 10_000
 
@@ -33,6 +34,14 @@ def render(report: ReportData) -> Group:
     Raises `DynamizeError` if the ledger has no rows.
     """
     return Group(*_parts(report))
+
+
+def text(report: ReportData) -> str:
+    """The same as plain text, for ``print``."""
+    console = Console(width=WIDTH, color_system=None, highlight=False, markup=False, emoji=False)
+    with console.capture() as capture:
+        console.print(render(report))
+    return capture.get().rstrip()
 
 
 def _parts(report: ReportData) -> Iterator[RenderableType]:

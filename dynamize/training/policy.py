@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dynamize.arguments import class_numbers
 from dynamize.graph.macs import count_macs
 from dynamize.graph.tracer import blank
 from dynamize.nn.network import DynamicNetwork
@@ -97,7 +98,9 @@ def executed_costs(taken: Mapping[str, Action], costs: Mapping[str, Tensor]) -> 
 
 def mean_cross_entropy(output: Output, labels: Tensor) -> Tensor:
     """Of each image, the mean over exits, (N,)."""
-    each = [functional.cross_entropy(one.float(), labels, reduction="none") for one in exit_logits(output)]
+    logits = exit_logits(output)
+    truth = class_numbers(labels, logits[-1].shape[1], "the train images")
+    each = [functional.cross_entropy(one.float(), truth, reduction="none") for one in logits]
     return torch.stack(each).mean(0)
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.functional import adaptive_avg_pool2d, one_hot
 
+from dynamize.arguments import class_numbers
 from dynamize.graph.nodes import output_value
 
 _POOLED_FEATURES = 1024  # a map is pooled to 2x2 where that gives no more features than this
@@ -59,7 +60,8 @@ def probe(
             for kept, head, value in zip(pooled, heads, features, strict=True):
                 kept.append(_seen(head, value).float().cpu())
             answers.append(logits.argmax(1).cpu())
-            labels.append(torch.where(targets.cpu() < 0, answers[-1], targets.cpu()))
+            given = class_numbers(targets.cpu(), logits.shape[1], "the calibration images", unlabelled=True)
+            labels.append(torch.where(given < 0, answers[-1], given))
     truth = torch.cat(labels)
     targets_NC = one_hot(truth, logits.shape[1]).double() * 2 - 1
     outputs = [_leave_one_out(torch.cat(one).double(), targets_NC) for one in pooled]

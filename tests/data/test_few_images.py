@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import dynamize as dz
 from dynamize.calibration import collect
-from dynamize.data import DataSpec, Splits, from_loaders, load_data
+from dynamize.data import DataSpec, Splits, load_data
 from dynamize.errors import DynamizeError
 
 SHAPE = (3, 8, 8)
@@ -130,7 +130,7 @@ def test_steps_do_without_labels_and_train_images(
         flat(root, "test")
         data = load(f"imagefolder:{root}")
     else:
-        data = from_loaders([], batches(torch.full((60,), -1)), batches(torch.full((60,), -1)))
+        data = dz.splits(calibration=batches(torch.full((60,), -1)), test=batches(torch.full((60,), -1)))
     context = dz.Context(data=data, backend="eager")
     steps = [dz.Exits(count=1, share=1.0, head="linear"), dz.Calibrate(macs_ratio=1.2), dz.Quantize(images=20)]
     made = dz.convert(net(), steps, SHAPE, context)

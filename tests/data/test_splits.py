@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from dynamize.data import DataSpec, from_loaders, load_data
+from dynamize.data import DataSpec, load_data
 from dynamize.errors import DynamizeError
 
 
@@ -202,57 +201,3 @@ def test_shapes_that_do_not_fit_the_network():
         load("digits", (1, 8, 8), 10, normalize=[[0.5] * 3, [0.5] * 3])
     with pytest.raises(DynamizeError, match=r"data\.resize 7 is below"):
         load("digits", (1, 8, 8), 10, resize=7)
-
-
-def images_and_labels(n=40):
-    return TensorDataset(torch.randn(n, 3, 4, 4), torch.arange(n) % 2)
-
-
-def test_users_loaders_behave_as_splits():
-    parts = [DataLoader(images_and_labels(), batch_size=8) for _ in range(3)]
-    splits = from_loaders(*parts, class_names=["a", "b"])
-    assert splits.classes == ("a", "b")
-    assert len(splits.test) == 40
-    assert splits.test.labels.tolist() == [0, 1] * 20
-    images, labels = next(splits.test.batches(99))
-    assert torch.equal(images, parts[2].dataset.tensors[0][:8])
-    assert labels.dtype == torch.int64
-    assert splits.train.training_loader(4, seed=0) is parts[0]
-    assert splits.train.prepare(images, torch.Generator()) is images
-
-
-def test_users_loaders_may_share_a_dataset_but_no_image():
-    data = images_and_labels()
-    loaders = [DataLoader(Subset(data, range(i, i + 10)), batch_size=4) for i in (0, 10, 20, 15)]
-    assert len(from_loaders(*loaders[:3]).train) == 10
-    with pytest.raises(DynamizeError, match="calibration and test share 5 images"):
-        from_loaders(loaders[0], loaders[1], loaders[3])
-    batches = [(torch.randn(2, 3, 4, 4), torch.zeros(2, dtype=torch.int64))]
-    with pytest.raises(DynamizeError, match="train and test share"):
-        from_loaders(batches, loaders[0], batches)
-
-
-@pytest.mark.parametrize(
-    ("loader", "said"),
-    [
-        (iter([]), "read once at most"),
-        (DataLoader(images_and_labels(), shuffle=True), "shuffle=False"),
-    ],
-)
-def test_users_loaders_that_are_refused(loader, said):
-    with pytest.raises(DynamizeError, match=said):
-        from_loaders(DataLoader(images_and_labels()), loader, DataLoader(images_and_labels()))
-
-
-@pytest.mark.parametrize(
-    ("batch", "said"),
-    [
-        (torch.zeros(2, 3, 4, 4), r"must give \(images, labels\)"),
-        ((torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.zeros(2).long()), "normalised floating-point"),
-        ((torch.zeros(2, 3, 4, 4), torch.zeros(2, 10)), "one class number per image"),
-    ],
-)
-def test_users_batches_that_are_refused(batch, said):
-    splits = from_loaders([], [batch], DataLoader(images_and_labels()))
-    with pytest.raises(DynamizeError, match=said):
-        next(splits.calibration.batches(2))

@@ -19,7 +19,7 @@ from torch import Tensor
 from dynamize import artifact
 from dynamize.conversion import apply, convert, replay, wrap
 from dynamize.data import Splits
-from dynamize.data.splits import from_loaders
+from dynamize.data.given import splits as splits_of
 from dynamize.errors import DynamizeError
 from dynamize.graph.macs import count_macs
 from dynamize.measure.costs import exit_costs
@@ -49,7 +49,7 @@ def routed(network: DynamicNetwork, batch: Tensor) -> tuple[Tensor, Tensor]:
 def own_answers(network: DynamicNetwork, batch: Tensor) -> Context:
     """Calibration images whose labels are what the network answers, so that its accuracy is 1."""
     labels = routed(network, batch)[0].argmax(1)
-    splits: Splits = from_loaders(*([(batch, labels)] for _ in range(3)))
+    splits: Splits = splits_of(**{name: [(batch, labels)] for name in ("train", "calibration", "test")})
     return Context(data=splits, backend="eager")
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from dynamize import artifact
 from dynamize.conversion import apply, convert, replay, wrap
 from dynamize.data import DataSpec, Splits, load_data
-from dynamize.data.splits import from_loaders
+from dynamize.data.given import splits as splits_of
 from dynamize.errors import DynamizeError
 from dynamize.measure.accuracy import exit_accuracies
 from dynamize.models import create
@@ -34,7 +34,8 @@ def images(count: int) -> Tensor:
 
 
 def splits() -> Splits:
-    return from_loaders(*([(images(count), torch.arange(count) % 7)] for count in (200, 50, 51)))
+    sizes = {"train": 200, "calibration": 50, "test": 51}
+    return splits_of(**{name: [(images(count), torch.arange(count) % 7)] for name, count in sizes.items()})
 
 
 def judged(monkeypatch: pytest.MonkeyPatch, *accuracies: float) -> None:

@@ -27,7 +27,7 @@ from dynamize.nn.gated import GatedSegment, Unit
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.quantized import Quantizer
 from dynamize.recipe import load_recipe
-from dynamize.run import Runner
+from dynamize.run import Runner, run_recipe
 from dynamize.training import state
 from dynamize.transform import Context
 
@@ -349,7 +349,7 @@ def _stopped(name: str, **options: Any) -> None:
     out = HERE / name
     shutil.rmtree(out, ignore_errors=True)
     try:
-        Runner(load_recipe(HERE / f"{name}.yaml"), out, device="cpu", **options).run()
+        run_recipe(load_recipe(HERE / f"{name}.yaml"), out, device="cpu", **options)
     except Killed:
         pass
     else:
