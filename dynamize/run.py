@@ -335,6 +335,7 @@ def run_steps(
         DynamizeError: something given cannot be used, or a step refuses; most is said before anything is trained.
 
     Example:
+        >>> import torch
         >>> net = dz.source("dynamize:digits_resnet_small", pretrained=True)
         >>> images, labels = torch.randn(80, 1, 8, 8), torch.randint(10, (80,))
         >>> data = dz.splits(calibration=(images[:40], labels[:40]), test=(images[40:], labels[40:]))

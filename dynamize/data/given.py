@@ -36,6 +36,7 @@ def splits(*, train: Any = (), calibration: Any, test: Any, class_names: Sequenc
             of another size; or two share images, as far as that can be seen.
 
     Example:
+        >>> import torch
         >>> images, labels = torch.randn(300, 1, 8, 8), torch.randint(10, (300,))
         >>> data = dz.splits(calibration=(images[:200], labels[:200]), test=(images[200:], labels[200:]))
         >>> len(data.test)
