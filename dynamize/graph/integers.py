@@ -101,7 +101,7 @@ def find_places(
     """
     layers = _layers(module, keep_float)
     answer = output_value(module.graph)
-    wanted = {node.all_input_nodes[0] for node in layers} | ({answer} if rounded_output else set())
+    wanted = {_unpadded(module, node.all_input_nodes[0]) for node in layers} | ({answer} if rounded_output else set())
     rounded: dict[fx.Node, fx.Node] = {}
     fused: dict[fx.Node, fx.Node] = {}  # by the clamp
     for node in module.graph.nodes:
@@ -122,6 +122,13 @@ def find_places(
             rounded[node] = node
     ends = {node: clamp for clamp, node in fused.items()}
     return Places({node: ends.get(node, node) for node in layers}, rounded)
+
+
+def _unpadded(module: fx.GraphModule, node: fx.Node) -> fx.Node:
+    """What a tensor was before zeros were put around it: rounded, it is so with them too."""
+    while pads_zeros(module, node):
+        node = node.all_input_nodes[0]
+    return node
 
 
 def _layers(module: fx.GraphModule, keep_float: Collection[str]) -> list[fx.Node]:

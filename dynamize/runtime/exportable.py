@@ -55,6 +55,11 @@ def _each(value: Any, dims: int) -> list[Any]:
     return list(value) if isinstance(value, Sequence | torch.Size) else [value] * dims
 
 
+def _pad(input: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Tensor:
+    """With the value written out: without, ONNX Runtime leaves zeros in front of a convolution a pass of their own."""
+    return functional.pad(input, pad, mode, 0.0 if mode == "constant" and value is None else value)
+
+
 def _conv(dims: int, conv: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """With the padding in numbers."""
 
@@ -71,7 +76,7 @@ def _conv(dims: int, conv: Callable[..., Tensor]) -> Callable[..., Tensor]:
             whole = [step * (size - 1) for step, size in zip(_each(dilation, dims), _sizes(weight, dims), strict=True)]
             padding = [pad // 2 for pad in whole]
             if any(pad % 2 for pad in whole):
-                input = functional.pad(input, [end for pad in whole[::-1] for end in (pad // 2, pad - pad // 2)])
+                input = _pad(input, [end for pad in whole[::-1] for end in (pad // 2, pad - pad // 2)])
                 padding = 0
         return conv(input, weight, bias, stride, 0 if padding == "valid" else padding, dilation, groups)
 
@@ -284,6 +289,7 @@ def _pools(name: str) -> list[Callable[..., Any]]:
 _WRITTEN: dict[Any, Callable[..., Any]] = {
     Tensor.size: _size,
     Tensor.shape.__get__: _shape,  # type: ignore[attr-defined]
+    functional.pad: _pad,
     functional.softplus: _softplus,
     functional.threshold: _threshold,
     functional.instance_norm: _instance_norm,

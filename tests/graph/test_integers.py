@@ -150,10 +150,11 @@ class Bordered(nn.Module):
         return self.last(functional.max_pool2d(functional.pad(x, (1, 1, 1, 1)), 2))
 
 
-def test_zeros_around_a_map_have_its_steps() -> None:
+@pytest.mark.parametrize("rounded_input", [True, False])
+def test_zeros_around_a_map_have_its_steps(rounded_input: bool) -> None:
     torch.manual_seed(0)
     network, batch = Bordered().eval(), torch.randn(2, 3, 32, 32)
-    graph, found = places(network, 3, 32, 32)
+    graph, found = places(network, 3, 32, 32, rounded_input=rounded_input)
     with torch.no_grad():
         assert close(graph(batch), network(batch))
     assert len(found.layers) == 3

@@ -120,17 +120,26 @@ def test_one_stage_is_within_a_step(trained: DynamicNetwork, data: Splits, tmp_p
     assert (found == wanted).double().mean() > 0.99
 
 
-def test_onnx_runtime_computes_in_bytes(trained: DynamicNetwork, data: Splits, tmp_path: Path) -> None:
+def executed(network: DynamicNetwork, folder: Path) -> list[list[str]]:
+    """The operators that ONNX Runtime executes, stage by stage."""
     onnx = pytest.importorskip("onnx")
     import onnxruntime as ort
 
-    network, _ = apply(copy.deepcopy(trained), Quantize(max_drop=None), context(data))
-    export(network, tmp_path / "deploy")
-    for number in (1, 2, 3):
+    export(network, folder / "deploy")
+    found = []
+    for stage in sorted((folder / "deploy").glob("stage-?.onnx")):
         options = session_options("own")
-        options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
-        ort.InferenceSession(tmp_path / "deploy" / f"stage-{number}.onnx", options)
-        kinds = [node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node]
+        options.optimized_model_filepath = str(folder / "optimised.onnx")
+        ort.InferenceSession(stage, options)
+        found.append([node.op_type for node in onnx.load(folder / "optimised.onnx").graph.node])
+    return found
+
+
+def test_onnx_runtime_computes_in_bytes(trained: DynamicNetwork, data: Splits, tmp_path: Path) -> None:
+    network, _ = apply(copy.deepcopy(trained), Quantize(max_drop=None), context(data))
+    stages = executed(network, tmp_path)
+    assert len(stages) == 3
+    for kinds in stages:
         assert "QLinearConv" in kinds
         assert not {"Conv", "FusedConv"} & set(kinds)
 
@@ -250,6 +259,24 @@ def test_convolutions_that_pad_by_themselves(backend: str, data: Splits) -> None
     with torch.no_grad():
         wanted = net(batch)
         assert (compiled(batch) - wanted).square().mean().sqrt() < 0.1 * wanted.std()
+
+
+class PadsByHand(nn.Conv2d):
+    """With zeros behind the map whose value is not written out."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(nn.functional.pad(x, (0, 1, 0, 1)))
+
+
+def test_zeros_are_read_with_the_map_in_onnx_runtime(data: Splits, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layers = [PadsByHand(1, 8, 3, 2), nn.ReLU6(), nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(8, 8, 3, 2, groups=8)]
+    net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(32, 10)).eval()
+    network, _ = apply(wrap(net, SHAPE), Quantize(max_drop=None), Context(data=data))
+    (kinds,) = executed(network, tmp_path)
+    assert kinds.count("QLinearConv") == 2
+    assert kinds.count("QuantizeLinear") == 1  # of the images
+    assert not {"Pad", "Conv", "FusedConv"} & set(kinds)
 
 
 def test_calibrated_again_by_itself(trained: DynamicNetwork, data: Splits, monkeypatch: pytest.MonkeyPatch) -> None:
