@@ -1,6 +1,6 @@
 """Whether the first batch after a switch of operating points takes longer than those that follow.
 
-    dynamize run cascade --out cascade
+    dynamize run quickstart --out cascade
     python benchmarks/knob.py cascade
 
 Each turn switches from one operating point to another and runs some batches there; turns at which nothing is switched

@@ -179,7 +179,7 @@ def export(
 ) -> None:
     """Write every stage as ONNX, the routing as JSON, and run.py, which needs only numpy and onnxruntime.
 
-    Example: dynamize export runs/quickstart --to deploy
+    Example: dynamize export runs/digits_exits --to deploy
     """
     with reporting(quiet=False):
         from dynamize import artifact

@@ -175,7 +175,7 @@ def _asked(network: DynamicNetwork, point: OperatingPoint) -> list[str]:
     asked = [name for name in network.members if point.thresholds[name] is not None]
     if not asked:
         return ["chosen on calibration images: none of the networks in front is asked"]
-    return [f"chosen on calibration images: {', '.join(asked)} are asked first, and answers joined by {point.combine}"]
+    return [f"chosen on calibration images: first {', '.join(asked)}, and answers joined by {point.combine}"]
 
 
 def _fitted_before(network: DynamicNetwork) -> list[str]:
