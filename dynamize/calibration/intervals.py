@@ -64,10 +64,13 @@ class CrossFit:
 
 def folds_of(table: ConfidenceTable, folds: int = 10, seed: int = 0) -> list[Fold]:
     """The table parted at random; kept with it, so that many settings share the folds' sorted ranks."""
-    if not 2 <= folds <= table.images // 2 or table.images - -(-table.images // folds) < FEWEST_IMAGES:
+    if folds < 2:
+        raise DynamizeError(f"folds={folds} cross-fits nothing: give 2 or more (10 is usual).")
+    fewest = max(2 * folds, -(-FEWEST_IMAGES * folds // (folds - 1)))  # so that all folds but one hold enough
+    if table.images < fewest:
         raise DynamizeError(
-            f"{table.images} images cannot be cross-fitted in {folds} folds: thresholds need at least "
-            f"{FEWEST_IMAGES} images. Give more calibration images, or other folds (10 is usual)."
+            f"{table.images} images cannot be cross-fitted in {folds} folds: that takes at least {fewest}. Give more "
+            "calibration images, or other folds (10 is usual)."
         )
     key = "folds", folds, seed
     if key not in table.cache:
