@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from dynamize.errors import DynamizeError as DynamizeError
     from dynamize.nn.network import DynamicNetwork as DynamicNetwork
     from dynamize.nn.network import record_routing as record_routing
-    from dynamize.run import run_steps as run_steps
     from dynamize.runtime.compiled import compile_network as compile_network
+    from dynamize.script import run_steps as run_steps
     from dynamize.sources import source as source
     from dynamize.training.objectives import MultiExitLoss as MultiExitLoss
     from dynamize.transform import Context as Context
@@ -67,7 +67,7 @@ _HOMES = {
     "convert": "conversion",
     "load": "artifact",
     "record_routing": "nn.network",
-    "run_steps": "run",
+    "run_steps": "script",
     "save": "artifact",
     "source": "sources",
     "splits": "data.given",

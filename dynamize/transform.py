@@ -38,7 +38,7 @@ class Context:
     """What a transform may use besides the network.
 
     Attributes:
-        data: train, calibration and test images, or None when only the structure is built.
+        data: train, calibration and test images (:func:`dynamize.splits`), or None when only the structure is built.
         teacher: the untouched network, frozen.
         members: networks made in Python that a step puts in front of it, by the names that the step gives them.
         trust_code: whether sources that steps name may be imported.
@@ -71,7 +71,7 @@ class Context:
         if self.data is None:
             raise DynamizeError(
                 f"`{transform.pass_name}` needs images: give the recipe a `data:` section, or in Python pass "
-                "Context(data=...)"
+                "Context(data=dz.splits(...))"
             )
         return self.data
 

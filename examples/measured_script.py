@@ -13,7 +13,7 @@ import dynamize as dz
 
 def main(epochs: int = 3) -> None:
     train, calibration, test = images()
-    large, small = (trained(net, train, epochs) for net in (network(32, depth=6), network(16, depth=3)))
+    large, small = (trained(net, train, 2 * epochs) for net in (network(32, depth=6), network(16, depth=3)))
     done = dz.run_steps(
         large,
         [dz.Exits(count=2), dz.Distill(epochs=epochs), dz.Calibrate(max_drop=0.5)],  # drops are in points
@@ -46,7 +46,7 @@ def block(channels: int, width: int) -> nn.Module:
 
 def trained(net: nn.Module, dataset, epochs: int) -> nn.Module:
     """Your own training."""
-    optimizer = torch.optim.Adam(net.train().parameters(), lr=0.003)
+    optimizer = torch.optim.Adam(net.train().parameters(), lr=0.01)
     for _ in range(epochs):
         for batch, labels in DataLoader(dataset, 64, shuffle=True):
             optimizer.zero_grad()

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import dynamize as dz
 from dynamize.errors import DynamizeError
@@ -97,12 +98,21 @@ def test_misuse_is_told_in_a_sentence(call: Callable[[], Any], said: str) -> Non
         (batches(torch.cat([GOOD[1:], torch.tensor([-1])])), "1 of 32 images have no label"),
         (batches(GOOD[:, None]), "one class number per image"),
         (batches(GOOD, torch.zeros(32, *SHAPE, dtype=torch.uint8)), "normalised floating-point images"),
-        ("folder", "pass what can be iterated|gave a str"),
+        ("folder", "calibration='folder' gives no images: give a DataLoader"),
     ],
 )
 def test_calibration_images_that_cannot_be_judged_are_refused(loader: Any, said: str) -> None:
     with pytest.raises(DynamizeError, match=said):
         dz.calibrate(with_exit(), loader, net())
+
+
+def test_calibration_images_may_be_a_loader_a_dataset_or_tensors() -> None:
+    labels = torch.arange(64) % CLASSES
+    pair = torch.randn(64, *SHAPE, generator=torch.Generator().manual_seed(0)), labels
+    given = (pair, TensorDataset(*pair), DataLoader(TensorDataset(*pair), 10))
+    first, *others = ([point.macs for point in dz.calibrate(with_exit(), one, net(), count=4)] for one in given)
+    assert len(first) > 1
+    assert others == [pytest.approx(first)] * 2
 
 
 def test_an_empty_loader_is_refused_by_every_step_that_reads_it() -> None:

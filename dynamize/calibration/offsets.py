@@ -16,7 +16,7 @@ from dynamize.calibration.collect import TableMaker
 from dynamize.calibration.operating import OperatingPoint, OperatingPoints, named_by_cost, undominated
 from dynamize.calibration.points import operating_points
 from dynamize.calibration.table import ConfidenceTable
-from dynamize.data import LoaderSet
+from dynamize.data.given import given_images
 from dynamize.errors import DynamizeError, InfeasibleError
 from dynamize.nn.gates import ALL_OPEN
 from dynamize.nn.network import DynamicNetwork
@@ -36,8 +36,8 @@ def calibrate(
 
     Args:
         network: trained, with exits or gates; the temperatures of exits are fitted here.
-        loader: calibration images that ``teacher`` was not trained on, under the test-time transform: an iterable of
-            (images (N, C, H, W), labels (N,)).
+        loader: calibration images that ``teacher`` was not trained on, under the test-time transform: a DataLoader, a
+            dataset or a pair (images, labels), as :func:`dynamize.splits` takes them.
         teacher: the original network, which accuracy drops refer to.
         count: how many points.
         seed: of the cross-fitting folds.
@@ -57,7 +57,7 @@ def calibrate(
         raise DynamizeError("dz.calibrate: the network has neither exits nor gates: convert it with dz.Exits() first")
     given_network(teacher, "teacher")
     device = next(network.parameters()).device
-    images = loader if hasattr(loader, "batches") else LoaderSet("calibration", loader)
+    images = loader if hasattr(loader, "batches") else given_images("calibration", loader)
     maker = TableMaker(network, images, teacher, device, default_backend(device))
     network.operating_points = curve_of_all(every_asking(maker), count, seed)
     return network.operating_points

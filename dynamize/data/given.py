@@ -44,7 +44,7 @@ def splits(*, train: Any = (), calibration: Any, test: Any, class_names: Sequenc
     """
     classes = tuple(class_names or ())
     given = {"train": train, "calibration": calibration, "test": test}
-    sets = {name: _set_of(name, one, classes) for name, one in given.items()}
+    sets = {name: given_images(name, one, classes) for name, one in given.items()}
     check_disjoint({name: set() if one.empty else set(_keys(one.loader)) for name, one in sets.items()})
     shapes = {name: one.shape for name, one in sets.items() if name != "train" or not one.empty}
     for name, shape in shapes.items():
@@ -55,7 +55,12 @@ def splits(*, train: Any = (), calibration: Any, test: Any, class_names: Sequenc
     return Splits(sets["train"], sets["calibration"], sets["test"], classes)
 
 
-def _set_of(name: str, given: Any, classes: tuple[str, ...]) -> LoaderSet:
+def given_images(name: str, given: Any, classes: tuple[str, ...] = ()) -> LoaderSet:
+    """What stands for one split, ``name``: a loader, a dataset, or images and labels.
+
+    Raises:
+        DynamizeError: it is nothing of these.
+    """
     if (
         isinstance(given, list | tuple)
         and len(given) == 2
