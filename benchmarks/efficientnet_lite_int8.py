@@ -24,13 +24,12 @@ from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, Q
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset, TensorDataset
+from torch.utils.data import Subset, TensorDataset
 from torchvision.transforms import v2
 
 import dynamize as dz
 from dynamize.conversion import apply, wrap
 from dynamize.data import Images, Splits
-from dynamize.data.splits import from_loaders
 from dynamize.measure.latency import REST, interleave
 from dynamize.nn.network import DynamicNetwork
 from dynamize.transform import Context
@@ -80,9 +79,7 @@ def halves(folder: Path, side: int) -> Splits:
     pixels = torch.stack([crop(Image.open(folder / row["file"]).convert("RGB")) for row in rows])
     every = TensorDataset(pixels, torch.tensor([int(row["label"]) for row in rows]))
     calibration, test = ([i for i in range(len(rows)) if i // TEN % 2 == half] for half in (0, 1))
-    unused = Subset(TensorDataset(*every[:BATCH]), range(BATCH))
-    loaders = (DataLoader(one, BATCH) for one in (unused, Subset(every, calibration), Subset(every, test)))
-    return from_loaders(*loaders)
+    return dz.splits(calibration=Subset(every, calibration), test=Subset(every, test))
 
 
 def ours(net: nn.Module, static: DynamicNetwork, data: Splits, folder: Path) -> DynamicNetwork:
