@@ -65,7 +65,7 @@ class CrossFit:
 def folds_of(table: ConfidenceTable, folds: int = 10, seed: int = 0) -> list[Fold]:
     """The table parted at random; kept with it, so that many settings share the folds' sorted ranks."""
     if folds < 2:
-        raise DynamizeError(f"folds={folds} cross-fits nothing: give 2 or more (10 is usual).")
+        raise DynamizeError(f"folds={folds}: thresholds are cross-fitted in 2 folds or more (10 is usual).")
     fewest = max(2 * folds, -(-FEWEST_IMAGES * folds // (folds - 1)))  # so that all folds but one hold enough
     if table.images < fewest:
         raise DynamizeError(
