@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from dynamize.calibration.operating import OperatingPoint
 from dynamize.measure.accuracy import Seen
 from dynamize.nn.cascade import numbers
-from dynamize.nn.joining import Joining, join, weigh
+from dynamize.nn.joining import Joining
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.piece import Setting
+from dynamize.nn.scoring import join, weigh
 
 Floats = NDArray[np.float64]
 

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 
 from dynamize.calibration.temperature import WIDEST
-from dynamize.nn.joining import Joining, agreement, join
+from dynamize.nn.joining import Joining
+from dynamize.nn.scoring import agreement, join
 
 Floats = NDArray[np.float64]
 Classes = NDArray[np.int64]

@@ -15,8 +15,9 @@ from torch import Tensor
 from dynamize.nn.confidence import ConfidenceName
 from dynamize.nn.exits import Leaving
 from dynamize.nn.flow import Flow, take_rows
-from dynamize.nn.joining import SCORES, Floats, Joining, agreement, join, weigh
+from dynamize.nn.joining import Joining
 from dynamize.nn.piece import Call, Choose, Part, Piece, Run, Setting
+from dynamize.nn.scoring import SCORES, Floats, agreement, join, weigh
 
 EVIDENCE = "evidence"  # (n, classes), in what a flow carries: the joined answers so far, as logits
 VOTES = "votes"  # (n, M), int64: what each network so far would have answered alone

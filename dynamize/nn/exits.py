@@ -12,8 +12,8 @@ from dynamize.graph.macs import counting_macs
 from dynamize.nn.confidence import CONFIDENCES, ConfidenceName
 from dynamize.nn.flow import NOBODY, ONLY, Flow, Indices, Options
 from dynamize.nn.heads import ExitHead
-from dynamize.nn.joining import Floats
 from dynamize.nn.piece import GOES_ON, LEAVES, Call, Choose, Decision, Part, Piece, Run, Setting
+from dynamize.nn.scoring import Floats
 
 CONTEXT = "context"  # (n, D), in what a flow carries: everything that heads so far have pooled, side by side
 

@@ -11,7 +11,7 @@ from networks import SmallResNet, conv_block, set_offset, small_resnet
 from torch import Tensor, nn
 
 from dynamize.conversion import convert, wrap
-from dynamize.data.images import LoaderSet
+from dynamize.data.loaders import LoaderSet
 from dynamize.nn.channels import ChannelUnit
 from dynamize.nn.gates import ALL_OPEN, Gate
 from dynamize.nn.network import DynamicNetwork, record_routing

@@ -6,7 +6,7 @@ import torch
 from scipy.special import softmax
 
 from dynamize.nn.confidence import CONFIDENCES
-from dynamize.nn.joining import SCORES, agreement, join, weigh
+from dynamize.nn.scoring import SCORES, agreement, join, weigh
 
 LOGITS = [
     3 * np.random.default_rng(0).normal(size=(7, 10)).astype(np.float32),
