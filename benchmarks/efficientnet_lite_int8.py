@@ -85,7 +85,7 @@ def halves(folder: Path, side: int) -> Splits:
 def ours(net: nn.Module, static: DynamicNetwork, data: Splits, folder: Path) -> DynamicNetwork:
     """The network in bytes by `quantize`, from its artifact if there is one."""
     if not folder.exists():
-        quantized, notes = apply(static, dz.Quantize(max_drop=None), Context(data=data))
+        quantized, notes = apply(static, dz.Quantize(), Context(data=data, teacher=net, backend="onnxruntime"))
         print("\n".join(notes), flush=True)
         dz.save(quantized, folder)
     return dz.load(folder, network=net).eval()

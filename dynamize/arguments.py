@@ -1,7 +1,9 @@
 """What users hand over in Python, looked at before it is worked with: a network, a shape, steps, class numbers."""
 
+import math
 import os
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -180,3 +182,8 @@ def class_numbers(labels: Any, classes: int, where: str, *, unlabelled: bool = F
 def _described(value: Any) -> str:
     text = " ".join(repr(value).split())
     return f"{text if len(text) <= _SHOWN else text[:_SHOWN] + '...'} ({type(value).__name__})"
+
+
+def is_positive(value: object) -> bool:
+    """Whether it is a finite number above zero."""
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) < math.inf

@@ -9,12 +9,12 @@ argument). Between two operating points their batches alternate, so that any mea
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from numbers import Real
 from typing import Protocol
 
 import numpy as np
 from torch import Tensor
 
+from dynamize.arguments import is_positive
 from dynamize.calibration.drift import Drift
 from dynamize.calibration.operating import OperatingPoint
 from dynamize.errors import DynamizeError
@@ -151,7 +151,7 @@ class Controller:
             return
         if self.held == "last_share":
             mean = float((left == len(self.point.exits) - 1).mean())
-        elif not _positive(mean):
+        elif not is_positive(mean):
             raise DynamizeError(f"{self.held} of a batch cannot be {mean!r}: give its mean per image")
         self._drift.saw(self.point, left)
         self._learn(float(mean or 0.0), len(left))
@@ -196,10 +196,6 @@ def _one_of(given: dict[str, float | None]) -> tuple[str, float]:
             f"{len(named)} wanted means were given ({', '.join(named) or 'none'}): give one of {', '.join(given)}"
         )
     ((name, value),) = named.items()
-    if not _positive(value):
+    if not is_positive(value):
         raise DynamizeError(f"{name}={value!r} is no mean that could be held: give a positive number")
     return name, float(value)
-
-
-def _positive(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) < math.inf

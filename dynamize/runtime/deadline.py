@@ -9,13 +9,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from numbers import Real
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dynamize.arguments import is_positive
 from dynamize.errors import DynamizeError
 from dynamize.measure.latency import synchronize
 from dynamize.nn.executor import Routed
@@ -253,8 +253,7 @@ def seconds_of(deadline_ms: Any) -> float:
     Raises:
         DynamizeError: it is no positive number.
     """
-    number = isinstance(deadline_ms, Real) and not isinstance(deadline_ms, bool)
-    if not number or not 0 < deadline_ms < math.inf:
+    if not is_positive(deadline_ms):
         raise DynamizeError(
             f"a deadline of {deadline_ms!r} cannot be kept: give milliseconds above 0, for example 5, or leave it out"
         )
