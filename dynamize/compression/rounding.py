@@ -65,13 +65,15 @@ def prepare(network: DynamicNetwork) -> DynamicNetwork:
     """A copy for eval mode only, whose parts are prepared graphs of its own."""
     found = copy.deepcopy(network).eval()
     found.freeze()
-    reached: dict[int, Tensor] = {0: blank(found, 1, *found.input_shape)}
+    images = blank(found, 1, *found.input_shape)
+    reached: dict[int, Tensor] = {}
     with torch.no_grad():
         for part in _graphs(found):
             assert part.put is not None
             assert part.graph is not None
-            graph = prepared(part.graph, reached[part.before])
-            reached.setdefault(part.after, note_shapes(graph, reached[part.before]))
+            given = reached.get(part.before, images)  # what no part gives is an image, at the start and after restarts
+            graph = prepared(part.graph, given)
+            reached.setdefault(part.after, note_shapes(graph, given))
             part.put(graph)
     return found
 

@@ -1,5 +1,6 @@
 """Cascades from names, from smaller images, from smaller copies and from Python; and what is refused."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,24 @@ def test_smaller_images_and_smaller_copies(net: torch.nn.Module, context: Contex
     dz.save(network, tmp_path)
     images = torch.randn(20, *SHAPE)
     assert torch.equal(dz.load(tmp_path)(images), network(images))
+
+
+def test_a_cascade_in_bytes(net: torch.nn.Module, context: Context, tmp_path: Path) -> None:
+    """Every network of it has ranges of its own, from images; thresholds are solved again."""
+    context = replace(context, teacher=net)
+    steps = [dz.Cascade(first=[SMALL, {"resolution": 7}]), dz.Calibrate(max_drop=2), dz.Quantize(images=64)]
+    network = dz.convert(net, steps, SHAPE, context).eval()
+    assert not network.history[-1]["float_layers"]
+    dz.save(network, tmp_path)
+    loaded = dz.load(tmp_path)
+    images = torch.cat([batch for batch, _ in context.data.test.batches(256)])
+    everyone = Setting({name: 2.0 for name in network.members}, combine="product")
+    for setting in (everyone, network.setting):
+        found = network.run(images, setting)
+        again = loaded.run(images, setting)
+        assert torch.equal(found.logits, again.logits)
+        compiled = dz.compile_network(network, "onnxruntime").run(images, setting)
+        assert (compiled.logits.argmax(1) == found.logits.argmax(1)).double().mean() > 0.97
 
 
 def test_a_network_gets_the_images_that_it_was_trained_on() -> None:
