@@ -82,7 +82,7 @@ def test_a_cascade_in_bytes(net: torch.nn.Module, context: Context, tmp_path: Pa
     dz.save(network, tmp_path)
     loaded = dz.load(tmp_path)
     images = torch.cat([batch for batch, _ in context.data.test.batches(256)])
-    everyone = Setting({name: 2.0 for name in network.members}, combine="product")
+    everyone = Setting(dict.fromkeys(network.members, 2.0), combine="product")
     for setting in (everyone, network.setting):
         found = network.run(images, setting)
         again = loaded.run(images, setting)
