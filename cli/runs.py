@@ -140,20 +140,26 @@ def _overrides(
 
 
 def _print(outcome: "Outcome", folder: Path, as_json: bool, quiet: bool) -> None:
+    verdict = outcome.verdict
     if as_json:
         found = outcome.report.ledger.model_dump(mode="json", include={"rows", "rivals"})
-        failures = [vars(one) for one in outcome.failures]
-        show_json({"out": str(folder), "ledger": found["rows"], "rivals": found["rivals"], "failures": failures})
+        told = {"failures": [vars(one) for one in verdict.failures], "changes": [vars(one) for one in verdict.changes]}
+        show_json({"out": str(folder), "ledger": found["rows"], "rivals": found["rivals"], **told})
         return
     if not quiet:
         from dynamize.report import terminal
 
         show(terminal.render(outcome.report))
         show(f"\nReport: {folder / 'report.html'}", f"Artifact: {folder}")
-    for warning in outcome.warnings:
+    for warning in [*outcome.warnings, *verdict.notes]:
         warn(warning)
-    if outcome.failures:
-        from dynamize.cli.tables import failures_table
+    if verdict.failures or (verdict.changes and not quiet):
+        from dynamize.cli.tables import columns
+        from dynamize.report.changes import change_columns, finding_columns
 
-        complain(f"{len(outcome.failures)} of what the recipe expects does not hold")
-        show(failures_table(outcome.failures))
+        if verdict.changes:
+            show("", columns(change_columns(verdict.changes)))
+        if verdict.failures:
+            complain(f"{len(verdict.failures)} of what the recipe expects does not hold")
+        shown = verdict.failures if quiet or not verdict.changes else verdict.findings
+        show("", columns(finding_columns(shown)))

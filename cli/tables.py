@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import math
 from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from dynamize.calibration.operating import OperatingPoint
     from dynamize.graph.gateable import GateableBlock
     from dynamize.graph.tree import Block, NetworkTree, Stage
-    from dynamize.run import Failure
+    from dynamize.report.cells import Column
     from dynamize.transform import Transform
     from dynamize.verbs.bench import Benchmark, Comparison
     from dynamize.verbs.inspect import DecisionFacts, Inspection
@@ -202,23 +201,12 @@ def predictions(found: Sequence["Prediction"]) -> Table:
     return made
 
 
-def failures_table(failures: Sequence["Failure"]) -> Table:
-    """What was expected and what came out."""
-    made = table(("expected", "left"), ("at least", "right"), ("at most", "right"), ("found", "right"))
-    for one in failures:
-        bounds = [ABSENT if bound is None else f"{bound:g}" for bound in (one.least, one.most)]
-        made.add_row(*map(Text, [one.figure, *bounds, _beyond(one)]))
+def columns(found: "Sequence[Column]") -> Table:
+    """A report's columns."""
+    made = table(*((column.title, "right" if column.right else "left") for column in found))
+    for row in zip(*(column.cells for column in found), strict=True):
+        made.add_row(*map(Text, row))
     return made
-
-
-def _beyond(failure: "Failure") -> str:
-    """The value in as many digits as it takes to see that it is beyond its bound."""
-    bounds = [bound for bound in (failure.least, failure.most) if bound is not None]
-    for digits in range(3, 10):
-        text = f"{failure.value:.{digits}f}"
-        if all(not math.isclose(float(text), bound, rel_tol=1e-12) for bound in bounds):
-            return text
-    return repr(failure.value)
 
 
 def point(found: "OperatingPoint") -> Table:

@@ -54,6 +54,11 @@ def _why(one: Mapping[str, Any], model: type[BaseModel]) -> str:
     if one["type"] == "extra_forbidden":
         names = [name for cls in _sections(model, one["loc"][:-1]) for name in _fields(cls)]
         return f"no such field. {closest(str(one['loc'][-1]), names)}Fields: {', '.join(names)}."
+    if one["type"] in ("model_type", "dict_type") and (found := _sections(model, one["loc"])) != [model]:
+        names = [name for cls in found for name in _fields(cls)]
+        return f"one value stands where fields are expected: {', '.join(names)} (given: {one['input']!r})"
+    if one["type"] == "path_type":
+        return f"a path is expected (given: {one['input']!r})"
     if one["type"] == "missing":
         return "missing"
     if one["type"] in ("union_tag_invalid", "union_tag_not_found"):

@@ -10,7 +10,8 @@ MANIFEST, WEIGHTS = "manifest.json", "weights.safetensors"
 CODE = "code"  # with the files that define the user's own transforms
 LEDGER, METRICS, STEPS, STATE = "ledger.json", "metrics.jsonl", "steps", "state.json"
 REPORT_PAGE, REPORT_TEXT, REPORT_DATA = "report.html", "report.md", "report.json"
-_FILES = (MANIFEST, WEIGHTS, LEDGER, METRICS, REPORT_PAGE, REPORT_TEXT, REPORT_DATA)
+VERDICT = "expect.md"  # what the recipe expected and what came out, for a pull request
+_FILES = (MANIFEST, WEIGHTS, LEDGER, METRICS, REPORT_PAGE, REPORT_TEXT, REPORT_DATA, VERDICT)
 
 
 def check_folder(out: Path, *, resume: bool, overwrite: bool) -> None:

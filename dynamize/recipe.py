@@ -3,7 +3,7 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
@@ -18,12 +18,11 @@ from pydantic import (
     SerializeAsAny,
     ValidationError,
     field_validator,
-    model_validator,
 )
 
-from dynamize.calibration.operating import no_ratio
 from dynamize.data.spec import DataSpec
 from dynamize.errors import DynamizeError
+from dynamize.expect import Expect
 from dynamize.faults import explain
 from dynamize.paths import beside, from_here, located
 from dynamize.recipes import builtin_recipes, find_recipe, read_recipe
@@ -73,49 +72,6 @@ class ModelSection(SourceSpec):
     def spec(self) -> SourceSpec:
         """Without the input shape."""
         return SourceSpec(source=self.source, kwargs=self.kwargs, checkpoint=self.checkpoint)
-
-
-class Bound(BaseModel):
-    """A smallest and a largest value that a figure of the last row may have."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    min: float | None = None
-    max: float | None = None
-
-    @model_validator(mode="after")
-    def _in_order(self) -> Self:
-        if self.min is not None and self.max is not None and self.min > self.max:
-            raise ValueError(f"min {self.min:g} is above max {self.max:g}, so that nothing is between: exchange them")
-        return self
-
-
-class Expect(BaseModel):
-    """What CI enforces about the last row of the ledger."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    accuracy: Bound | None = Field(None, description="in percent")
-    accuracy_drop: Bound | None = Field(None, description="against the original network, in points")
-    macs_ratio: Bound | None = Field(None, description="executed MACs as a share of the original network's")
-    speedup: Bound | None = Field(None, description="on the first backend, the smallest over the batch sizes")
-    agreement: Bound | None = Field(None, description="same answers as the original network, in percent")
-
-    @field_validator("accuracy", "agreement")
-    @classmethod
-    def _in_percent(cls, bound: Bound | None) -> Bound | None:
-        for value in (bound.min, bound.max) if bound is not None else ():
-            if value is not None and (0 < value < 1 or not 0 <= value <= 100):
-                raise ValueError(f"percent are meant, from 0 to 100: write 90 for 90 % (given: {value:g})")
-        return bound
-
-    @field_validator("macs_ratio")
-    @classmethod
-    def _is_a_share(cls, bound: Bound | None) -> Bound | None:
-        for value in (bound.min, bound.max) if bound is not None else ():
-            if value is not None and (fault := no_ratio(value)):
-                raise ValueError(f"{fault} (given: {value:g})")
-        return bound
 
 
 class Settings(BaseModel):

@@ -14,6 +14,7 @@ import torch
 from accelerate import PartialState
 
 from dynamize import artifact
+from dynamize.baseline import Baseline, judged
 from dynamize.conversion import apply, replay, wrap
 from dynamize.data import Splits
 from dynamize.devices import choose_device
@@ -26,6 +27,7 @@ from dynamize.folders import (
     REPORT_DATA,
     REPORT_PAGE,
     REPORT_TEXT,
+    VERDICT,
     check_folder,
     check_space,
     clear,
@@ -35,9 +37,10 @@ from dynamize.measure.accuracy import judgeable
 from dynamize.measure.memory import saved_bytes
 from dynamize.nn.network import DynamicNetwork
 from dynamize.plan import Plan, Planner, longest_timing
-from dynamize.recipe import Bound, Recipe, Settings
+from dynamize.recipe import Recipe, Settings
 from dynamize.rehearsal import Rehearsed, told
-from dynamize.report import Ledger, ReportData, Rival, Row, html, markdown, terminal
+from dynamize.report import Ledger, ReportData, Rival, Row, changes, html, markdown, terminal
+from dynamize.report.changes import Finding, Verdict
 from dynamize.report.folder import OF_OTHER_FILES
 from dynamize.rivals import Rivals
 from dynamize.runtime.engine import default_backend
@@ -51,31 +54,26 @@ _COPIES = 6  # of the weights, beside one for each step: the artifact, and a che
 
 
 @dataclass(frozen=True)
-class Failure:
-    """A figure of the last row, in the unit of the recipe, that is not between ``least`` and ``most``."""
-
-    figure: str
-    value: float
-    least: float | None
-    most: float | None
-
-
-@dataclass(frozen=True)
 class Outcome:
-    """What a run leaves: the network, what a report shows, which expectations failed, and what else to be told.
+    """What a run leaves: the network, what a report shows, what came of the expectations, and what else to be told.
 
     Printed, it is the report as text.
     """
 
     network: DynamicNetwork
     report: ReportData
-    failures: list[Failure]
+    verdict: Verdict
     warnings: list[str]
 
     @property
     def ledger(self) -> Ledger:
         """A row for each step; drops are fractions."""
         return self.report.ledger
+
+    @property
+    def failures(self) -> list[Finding]:
+        """Expectations that do not hold."""
+        return self.verdict.failures
 
     def __str__(self) -> str:
         return terminal.text(self.report)
@@ -115,9 +113,12 @@ class Runner:
         self.progress = progress if self.state.is_main_process else quiet
         if self.state.is_main_process:
             check_folder(out, resume=resume, overwrite=overwrite)
+        self.baseline = Baseline.of(settings, out, self.backends[0])
         torch.manual_seed(settings.seed)  # a source without a checkpoint is the same network again after --resume
         self.teacher = subject.network().to(self.device).requires_grad_(False)
         self.static = self._untouched()
+        if self.baseline is not None:
+            self.baseline.check_network(self.static)
         check_space(out, (len(settings.steps) + _COPIES) * saved_bytes(self.static))
         self.data = self._load_data()
         self.evaluator = Evaluator(
@@ -265,7 +266,12 @@ class Runner:
         write_text(out / REPORT_DATA, report.model_dump_json(exclude=OF_OTHER_FILES))
         write_text(out / REPORT_PAGE, html.render(report))
         write_text(out / REPORT_TEXT, markdown.render(report))
-        return Outcome(network, report, failures(settings, rows[-1], self.backends[0]), self.planner.warnings())
+        verdict = judged(settings.expect, ledger, self.baseline)
+        if verdict.findings or verdict.changes:
+            write_text(out / VERDICT, changes.markdown(verdict, ledger.title))
+        else:
+            (out / VERDICT).unlink(missing_ok=True)  # of an earlier run that this one went on with
+        return Outcome(network, report, verdict, self.planner.warnings())
 
 
 def run_recipe(recipe: Recipe, out: Path, *, trust_code: bool | None = False, **options: Any) -> Outcome | None:
@@ -276,26 +282,6 @@ def run_recipe(recipe: Recipe, out: Path, *, trust_code: bool | None = False, **
 def plan_recipe(recipe: Recipe, out: Path, *, trust_code: bool | None = False, **options: Any) -> Plan:
     """What :func:`run_recipe` would do; nothing is trained or written."""
     return Runner(recipe, Named(recipe, trust_code), out, **options).plan()
-
-
-def failures(settings: Settings, row: Row, backend: str) -> list[Failure]:
-    """Which expectations the last row does not meet."""
-    speedups = row.speedup.get(backend, {})
-    found = {
-        "accuracy": 100 * row.accuracy,
-        "accuracy_drop": 100 * row.accuracy_drop,
-        "macs_ratio": row.macs_ratio,
-        "speedup": min(speedups.values()) if speedups else 1.0,
-        "agreement": 100 * row.agreement,
-    }
-    failed = []
-    for name, value in found.items():
-        bound: Bound = getattr(settings.expect, name) or Bound()
-        too_small = bound.min is not None and value < bound.min
-        too_large = bound.max is not None and value > bound.max
-        if too_small or too_large:
-            failed.append(Failure(name, value, bound.min, bound.max))
-    return failed
 
 
 def describe(row: Row) -> str:

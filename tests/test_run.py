@@ -17,7 +17,7 @@ from dynamize.folders import check_folder, clear, holds_run, step_folders
 from dynamize.kept import fingerprint
 from dynamize.recipe import Recipe, load_recipe
 from dynamize.report.ledger import Row
-from dynamize.run import Outcome, Runner, failures, run_recipe
+from dynamize.run import Outcome, Runner, run_recipe
 from dynamize.subject import Named
 from dynamize.training import loop
 
@@ -139,28 +139,6 @@ def test_expectations_may_change_on_resume(reference: Path) -> None:
         ("speedup", 1000.0, None),
         ("macs_ratio", None, 0.001),
     }
-
-
-@pytest.mark.parametrize(
-    ("expect", "failed"),
-    [
-        ("{accuracy: {min: 90}}", []),
-        ("{accuracy: {min: 90.1}}", ["accuracy"]),
-        ("{accuracy_drop: {max: 2}}", []),
-        ("{accuracy_drop: {max: 1.9}}", ["accuracy_drop"]),
-        ("{macs_ratio: {min: 0.5, max: 0.5}}", []),
-        ("{macs_ratio: {min: 0.6, max: 0.7}}", ["macs_ratio"]),
-        ("{speedup: {min: 1.3}}", ["speedup"]),
-        ("{speedup: {min: 1.2}, agreement: {min: 95}}", []),
-    ],
-)
-def test_failures_by_hand(expect: str, failed: list[str]) -> None:
-    row = Row(
-        step=1, transform="calibrate", params=1, macs=1, macs_worst=1, macs_ratio=0.5, accuracy=0.9,
-        accuracy_ci=(0.8, 1), accuracy_drop=0.02, agreement=0.95, seconds=1,
-        speedup={"eager": {"1": 1.25, "64": 2.0}, "onnxruntime": {"1": 0.5}},
-    )  # fmt: skip
-    assert [one.figure for one in failures(recipe(f"expect={expect}"), row, "eager")] == failed
 
 
 def test_folders(tmp_path: Path) -> None:

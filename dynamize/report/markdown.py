@@ -16,23 +16,23 @@ def render(report: ReportData) -> str:
     Raises `DynamizeError` if the ledger has no rows.
     """
     ledger, shown = report.ledger, report.ledger.with_rivals()
-    blocks = [f"# {_plain(ledger.title)}", _plain(best(ledger)), _plain(headline(ledger)), _about(report)]
+    blocks = [f"# {plain(ledger.title)}", plain(best(ledger)), plain(headline(ledger)), _about(report)]
     columns = cells.name_columns(shown) + cells.result_columns(shown) + cells.size_columns(shown)
     backends = ledger.backends()
     for backend in backends:
         timing = cells.timing_columns(shown, backend, ledger.batches(backend))
         suffix = f" {backend}" if len(backends) > 1 else ""
         columns += [Column(column.heading + suffix, column.cells) for column in timing]
-    blocks += [_table(columns + cells.exit_column(shown)), _plain(cells.legend(ledger))]
+    blocks += [table(columns + cells.exit_column(shown)), plain(cells.legend(ledger))]
     if len(backends) == 1:
-        blocks[-1] += f" Backend: {_plain(backends[0])}."
+        blocks[-1] += f" Backend: {plain(backends[0])}."
     if told := verdicts(ledger):
-        blocks.append("\n".join(f"> **Note.** {_plain(line)}  " for line in told))
+        blocks.append("\n".join(f"> **Note.** {plain(line)}  " for line in told))
     if report.operating_points:
-        label = "" if report.latency_label == "ms" else f" Time: {_plain(report.latency_label)}."
+        label = "" if report.latency_label == "ms" else f" Time: {plain(report.latency_label)}."
         blocks += [
             "## Operating points",
-            _table(cells.point_columns(report.operating_points)),
+            table(cells.point_columns(report.operating_points)),
             f"Expected values; ±: the longer arm of the 95 % interval.{label}",
         ]
     if report.budgeted:
@@ -40,23 +40,23 @@ def render(report: ReportData) -> str:
             "## Anytime and budgeted batch",
             "Accuracy on test images if all leave at one exit, and along MSDNet's sweep (Huang et al. 2018, sec. 5): "
             "a share proportional to q^k leaves at exit k, at thresholds set on calibration images.",
-            _table(cells.protocol_columns(report)),
+            table(cells.protocol_columns(report)),
         ]
     if report.answerers:
         blocks += [
             "## Who answers",
             "Which share of the test images each answered where the network stands, how many of these rightly; then "
             "what each would answer alone: its accuracy, and the share of all test images on which two answer alike.",
-            _table(cells.answerer_columns(report.answerers)),
+            table(cells.answerer_columns(report.answerers)),
         ]
     if report.usage and report.usage.changing:
         blocks += [
             "## Gates",
             f"{cells.routings(report.usage)} Shares of the images on each path, and of the MACs that ran:",
-            _table(cells.unit_columns(report.usage)),
+            table(cells.unit_columns(report.usage)),
         ]
     if notes := cells.row_notes(ledger) + report.notes:
-        blocks += ["## Notes", "\n".join(f"- {_plain(note)}" for note in notes)]
+        blocks += ["## Notes", "\n".join(f"- {plain(note)}" for note in notes)]
     return "\n\n".join(filter(None, blocks)) + "\n"
 
 
@@ -66,9 +66,9 @@ def _about(report: ReportData) -> str:
     return "\n".join(f"- {name}: `{value.replace('`', chr(39))}`" for name, value in facts.items() if value)
 
 
-def _table(columns: Sequence[Column]) -> str:
+def table(columns: Sequence[Column]) -> str:
     """A padded pipe table, readable as plain text too."""
-    grid = [[_plain(column.heading), *map(_plain, column.cells)] for column in columns]
+    grid = [[plain(column.heading), *map(plain, column.cells)] for column in columns]
     widths = [max(3, *map(len, texts)) for texts in grid]
     rules = ["-" * (width - c.right) + ":" * c.right for c, width in zip(columns, widths, strict=True)]
     lines = []
@@ -78,6 +78,6 @@ def _table(columns: Sequence[Column]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], rules, *lines[1:]])
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text that cannot break out of its cell or line."""
     return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())

@@ -47,6 +47,23 @@ def test_failed_expectation_is_exit_code_1_and_a_table(finished_run: Path, cli: 
     assert "1 of what the recipe expects does not hold" in result.stderr
 
 
+def test_what_changed_since_the_baseline_is_shown(finished_run: Path, tmp_path: Path, cli: Cli) -> None:
+    baseline = tmp_path / "then.json"
+    baseline.write_text((finished_run / "ledger.json").read_text())
+    again = ["run", "digits_exits", "--out", finished_run, "--resume", *TINY, f"--set=expect.baseline={baseline}"]
+    kept = cli(*again, "--set=expect.accuracy_drop={max: 0}")
+    assert kept.exit_code == 0
+    assert "speed-up, onnxruntime, batch 32" in kept.stdout
+    missed = cli(*again, "--set=expect.macs_growth={max: 0.5}", "--json")
+    assert missed.exit_code == 1
+    found = json.loads(missed.stdout)
+    assert [(one["figure"], one["against"]) for one in found["failures"]] == [("macs_growth", "baseline")]
+    assert {one["figure"]: one["change"] for one in found["changes"]}["MACs"] == "1.000 x"
+    assert "Missed: 1 of 1" in (finished_run / "expect.md").read_text()
+    assert cli(*again[:-1]).exit_code == 0  # nothing is expected now, so that nothing is left of it
+    assert not (finished_run / "expect.md").exists()
+
+
 def test_existing_run_is_not_destroyed(artifact: Path, cli: Cli) -> None:
     before = {file: file.read_bytes() for file in artifact.rglob("*") if file.is_file()}
     result = cli("run", "digits_exits", "--out", artifact, *TINY)
