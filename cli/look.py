@@ -6,13 +6,13 @@ from typing import Annotated
 import typer
 
 from dynamize.cli.console import show, show_json
-from dynamize.cli.options import Artifact, AsJson, Part, TrustCode, shape, weights
+from dynamize.cli.options import Artifact, AsJson, Checkpoint, Part, TrustCode, shape, weights
 from dynamize.errors import DynamizeError
 
 
 def inspect(
     source: Annotated[str, typer.Argument(help="A network's source, or an artifact's folder.", show_default=False)],
-    checkpoint: Annotated[Path | None, typer.Option(help="Weights of the network.")] = None,
+    checkpoint: Checkpoint = None,
     part: Part = None,
     input_shape: Annotated[
         str | None, typer.Option("--input", metavar="C,H,W", help="By default what such networks are trained on.")

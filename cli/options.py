@@ -12,6 +12,7 @@ BACKENDS = ", ".join(backend_names())
 
 Artifact = Annotated[Path, typer.Argument(metavar="OUT", help="Folder that `dynamize run` wrote.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the same facts as JSON.")]
+Checkpoint = Annotated[Path | None, typer.Option(help="Weights of the network.")]
 Data = Annotated[
     str | None, typer.Option(metavar="SOURCE", help="Where the images lie, if not where the run found them.")
 ]

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dynamize.cli.console import complain, reporting, show, show_json, warn
-from dynamize.cli.options import AsJson, Device, Part, Quiet, TrustCode, shape, weights
+from dynamize.cli.options import AsJson, Checkpoint, Device, Part, Quiet, TrustCode, shape, weights
 
 if TYPE_CHECKING:
+    from dynamize.recipe import Recipe
     from dynamize.run import Outcome
 
 
@@ -21,14 +22,11 @@ RecipeName = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A YAML file, or a built-in recipe's name.", show_default=False)
 ]
 Model = Annotated[str | None, typer.Option(metavar="SOURCE", help="Network; its code is run if it names code.")]
-Weights = Annotated[Path | None, typer.Option(help="Weights of the network.")]
 Images = Annotated[str | None, typer.Option(metavar="SOURCE", help="Images, e.g. imagefolder:PATH.")]
 Input = Annotated[
     str | None, typer.Option("--input", metavar="C,H,W", help="Channels, height and width of the network's input.")
 ]
-Settings = Annotated[
-    list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Any field; steps count from 0.")
-]
+Fields = Annotated[list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Any field; steps count from 0.")]
 Seed = Annotated[int | None, typer.Option(help="Of everything random.")]
 
 
@@ -36,11 +34,11 @@ def run(
     recipe: RecipeName,
     out: Annotated[Path | None, typer.Option(help="Folder to write; by default runs/NAME of the recipe.")] = None,
     model: Model = None,
-    checkpoint: Weights = None,
+    checkpoint: Checkpoint = None,
     part: Part = None,
     data: Images = None,
     input_shape: Input = None,
-    settings: Settings = None,
+    fields: Fields = None,
     device: Device = "auto",
     seed: Seed = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last finished step.")] = False,
@@ -56,18 +54,17 @@ def run(
     Example: dynamize run quickstart --out runs/digits --set steps.1.max_drop=1
     """
     with reporting(quiet) as progress:
-        from dynamize.recipe import load_recipe
         from dynamize.run import run_recipe
 
-        given = _overrides(model, checkpoint, part, data, input_shape, seed)
-        folder = out or Path("runs") / Path(recipe).stem
+        made, trusted = _recipe(recipe, model, checkpoint, part, data, input_shape, fields, seed, trust_code)
+        folder = out or _usual_folder(recipe)
         outcome = run_recipe(
-            load_recipe(recipe, [*given, *(settings or [])], trust_code=trust_code),
+            made,
             folder,
             device=device,
             resume=resume,
             overwrite=overwrite,
-            trust_code=trust_code or (None if model is not None else False),
+            trust_code=trusted,
             progress=progress,
             command=shlex.join(["dynamize", *sys.argv[1:]]),
         )
@@ -82,11 +79,11 @@ def check(
     recipe: RecipeName,
     out: Annotated[Path | None, typer.Option(help="Folder of the run; by default it is not looked at.")] = None,
     model: Model = None,
-    checkpoint: Weights = None,
+    checkpoint: Checkpoint = None,
     part: Part = None,
     data: Images = None,
     input_shape: Input = None,
-    settings: Settings = None,
+    fields: Fields = None,
     device: Device = "auto",
     seed: Seed = None,
     trust_code: TrustCode = False,
@@ -100,16 +97,15 @@ def check(
     Example: dynamize check early_exit --model torchvision:resnet50 --checkpoint mine.pt --data imagefolder:DIR
     """
     with reporting(quiet) as progress:
-        from dynamize.recipe import load_recipe
         from dynamize.run import plan_recipe
 
-        given = _overrides(model, checkpoint, part, data, input_shape, seed)
+        made, trusted = _recipe(recipe, model, checkpoint, part, data, input_shape, fields, seed, trust_code)
         plan = plan_recipe(
-            load_recipe(recipe, [*given, *(settings or [])], trust_code=trust_code),
-            out or Path("runs") / Path(recipe).stem,
+            made,
+            out or _usual_folder(recipe),
             device=device,
             resume=out is None,
-            trust_code=trust_code or (None if model is not None else False),
+            trust_code=trusted,
             progress=progress,
         )
     if as_json:
@@ -120,23 +116,35 @@ def check(
     show(planned(plan))
 
 
-def _overrides(
+def _recipe(
+    recipe: str,
     model: str | None,
     checkpoint: Path | None,
     part: str | None,
     data: str | None,
     input_shape: str | None,
+    fields: list[str] | None,
     seed: int | None,
-) -> list[str]:
-    """Options of their own, as `--set` would say them."""
-    flags = {
+    trust_code: bool,
+) -> tuple["Recipe", bool | None]:
+    """The recipe with what was typed in the place of what it says, and which code may run: True all that it names, None
+    that of the network, False none."""
+    from dynamize.recipe import load_recipe
+
+    typed = {
         "model.source": model,
         "model.checkpoint": weights(checkpoint, part),
         "model.input": shape(input_shape),
         "data.source": data,
         "seed": seed,
     }
-    return [f"{path}={json.dumps(value, default=os.fspath)}" for path, value in flags.items() if value is not None]
+    given = [f"{path}={json.dumps(value, default=os.fspath)}" for path, value in typed.items() if value is not None]
+    made = load_recipe(recipe, [*given, *(fields or [])], trust_code=trust_code)
+    return made, trust_code or (None if model is not None else False)
+
+
+def _usual_folder(recipe: str) -> Path:
+    return Path("runs") / Path(recipe).stem
 
 
 def _print(outcome: "Outcome", folder: Path, as_json: bool, quiet: bool) -> None:

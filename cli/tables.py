@@ -2,7 +2,7 @@
 
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -130,8 +130,23 @@ def _gates(gates: "Sequence[DecisionFacts]") -> Table:
 
 
 def _step(step: dict[str, Any]) -> str:
-    fields = {name: value for name, value in step.items() if name not in ("pass", "version") and value is not None}
-    return f"  {step['pass']}  {', '.join(f'{name}: {value}' for name, value in fields.items())}"
+    fields = {name: value for name, value in step.items() if name not in ("pass", "version")}
+    return f"  {step['pass']}  {_listed(fields)}"
+
+
+def _listed(fields: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}: {_plain(value)}" for name, value in fields.items() if _says_something(value))
+
+
+def _plain(value: Any) -> str:
+    """A value of a step as a recipe has it, without fields that say nothing."""
+    if isinstance(value, Mapping):
+        return f"{{{_listed(value)}}}"
+    return f"[{', '.join(map(_plain, value))}]" if isinstance(value, list) else str(value)
+
+
+def _says_something(value: Any) -> bool:
+    return value is not None and value != {}
 
 
 def _exits(exits: "Sequence[DecisionFacts]", found: "Inspection") -> Table:

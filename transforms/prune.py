@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -28,7 +28,7 @@ from dynamize.compression.widths import (
     uniform,
 )
 from dynamize.data import Images, Splits, set_epoch
-from dynamize.errors import DynamizeError
+from dynamize.errors import DynamizeError, InfeasibleError
 from dynamize.files import write_json_lines, write_text
 from dynamize.folders import METRICS
 from dynamize.nn.network import DynamicNetwork
@@ -75,7 +75,9 @@ class Prune(Transform):
         "loss to first order, from train images"
     )  # fmt: skip
     round_to: Literal["auto"] | PositiveInt = Field(
-        "auto", description="widths are multiples of this; auto: what the run's backend likes, 16 or 8"
+        "auto",
+        description="widths are multiples of this; auto: what the run's backend likes, 16 or 8, or the half of "
+        "that, or of that again, where the network is too narrow to meet the target so",
     )
     keep: list[str] = Field([], description="layers, or modules with all their layers, that keep all channels")
     sensitivity: bool = Field(
@@ -119,15 +121,9 @@ class Prune(Transform):
         network.to(context.device)
         before, macs = sizes(network), whole_macs(network)
         answered = None if context.data is None else answers(network, context.data.calibration, context.device)
-        multiple = engine_class(context.backend).liked_multiple if self.round_to == "auto" else self.round_to
-        groups, lost = channel_groups(network, self.keep)
-        groups = [group for group in groups if group.channels > group.step(multiple)]
-        if not groups:
-            raise DynamizeError(
-                f"prune: no channels can go: none of the groups that could be narrowed has more than {multiple} "
-                "channels. Use a smaller round_to, or a shorter keep."
-            )
-        final, notes = self._decide(network, groups, context, multiple)
+        possible, lost = channel_groups(network, self.keep)
+        plan = self._decide(network, possible, context)
+        groups, final, multiple, notes = plan.groups, plan.widths, plan.multiple, [*plan.notes]
         notes += self._rounds(network, groups, final, context, multiple)
         count_again(network)
         after = sizes(network)
@@ -135,10 +131,10 @@ class Prune(Transform):
         share = removed_share(groups, final)
         notes.insert(0, f"{share:.0%} of the channels in {len(groups)} groups of layers are gone, and "
                         f"{1 - whole_macs(network) / macs:.0%} of the MACs")  # fmt: skip
-        if self.ratio is not None and share < self.ratio - _NEARLY:
+        if self._falls_short(share):
             notes.append(
                 f"ratio: {self.ratio:g} was not reached: that is as narrow as the layers get in steps of {multiple} "
-                "channels; a smaller round_to goes further"
+                f"channels{'; a smaller round_to goes further' if multiple > 1 else ''}"
             )
         if answered is not None and context.data is not None:
             now = answers(network, context.data.calibration, context.device)
@@ -150,13 +146,55 @@ class Prune(Transform):
         resolved = self.model_copy(update={"round_to": multiple, "widths": changed})
         return Applied(network, resolved, notes)
 
-    def _decide(
-        self, network: DynamicNetwork, groups: list[ChannelGroup], context: Context, multiple: int
-    ) -> tuple[Widths, list[str]]:
+    def _decide(self, network: DynamicNetwork, possible: list[ChannelGroup], context: Context) -> "_Plan":
         """How many channels of each group stay in the end."""
         kept = context.work / "widths.json" if context.work is not None else None
         if kept is not None and context.resume and kept.exists():
-            return tuple(json.loads(kept.read_text(encoding="utf-8"))), []
+            found = json.loads(kept.read_text(encoding="utf-8"))
+            return _Plan(_wider(possible, found["multiple"]), found["multiple"], tuple(found["widths"]))
+        liked, *smaller = self._multiples(context)
+        plan = self._first_that_meets(network, possible, context, [liked, *smaller])
+        if plan.multiple < liked:
+            plan.notes.append(
+                f"widths are multiples of {plan.multiple}: in steps of {liked}, which {context.backend} likes, the "
+                "network is too narrow for the target"
+            )
+        if kept is not None:
+            write_text(kept, json.dumps({"multiple": plan.multiple, "widths": plan.widths}))
+        return plan
+
+    def _multiples(self, context: Context) -> list[int]:
+        """Those that are tried, in turn."""
+        if self.round_to != "auto":
+            return [self.round_to]
+        liked = engine_class(context.backend).liked_multiple
+        return [liked >> halvings for halvings in range(liked.bit_length())]
+
+    def _first_that_meets(
+        self, network: DynamicNetwork, possible: list[ChannelGroup], context: Context, multiples: list[int]
+    ) -> "_Plan":
+        *coarser, finest = multiples
+        for multiple in coarser:
+            groups = _wider(possible, multiple)
+            try:
+                plan = self._plan(network, groups, context, multiple) if groups else None
+            except InfeasibleError:
+                continue
+            if plan is not None and not self._falls_short(removed_share(groups, plan.widths)):
+                return plan
+        groups = _wider(possible, finest)
+        if not groups:
+            raise DynamizeError(
+                f"prune: no channels can go: none of the groups that could be narrowed has more than {finest} "
+                f"channels. Use {'a smaller round_to, or ' if finest > 1 else ''}a shorter keep."
+            )
+        return self._plan(network, groups, context, finest)
+
+    def _falls_short(self, share: float) -> bool:
+        """Whether too few channels go for the ratio that is asked for."""
+        return self.ratio is not None and share < self.ratio - _NEARLY
+
+    def _plan(self, network: DynamicNetwork, groups: list[ChannelGroup], context: Context, multiple: int) -> "_Plan":
         found, notes = None, []
         if self.sensitivity:
             found = self._scan(network, groups, context)
@@ -168,9 +206,7 @@ class Prune(Transform):
             return spared(groups, found, knob**3, multiple)  # most is decided between drops of 0 and 0.1
 
         widths, more = self._solve(network, groups, context, at)
-        if kept is not None:
-            write_text(kept, json.dumps(widths))
-        return widths, notes + more
+        return _Plan(groups, multiple, widths, notes + more)
 
     def _solve(
         self,
@@ -269,6 +305,21 @@ class Prune(Transform):
         if context.work is not None:
             _join_metrics(context.work, done)
         return notes
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is left of each group that gets narrower, in whole multiples."""
+
+    groups: list[ChannelGroup]
+    multiple: int
+    widths: Widths
+    notes: list[str] = field(default_factory=list)
+
+
+def _wider(possible: list[ChannelGroup], multiple: int) -> list[ChannelGroup]:
+    """The groups of which some channels can go and a multiple stays."""
+    return [group for group in possible if group.channels > group.step(multiple)]
 
 
 def _refuse_gates(network: DynamicNetwork, recovery_epochs: int) -> None:

@@ -8,6 +8,7 @@ import pytest
 from commandline import Cli, process
 from ledgers import ledger_of
 
+import dynamize as dz
 from dynamize.report import ReportData
 from dynamize.transform import registered
 
@@ -79,6 +80,14 @@ def test_inspect_shows_three_counters(cli: Cli) -> None:
     assert fvcore["modules"]["conv1"] == ours["modules"]["conv1"]
     assert thop["difference"] == pytest.approx(thop["macs"] / ours["macs"] - 1)
     assert [one.split()[0] for one in found["disagreements"]] == ["fvcore", "thop"]
+
+
+def test_a_step_is_shown_with_what_was_decided(tmp_path: Path, cli: Cli) -> None:
+    net = dz.source("dynamize:digits_resnet", pretrained=True)
+    small = {"name": "small", "source": "dynamize:digits_resnet_small", "kwargs": {"pretrained": True}}
+    dz.save(dz.convert(net, [dz.Cascade.model_validate({"first": [small]})], (1, 8, 8)), tmp_path / "out")
+    text = " ".join(cli("inspect", tmp_path / "out").stdout.split())
+    assert "cascade first: [{name: small, source: dynamize:digits_resnet_small}], confidence: top_probability" in text
 
 
 def test_inspect_artifact_shows_exits_and_points(finished_run: Path, cli: Cli) -> None:

@@ -105,6 +105,19 @@ def test_widths_are_what_the_backend_likes(backend: str, multiple: int) -> None:
     assert network.history[-1]["round_to"] == multiple
 
 
+@pytest.mark.parametrize("target", [{"macs_ratio": 0.6}, {"ratio": 0.5}])
+def test_a_narrow_network_gets_smaller_multiples_and_says_so(target: dict[str, float]) -> None:
+    network = wrap(small_resnet(), SmallResNet.shape)
+    macs = whole_macs(network)
+    network, notes = apply(network, Prune.model_validate(target), Context(backend="onnxruntime"))
+    assert whole_macs(network) <= 0.6 * macs
+    multiple = network.history[-1]["round_to"]
+    assert multiple < 16
+    assert any(note.startswith(f"widths are multiples of {multiple}: in steps of 16") for note in notes)
+    with pytest.raises(InfeasibleError, match="cannot be reached"):
+        pruned(small_resnet(), SmallResNet.shape, macs_ratio=0.0001, round_to="auto")
+
+
 def test_option_a_shortcuts_stay_right() -> None:
     """A channel that both stages keep is still handed on, and the others are still zero."""
     torch.manual_seed(0)
