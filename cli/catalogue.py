@@ -8,7 +8,8 @@ from dynamize.cli.console import show, show_json
 from dynamize.cli.options import AsJson
 
 recipes = typer.Typer(
-    no_args_is_help=True, help="List the built-in recipes, or show one.\n\nExample: dynamize recipes list"
+    no_args_is_help=True,
+    help="List the built-in recipes, show one, or print the schema of all.\n\nExample: dynamize recipes list",
 )
 
 
@@ -64,3 +65,14 @@ def show_recipe(
         show_json(read_recipe(name))
     else:
         typer.echo(find_recipe(name).read_text(encoding="utf-8"), nl=False)
+
+
+@recipes.command("schema")
+def show_schema() -> None:
+    """Print the JSON schema of recipes, by which an editor completes and checks them.
+
+    Example: dynamize recipes schema > recipe.schema.json
+    """
+    from dynamize.recipe import schema
+
+    show_json(schema())

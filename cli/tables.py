@@ -247,20 +247,26 @@ def transform(cls: "type[Transform]") -> Group:
     made = table(("field", "left"), ("type", "left"), ("default", "left"), ("", "left"))
     for name, facts in cls.model_json_schema(by_alias=True)["properties"].items():
         if name != "pass":
-            cells = [name, _kind(facts), json.dumps(facts.get("default")), facts.get("description", "")]
+            cells = [name, kind(facts), json.dumps(facts.get("default")), facts.get("description", "")]
             made.add_row(*map(Text, cells))
     prose, *_ = inspect.cleandoc(cls.__doc__ or "").partition("\n\nExample:")  # in Python
     paragraphs = prose.replace("``", "`").split("\n\n")
     return Group(*(Text(" ".join(one.split()) + "\n") for one in paragraphs), made)
 
 
-def _kind(facts: dict[str, Any]) -> str:
+def kind(facts: dict[str, Any]) -> str:
     """A JSON schema in a few words: whole number, list of texts, auto or text, ..."""
     if "anyOf" in facts:
-        return " or ".join(kind for one in facts["anyOf"] if (kind := _kind(one)) != "null")
+        return " or ".join(said for one in facts["anyOf"] if (said := kind(one)) != "null")
+    if "$ref" in facts:
+        return str(facts["$ref"]).rpartition("/")[2]
     if "enum" in facts or "const" in facts:
         return " | ".join(str(value) for value in facts.get("enum", [facts.get("const")]))
+    if "oneOf" in facts:
+        return "step"
+    if "prefixItems" in facts:
+        return f"[{', '.join(map(kind, facts['prefixItems']))}]"
     if facts.get("type") == "array":
-        return f"list of {_kind(facts.get('items', {}))}"
+        return f"list of {kind(facts.get('items', {}))}"
     names = {"integer": "whole number", "string": "text", "boolean": "true | false"}
     return names.get(facts.get("type", ""), facts.get("type", "any"))

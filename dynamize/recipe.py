@@ -82,20 +82,20 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    description: str = ""
-    seed: Annotated[int, Field(ge=0)] = 0
-    backends: list[Backend] = []
-    batches: list[PositiveInt] = [1, 64]
+    description: str = Field("", description="title of the report")
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="of everything random")
+    backends: list[Backend] = Field([], description="what is timed, the main one first; empty: the fastest here")
+    batches: list[PositiveInt] = Field([1, 64], description="sizes of the batches that are timed")
     timing_seconds: Literal["auto"] | PositiveFloat = Field(
         "auto", description="how long each comparison of times takes; auto: up to 5, a tenth of the run in all"
     )
-    steps: list[Step]
+    steps: list[Step] = Field(description="what is done, in this order")
     compare: list[Member] = Field(
         [],
         description="other networks, which are judged and timed beside the last step's, alone and as a cascade in "
         "front of the recipe's own: each a source with its checkpoint, or the own one at another `resolution`",
     )
-    expect: Expect = Expect()
+    expect: Expect = Field(Expect(), description="what has to hold in the end; exit code 1 where it does not")
 
     def transforms(self) -> list[Transform]:
         """The steps, whose order has been checked."""
@@ -109,9 +109,9 @@ class Recipe(Settings):
     ``code`` are Python files with transforms of the user's own. :func:`load_recipe` imports them, if they are trusted.
     """
 
-    version: Literal[1]
-    model: ModelSection
-    data: DataSpec
+    version: Literal[1] = Field(description="of the format")
+    model: ModelSection = Field(description="the network")
+    data: DataSpec = Field(description="the images")
     code: list[Path] = Field(
         [], description="Python files that define transforms, relative to the recipe; run only with --trust-code"
     )
@@ -164,8 +164,15 @@ def parse_recipe(plain: dict[str, Any], name: str) -> Recipe:
 
 
 def schema() -> dict[str, Any]:
-    """JSON schema of recipes, for editors."""
-    return Recipe.model_json_schema(by_alias=True)
+    """JSON schema of recipes, for editors: with all transforms that there are now."""
+    found = Recipe.model_json_schema(by_alias=True)
+    for section in found["$defs"].values():
+        if "pass" in section["properties"]:
+            section["required"] = ["pass", *section.get("required", [])]
+            section["properties"]["version"] = {"type": "integer", "minimum": 1, "description": "by default the newest"}
+        if "description" in section:
+            section["description"] = section["description"].partition("\n\nExample:")[0]  # in Python
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **found}
 
 
 def _import_code(names: list[str], recipe: Path, trust_code: bool) -> list[str]:

@@ -123,9 +123,13 @@ def test_yaml_cannot_make_objects(tmp_path: Path) -> None:
     assert not (tmp_path / "made").exists()
 
 
-def test_schema_knows_every_transform() -> None:
-    text = str(schema())
-    assert "Exits" in text
-    assert "Distill" in text
-    assert "Calibrate" in text
-    assert schema()["title"] == Recipe.__name__
+def test_schema_tells_every_step_by_its_pass() -> None:
+    found = schema()
+    steps = found["properties"]["steps"]["items"]
+    assert steps["discriminator"]["propertyName"] == "pass"
+    assert {"exits", "distill", "calibrate"} <= set(steps["discriminator"]["mapping"])
+    for place in steps["oneOf"]:
+        step = found["$defs"][place["$ref"].rpartition("/")[2]]
+        assert "pass" in step["required"]  # else every step without a name would fit
+        assert ">>>" not in step["description"]
+    assert found["title"] == Recipe.__name__
