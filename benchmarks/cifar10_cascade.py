@@ -33,7 +33,7 @@ from dynamize.evaluation import Evaluator, gather, representative
 from dynamize.files import write_text
 from dynamize.measure.latency import interleave
 from dynamize.nn.network import DynamicNetwork
-from dynamize.nn.piece import MAIN, Setting
+from dynamize.nn.piece import Setting
 from dynamize.transform import Context, Transform
 
 BUDGETS = (0.40, 0.44, 0.53)
@@ -102,7 +102,7 @@ class Fold:
         self.float56 = wrap(statics[56], SHAPE)
         self.statics = {n: convert(net, more, SHAPE, context).eval() for n, net in statics.items()}
         self.alone = {n: self.judge(net).accuracy for n, net in self.statics.items()}
-        own = self.statics[56].graphs[MAIN] if in_bytes else statics[56]
+        own = self.statics[56] if in_bytes else statics[56]
         self.every = every_asking(TableMaker(self.network, self.splits.calibration, own, CPU, backend))
 
     def judge(self, network: DynamicNetwork) -> Any:

@@ -108,10 +108,16 @@ class KeptSteps:
         network.set_operating_point(state.operating_point)
         return network
 
-    def metrics(self, index: int) -> list[dict[str, Any]]:
-        """What a step wrote while it trained."""
-        file = self.folder(index) / METRICS
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    def metrics(self, index: int, members: Sequence[str]) -> list[dict[str, Any]]:
+        """What a step wrote while it trained; each row with the ``member`` of a row of networks that it is of."""
+        own = _lines(self.folder(index) / METRICS)
+        return own + [
+            {"member": name, **line} for name in members for line in _lines(self.folder(index) / name / METRICS)
+        ]
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
 
 
 def fingerprint(settings: Settings, subject: Subject, index: int) -> str:

@@ -36,6 +36,7 @@ from dynamize.kept import KeptSteps, StepState, fingerprint
 from dynamize.measure.accuracy import judgeable
 from dynamize.measure.memory import saved_bytes
 from dynamize.nn.network import DynamicNetwork
+from dynamize.nn.piece import MAIN
 from dynamize.plan import Plan, Planner, longest_timing
 from dynamize.recipe import Recipe, Settings
 from dynamize.rehearsal import Rehearsed, told
@@ -152,7 +153,7 @@ class Runner:
             self.state.wait_for_everyone()
             network, notes, seconds = self._apply(index, transform, network, rehearsed.get(index))
             notes = [*notes, *([] if index else warnings)]
-            metrics = metrics + self.kept.metrics(index)
+            metrics = metrics + self.kept.metrics(index, [*network.members, MAIN])
             if self.state.is_main_process:
                 rows.append(self._measure(index, transform, network, notes, seconds))
                 self.kept.keep(index, network, rows[-1], metrics)

@@ -104,6 +104,13 @@ def test_run_stopped_between_epochs_goes_on_from_the_checkpoint(
     assert [json.loads(line)["epoch"] for line in lines] == [1, 2]
 
 
+def test_training_of_one_network_in_a_row_is_written_down(tmp_path: Path) -> None:
+    steps = "steps=[{pass: cascade, first: [{shrink: 0.5, name: small}]}, {pass: distill, epochs: 1}]"
+    run(tmp_path / "out", steps, "data.train_limit=64")
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["member"], line["epoch"]) for line in lines] == [("small", 1)]
+
+
 def test_source_without_checkpoint_is_the_same_network_after_resume(tmp_path: Path) -> None:
     first = run(tmp_path / "a", "model.kwargs={}", "steps=[{pass: exits, head: linear}]")
     torch.manual_seed(99)
