@@ -174,21 +174,20 @@ def predict(
 def export(
     out: Artifact,
     to: Annotated[Path, typer.Option(metavar="DIR", help="A new or empty folder.", show_default=False)],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export in that folder.")] = False,
     trust_code: TrustCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write every stage as ONNX, the routing as JSON, and run.py, which needs only numpy and onnxruntime.
+    """Write every part as ONNX, the routing as JSON, and run.py, which needs only numpy and onnxruntime.
+
+    `python DIR/run.py IMAGE...` answers as `dynamize predict` does; it needs pillow to read image files.
 
     Example: dynamize export runs/digits_exits --to deploy
     """
     with reporting(quiet=False):
-        from dynamize import artifact
-        from dynamize.runtime.export import export as export_network
+        from dynamize.verbs.export import export_artifact
 
-        manifest = artifact.read_manifest(out)
-        network = artifact.load(out, trust_code=trust_code)
-        normalize = manifest.data.normalize if manifest.data else None
-        files = export_network(network, to, normalize=normalize, classes=manifest.classes)
+        files = export_artifact(out, to, overwrite=overwrite, trust_code=trust_code)
     if as_json:
         show_json([str(file) for file in files])
     else:

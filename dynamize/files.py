@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -33,6 +34,36 @@ def atomically(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def folder_at_once(folder: Path) -> Iterator[Path]:
+    """Fill the yielded new folder; it takes the place of ``folder``, and of all that lies there, when the block ends, and
+    vanishes when the block fails.
+
+    Raises:
+        DynamizeError: it cannot be written or the disk is full.
+    """
+    target = Path(os.path.realpath(folder))
+    new, old = (target.with_name(f".{target.name}.{uuid.uuid4().hex}.{kind}") for kind in ("tmp", "old"))
+    try:
+        new.mkdir(parents=True)
+        yield new
+        if target.exists():
+            os.replace(target, old)
+        try:
+            os.replace(new, target)
+        except OSError:
+            os.replace(old, target)
+            raise
+    except OSError as error:
+        raise DynamizeError(
+            f"Cannot write {folder} ({error.strerror or error}): nothing was changed there. Free some space, or name a "
+            "folder that you may write to."
+        ) from error
+    finally:
+        for left in (new, old):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

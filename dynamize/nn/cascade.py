@@ -10,17 +10,20 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
-from dynamize.nn.confidence import ConfidenceName
+from dynamize.nn.confidence import CONFIDENCES, ConfidenceName
 from dynamize.nn.exits import Leaving
 from dynamize.nn.flow import Flow, take_rows
+from dynamize.nn.instructions import Instruction, Join, LeaveJoined, Rows
+from dynamize.nn.instructions import Restart as StartAgain
 from dynamize.nn.joining import Joining
 from dynamize.nn.piece import Call, Choose, Part, Piece, Run, Setting
 from dynamize.nn.scoring import SCORES, Floats, agreement, join, weigh
 
 EVIDENCE = "evidence"  # (n, classes), in what a flow carries: the joined answers so far, as logits
 VOTES = "votes"  # (n, M), int64: what each network so far would have answered alone
+_KEPT = (EVIDENCE, VOTES)
 
 MemberConfidence = ConfidenceName | Literal["agreement"]
 
@@ -29,6 +32,9 @@ class Answer(Leaving):
     """The end of a network that is not the last of its row.
 
     Its score is that of the answers joined so far; or, for ``agreement``, whether all networks so far answer alike.
+
+    Attributes:
+        classes: how many logits the network gives.
     """
 
     kind = "member"
@@ -38,6 +44,7 @@ class Answer(Leaving):
     def __init__(self, confidence: MemberConfidence = "top_probability") -> None:
         super().__init__("answer", "top_probability" if confidence == "agreement" else confidence)
         self.alone = confidence != "agreement"
+        self.classes = 0
 
     @property
     def name(self) -> str:
@@ -48,6 +55,10 @@ class Answer(Leaving):
 
     def parts(self) -> list[Part]:
         return []
+
+    def count(self, flow: Flow) -> None:
+        super().count(flow)
+        self.classes = flow.features.shape[1]
 
     def rated(self, answer_NC: Floats, votes_NM: NDArray[np.int64] | None) -> Floats:
         """How sure an answer is, (N,), from its logits, weighed, or from what each network would have answered."""
@@ -69,6 +80,10 @@ class Answer(Leaving):
 
         return run
 
+    def instruct(self, files: Mapping[str, str]) -> Instruction:
+        rated = Rows(_Rated(self.confidence), {"answer": self.classes}, ("score",)) if self.alone else None
+        return LeaveJoined(self.name, self.temperature.item(), rated)
+
     def _votes(self, flow: Flow, own_NC: Floats) -> NDArray[np.int64] | None:
         """With this network's own, if they are what decides."""
         if self.alone:
@@ -77,6 +92,17 @@ class Answer(Leaving):
         before = flow.extra.get(VOTES)
         flow.extra[VOTES] = own if before is None else torch.cat([before, own], 1)
         return flow.extra[VOTES].numpy()
+
+
+class _Rated(nn.Module):
+    """How sure answers (N, classes) are, (N,)."""
+
+    def __init__(self, confidence: ConfidenceName) -> None:
+        super().__init__()
+        self.confidence = confidence
+
+    def forward(self, logits_NC: Tensor) -> Tensor:
+        return CONFIDENCES[self.confidence](logits_NC)
 
 
 class Restart(Piece):
@@ -98,6 +124,9 @@ class Restart(Piece):
             restart(flow)
 
         return run
+
+    def instruct(self, files: Mapping[str, str]) -> Instruction:
+        return StartAgain(_KEPT)
 
     def dense(self, flow: Flow, choose: Choose) -> None:
         restart(flow)
@@ -140,6 +169,9 @@ class Verdict(Piece):
 
         return run
 
+    def instruct(self, files: Mapping[str, str]) -> Instruction:
+        return Join(self.temperature.item())
+
     def dense(self, flow: Flow, choose: Choose) -> None:
         """Each network learns by itself."""
 
@@ -152,7 +184,7 @@ def restart(flow: Flow) -> None:
     everyone = len(flow.rows) == len(flow.images)
     flow.features = flow.images if everyone else take_rows(flow.images, flow.rows)
     flow.means, flow.owned = None, False
-    flow.extra = {name: values for name, values in flow.extra.items() if name in (EVIDENCE, VOTES)}
+    flow.extra = {name: values for name, values in flow.extra.items() if name in _KEPT}
 
 
 def numbers(logits: Tensor) -> NDArray[np.float32]:

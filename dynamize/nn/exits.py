@@ -12,6 +12,7 @@ from dynamize.graph.macs import counting_macs
 from dynamize.nn.confidence import CONFIDENCES, ConfidenceName
 from dynamize.nn.flow import NOBODY, ONLY, Flow, Indices, Options
 from dynamize.nn.heads import ExitHead
+from dynamize.nn.instructions import Instruction, Leave, Through
 from dynamize.nn.piece import GOES_ON, LEAVES, Call, Choose, Decision, Part, Piece, Run, Setting
 from dynamize.nn.scoring import Floats
 
@@ -19,7 +20,10 @@ CONTEXT = "context"  # (n, D), in what a flow carries: everything that heads so 
 
 
 class Answering(Piece):
-    """A piece that is one head: ``forward`` gives what :meth:`decide` goes on with."""
+    """A piece that is one head: ``forward`` gives what :meth:`decide` goes on with.
+
+    It is bound by its "head", or by "both": the path before it and the head in one call.
+    """
 
     answers = True
 
@@ -27,12 +31,19 @@ class Answering(Piece):
         return [Part("head", "head", self)]
 
     def bind(self, calls: Mapping[str, Call]) -> Run:
-        head = calls["head"]
+        both, head = calls.get("both"), calls.get("head")
+
+        def run_both(flow: Flow, setting: Setting) -> None:
+            assert both is not None
+            flow.features, *found = both(flow.features, flow.extra.get(CONTEXT))
+            flow.means = None
+            self.decide(flow, setting, *found)
 
         def run(flow: Flow, setting: Setting) -> None:
+            assert head is not None
             self.decide(flow, setting, *head(flow.features, flow.extra.get(CONTEXT)))
 
-        return run
+        return run if both is None else run_both
 
     @abstractmethod
     def decide(self, flow: Flow, setting: Setting, logits: Tensor, *more: Tensor) -> None:
@@ -94,6 +105,9 @@ class Leaving(Answering):
 
     def idle(self, setting: Setting) -> bool:
         return not self.chained and setting.thresholds.get(self.name) is None and self.name not in setting.forced
+
+    def instruct(self, files: Mapping[str, str]) -> Instruction:
+        return Leave(self.name, _only(files))
 
     def decide(self, flow: Flow, setting: Setting, logits: Tensor, *more: Tensor) -> None:
         score, *context = more
@@ -198,6 +212,9 @@ class Fusion(Answering):
     def forward(self, logits: Tensor, context_ND: Tensor) -> tuple[Tensor]:
         return (logits + self.linear(context_ND),)
 
+    def instruct(self, files: Mapping[str, str]) -> Instruction:
+        return Through(_only(files))
+
     def decide(self, flow: Flow, setting: Setting, logits: Tensor, *more: Tensor) -> None:
         flow.features = logits
         del flow.extra[CONTEXT]
@@ -208,6 +225,12 @@ class Fusion(Answering):
     def read(self, flow: Flow) -> Tensor:
         (flow.features,) = self(flow.features, flow.extra.pop(CONTEXT))
         return flow.features
+
+
+def _only(files: Mapping[str, str]) -> str:
+    """Of the head, alone or with the path before it."""
+    (file,) = files.values()
+    return file
 
 
 def extend(context_ND: Tensor | None, pooled_NC: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dynamize.nn.instructions import Rows
+
 ALL_OPEN = 1e6  # an offset that no score outweighs; finite, so that it survives JSON
 OPEN = 3.0  # initial advantage of the original path: every gate is open, and a gradient still reaches it
 _SAMPLED = 28  # rows and columns that a mean is taken over, and up to twice as many
@@ -67,6 +69,16 @@ class Gate(nn.Module, ABC):
 
         None for a gate that decides in another way than by one linear layer.
         """
+        scorer = self.scorer(fresh=True)
+        return _linear_paths(scorer, costs_P) if isinstance(scorer, nn.Linear) else None
+
+    def scorer(self, fresh: bool) -> nn.Linear | Rows | None:
+        """What makes scores (N, P) of a description, of a folded gate: the linear layer, if it decides by that alone, or
+        all of :meth:`decide`; None if it does not say.
+
+        Args:
+            fresh: whether the state starts anew.
+        """
         return None
 
 
@@ -96,8 +108,8 @@ class LinearGate(Gate):
     def fold(self) -> None:
         self.norm, self.linear = nn.Identity(), _folded(self.norm, self.linear)
 
-    def quick_paths(self, costs_P: Tensor) -> Paths | None:
-        return _linear_paths(self.linear, costs_P)
+    def scorer(self, fresh: bool) -> nn.Linear | Rows | None:
+        return self.linear
 
 
 class ConvGate(Gate):
@@ -118,8 +130,8 @@ class ConvGate(Gate):
     def decide(self, described_ND: Tensor, state: State = None) -> tuple[Tensor, State]:
         return self.linear(described_ND.to(self.linear.weight.dtype)), state
 
-    def quick_paths(self, costs_P: Tensor) -> Paths | None:
-        return _linear_paths(self.linear, costs_P)
+    def scorer(self, fresh: bool) -> nn.Linear | Rows | None:
+        return self.linear
 
 
 def make_memory() -> nn.LSTMCell:
@@ -156,8 +168,26 @@ class RecurrentGate(Gate):
         carried["hidden"], carried["cell"] = state
         return scores
 
+    def scorer(self, fresh: bool) -> nn.Linear | Rows | None:
+        carried = {} if fresh else dict.fromkeys(("hidden", "cell"), self.memory.hidden_size)
+        described = {"description": self.project.in_features}
+        return Rows(_Scores(self), described | carried, ("scores", "next_hidden", "next_cell"))
+
     def fold(self) -> None:
         self.norm, self.project = nn.Identity(), _folded(self.norm, self.project)
+
+
+class _Scores(nn.Module):
+    """What a recurrent gate makes of a description and of the state that the one before left."""
+
+    def __init__(self, gate: RecurrentGate) -> None:
+        super().__init__()
+        self.gate = gate
+
+    def forward(self, described_ND: Tensor, *carried: Tensor) -> tuple[Tensor, ...]:
+        scores, state = self.gate.decide(described_ND, (carried[0], carried[1]) if carried else None)
+        assert state is not None
+        return scores, *state
 
 
 def pool(features_NCHW: Tensor) -> Tensor:

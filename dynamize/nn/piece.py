@@ -11,9 +11,11 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from dynamize.errors import DynamizeError
 from dynamize.graph.macs import counting_macs
 from dynamize.nn.flow import Flow, Indices
 from dynamize.nn.gates import pool, sample_paths
+from dynamize.nn.instructions import Instruction, Through
 from dynamize.nn.joining import Joining
 
 Effect = Literal["leaves", "changes"]
@@ -221,6 +223,17 @@ class Piece(nn.Module, ABC):
             calls: by name of the part.
         """
 
+    def instruct(self, files: Mapping[str, str]) -> Instruction:
+        """What :meth:`bind` runs, for the driver of an export.
+
+        Args:
+            files: by name of the part.
+
+        Raises:
+            DynamizeError: nothing is said of it.
+        """
+        raise DynamizeError(f"{self.name} does not say what it does (Piece.instruct)")
+
     @abstractmethod
     def dense(self, flow: Flow, choose: Choose) -> None:
         """Training: everything for all images, differentiable, mixed by shares."""
@@ -285,6 +298,9 @@ class Static(Piece):
             flow.features, flow.means = path(flow.own() if self.overwrites else flow.features)
 
         return run
+
+    def instruct(self, files: Mapping[str, str]) -> Instruction:
+        return Through(files["path"])
 
     def dense(self, flow: Flow, choose: Choose) -> None:
         flow.features = self.module(flow.own() if self.overwrites else flow.features)

@@ -15,6 +15,8 @@ from dynamize.errors import DynamizeError
 from dynamize.graph.macs import count_macs, counting_macs
 from dynamize.nn.flow import Flow, put_rows, take_rows
 from dynamize.nn.gates import Gate, choose, make_gate, make_memory
+from dynamize.nn.instructions import Choose as ChooseWay
+from dynamize.nn.instructions import Instruction
 from dynamize.nn.piece import Call, Choose, Decision, Part, Piece, Run, Setting
 
 
@@ -138,6 +140,19 @@ class Unit(Piece):
             _dispatch(ways, taken, flow, described if pooled else None)
 
         return run
+
+    def instruct(self, files: Mapping[str, str]) -> Instruction:
+        scores = self.gate.scorer(self.fresh)
+        if scores is None:
+            raise DynamizeError(f"the gate of {self.name} does not say how it decides (Gate.scorer)")
+        return ChooseWay(
+            self.name,
+            ways=tuple(files.get(str(p)) for p in range(len(self.path_macs))),
+            gate=files["gate"],
+            means=self.gate.pooled,
+            costs=tuple(self.path_costs.tolist()),
+            scores=scores,
+        )
 
     def decide(self, described: Tensor, flow: Flow, offset: float) -> list[int]:
         """The way of each image, in torch; a gate with a memory leaves it in the flow."""

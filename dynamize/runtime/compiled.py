@@ -1,7 +1,6 @@
 """A network on a backend: each static part compiled by itself, the decisions between them in Python."""
 
 import copy
-from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, cast
 
@@ -11,10 +10,9 @@ from torch import Tensor
 from dynamize.errors import DynamizeError
 from dynamize.graph.tracer import blank
 from dynamize.nn.executor import CACHE, Program, Routed, execute, program
-from dynamize.nn.exits import CONTEXT
 from dynamize.nn.flow import Flow
 from dynamize.nn.network import DynamicNetwork
-from dynamize.nn.piece import Call, Part, Piece, Point, Run, Setting, setting_at
+from dynamize.nn.piece import Call, Part, Piece, Point, Setting, setting_at
 from dynamize.nn.row import needed
 from dynamize.runtime.deadline import Deadlines, Timely
 from dynamize.runtime.engine import Border, Engine, OneTorchThread, engine_class
@@ -59,7 +57,12 @@ class CompiledNetwork:
     @property
     def notes(self) -> list[str]:
         """Parts that the backend refuses or gets wrong, which torch computes therefore."""
-        return list(self._maker.notes)
+        return self._maker.notes
+
+    @property
+    def in_torch(self) -> dict[str, str]:
+        """These parts in words, and why."""
+        return dict(self._maker.in_torch)
 
     def __call__(self, images_NCHW: Tensor, *, deadline_ms: float | None = None) -> Tensor:
         return self.run(images_NCHW).logits if deadline_ms is None else self.within(images_NCHW, deadline_ms).logits
@@ -176,26 +179,28 @@ class CompiledNetwork:
         """What runs at a setting: pieces that are not needed are left out, so that no part of theirs is computed."""
         idle = tuple(piece.idle(setting) for piece in self.row)
         if idle not in self._programs:
-            self._programs[idle] = program(self._bound(needed(self.row, setting)), self.row)
+            bound = [(piece, piece.bind(calls)) for piece, calls in self.called(setting)]
+            self._programs[idle] = program(bound, self.row)
             self._maker.features.forget()
         return self._programs[idle]
 
-    def _bound(self, active: Sequence[Piece]) -> list[tuple[Piece, Run]]:
-        bound: list[tuple[Piece, Run]] = []
-        waiting = list(active)
+    def called(self, setting: Setting) -> list[tuple[Piece, dict[str, Call]]]:
+        """The pieces that run at a setting in order, each with the compiled parts that it is bound by."""
+        found: list[tuple[Piece, dict[str, Call]]] = []
+        waiting = needed(self.row, setting)
         opens = True  # whether whole batches come: nothing has parted images since some last left
         while waiting:
             piece = waiting.pop(0)
             after = waiting[0] if waiting else None
             both = self._fused(piece, after) if opens and after is not None else None
             if both is not None:
-                bound.append((waiting.pop(0), both))
+                found.append((waiting.pop(0), {"both": both}))
                 continue
-            bound.append((piece, piece.bind(self.calls(piece, after))))
+            found.append((piece, self.calls(piece, after)))
             opens = piece.effect == "leaves" or piece.restarts
-        return bound
+        return found
 
-    def _fused(self, piece: Piece, head: Piece) -> Run | None:
+    def _fused(self, piece: Piece, head: Piece) -> Call | None:
         """A path and the head behind it in one call, where the engine has such."""
         first, second = self._parts.get(piece.name, []), self._parts.get(head.name, [])
         roles = [part.role for part in (*first, *second)]
@@ -206,17 +211,7 @@ class CompiledNetwork:
         key = id(path.module), id(reader.module), takes, gives
         if key not in self._made:
             self._made[key] = self._maker.both(path, reader, takes, gives)
-        made = self._made[key]
-        return None if made is None else _run_both(made, cast(Any, head).decide)
-
-
-def _run_both(call: Call, decide: Callable[..., Any]) -> Run:
-    def run(flow: Flow, setting: Setting) -> None:
-        flow.features, *found = call(flow.features, flow.extra.get(CONTEXT))
-        flow.means = None
-        decide(flow, setting, *found)
-
-    return run
+        return self._made[key]
 
 
 def compile_network(

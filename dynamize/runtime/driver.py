@@ -1,63 +1,364 @@
-"""Answer images with the exported network beside this file; needs only numpy and onnxruntime.
+"""Answer images with the exported network beside this file, each of them by the work that it needs.
 
-python run.py IMAGES.npy [POINT]      IMAGES.npy: normalised float32 (N, C, H, W); POINT: an operating point
+    python run.py IMAGE... [--point NAME | --budget RATIO] [--json]
+
+or from Python: ``Network().run(images)``, with images as :func:`read_image` makes them. Needs numpy and onnxruntime, and
+pillow to read image files. `routing.json` says which parts run and what is decided between them.
 """
 
+import argparse
 import json
 import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+from numpy.typing import NDArray
 
+Array = NDArray[Any]
+Values = dict[str, Array]  # what images carry, a row each, by name: "features", perhaps their channel "means", ...
 HERE = Path(__file__).resolve().parent
 PLAN: dict[str, Any] = json.loads((HERE / "routing.json").read_text(encoding="utf-8"))
-OPTIONS = ort.SessionOptions()
-OPTIONS.add_session_config_entry("session.intra_op.allow_spinning", "0")  # sessions must not hold cores
-SESSIONS: dict[str, ort.InferenceSession] = {}
+BATCH = 64  # image files that are answered together
 
 
-def run(file: str, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """All outputs of one stage, by name."""
-    if file not in SESSIONS:
-        SESSIONS[file] = ort.InferenceSession(str(HERE / file), OPTIONS, providers=["CPUExecutionProvider"])
-    names = [output.name for output in SESSIONS[file].get_outputs()]
-    return dict(zip(names, SESSIONS[file].run(names, feed), strict=True))
+class Part:
+    """A static part of the network: values -> values, of which "next_NAME" is what images carry on as NAME."""
+
+    def __init__(self, file: str, options: ort.SessionOptions) -> None:
+        self.session = ort.InferenceSession(str(HERE / file), options, providers=["CPUExecutionProvider"])
+        self.takes = [value.name for value in self.session.get_inputs()]
+        self.gives = [value.name for value in self.session.get_outputs()]
+
+    def __call__(self, values: Mapping[str, Array]) -> Values:
+        found = self.session.run(self.gives, {name: values[name] for name in self.takes})
+        return dict(zip(self.gives, found, strict=True))
 
 
-def thresholds_at(point: str) -> list[Any]:
-    """Those of "chosen-0.48", or of "chosen", which is one point's beginning."""
-    points: dict[str, list[Any]] = PLAN["operating_points"]
-    named = [point] if point in points else [name for name in points if name.partition("-")[0] == point]
-    if len(named) != 1:
-        sys.exit(f"there is no operating point {point!r}: choose one of {', '.join(points)}")
-    return points[named[0]]
+class Linear:
+    """A linear layer that makes scores of a description."""
+
+    def __init__(self, file: str) -> None:
+        with np.load(HERE / file) as layer:
+            self.weight, self.bias = layer["weight"], layer["bias"]
+
+    def __call__(self, values: Mapping[str, Array]) -> Values:
+        return {"scores": values["description"] @ self.weight + self.bias}
 
 
-def predict(images: np.ndarray, point: str = PLAN["operating_point"]) -> tuple[np.ndarray, np.ndarray]:
-    """Logits (N, classes) and the exit each image left at (N,), counted from 0."""
-    thresholds = [*thresholds_at(point), -np.inf]  # who reaches the last exit leaves there
-    logits = np.zeros((len(images), PLAN["classes"]), np.float32)
-    exits, waiting = np.zeros(len(images), int), np.arange(len(images))
-    feed = {"features": np.asarray(images, np.float32)}
-    for k, (stage, threshold) in enumerate(zip(PLAN["stages"], thresholds, strict=True)):
-        if not len(waiting):
-            break
-        off = threshold is None
-        found = run(stage["without_exit"] if off and stage["without_exit"] else stage["file"], feed)
-        leaves = np.zeros(len(waiting), bool)
-        if not off:
-            leaves = found["score"].astype(np.float64) >= threshold if "score" in found else ~leaves
-            logits[waiting[leaves]], exits[waiting[leaves]] = found["logits"][leaves], k
-        feed = {name[5:]: found[name][~leaves] for name in ("next_features", "next_context") if name in found}
-        waiting = waiting[~leaves]
-    return logits, exits
+def carry(values: Values, found: Values) -> Values:
+    """What images carry behind a part; channel means are those of its features, or not known."""
+    kept = {name: one for name, one in values.items() if name != "means" or "next_features" not in found}
+    given = {name[5:]: one for name, one in found.items() if name.startswith("next_")}
+    if "means" in given:
+        given["means"] = given["means"].reshape(len(given["means"]), -1)
+    return kept | given
+
+
+class Flow:
+    """The images of a batch that are still on their way, at an operating point.
+
+    Attributes:
+        images: all of them, (N, C, H, W).
+        rows: which of them these are, (n,).
+        values: what these carry.
+        taken: (decision, rows, option of each), in order.
+        answered: (rows, place, logits) of those that have left.
+    """
+
+    def __init__(self, images: Array, point: Mapping[str, Any]) -> None:
+        self.images, self.rows, self.point = images, np.arange(len(images)), point
+        self.values: Values = {"features": images}
+        self.taken: list[tuple[str, Array, Array]] = []
+        self.answered: list[tuple[Array, str, Array]] = []
+
+    def through(self, part: Part) -> Values:
+        """Let all go through a part; what it gives."""
+        found = part(self.values)
+        self.values = carry(self.values, found)
+        return found
+
+    def leave(self, leaves: Array, place: str, logits: Array) -> None:
+        """Answer the rows for which ``leaves``, (n,), is true."""
+        if leaves.any():
+            self.answered.append((self.rows[leaves], place, logits[leaves]))
+            self.rows = self.rows[~leaves]
+            self.values = {name: values[~leaves] for name, values in self.values.items()}
+
+
+def through(flow: Flow, part: Part) -> None:
+    """All go through a part; if it answers, its logits are the features from here on."""
+    found = flow.through(part)
+    flow.values["features"] = found.get("logits", flow.values["features"])
+
+
+def leave(flow: Flow, decision: str, part: Part) -> None:
+    """Those leave whose score reaches the threshold."""
+    found = flow.through(part)
+    leave_with(flow, decision, found["logits"], found["score"])
+
+
+def leave_joined(flow: Flow, decision: str, temperature: float, score: Part | None) -> None:
+    """The same with the answers of all networks so far; without a score those leave on whom at least two agree."""
+    logits, answer = flow.values["features"], joined(flow, temperature)
+    if score is None:
+        votes = [flow.values["votes"]] if "votes" in flow.values else []
+        flow.values["votes"] = every = np.column_stack([*votes, logits.argmax(1)])
+        scores = (every == every[:, -1:]).all(1) & bool(votes)
+    else:
+        scores = score({"answer": answer})["score"]
+    if flow.point["combine"] != "last":
+        logits = flow.values["evidence"] = answer
+    leave_with(flow, decision, logits, scores)
+
+
+def leave_with(flow: Flow, decision: str, logits: Array, scores: Array) -> None:
+    threshold = flow.point["thresholds"][decision]
+    leaves = scores.astype(np.float64) >= (np.inf if threshold is None else threshold)
+    flow.taken.append((decision, flow.rows, 1 - leaves))
+    flow.leave(leaves, decision, logits)
+
+
+def joined(flow: Flow, temperature: float) -> Array:
+    """The answers of all networks so far as logits of one; those of the last to run are the features."""
+    how, before = flow.point["combine"], flow.values.get("evidence")
+    added = flow.values["features"] / np.float32(temperature)
+    if how == "mean":
+        added = log_softmax(added)
+    if how == "last" or before is None:
+        return added
+    return np.logaddexp(before, added) if how == "mean" else before + added
+
+
+def join(flow: Flow, temperature: float) -> None:
+    """The last network's answers are joined with those before it, if there are any."""
+    if "evidence" in flow.values:
+        flow.values["features"] = joined(flow, temperature)
+
+
+def restart(flow: Flow, keeps: Sequence[str]) -> None:
+    """Images come in again and keep only some of what they carry."""
+    images = flow.images if len(flow.rows) == len(flow.images) else flow.images[flow.rows]
+    flow.values = {"features": images} | {name: flow.values[name] for name in keeps if name in flow.values}
+
+
+def choose(
+    flow: Flow,
+    decision: str,
+    ways: Sequence[Part | None],
+    gate: Part,
+    means: bool,
+    costs: Sequence[float],
+    scores: Part | Linear,
+) -> None:
+    """Each image takes the way with the best score, after the offset times its cost is added."""
+    described = flow.values.get("means") if means else None
+    if described is None:
+        described = gate(flow.values)["description"]
+    found = scores(flow.values | {"description": described})
+    options = (found["scores"] + np.float32(flow.point["offset"]) * np.array(costs, np.float32)).argmax(1)
+    flow.taken.append((decision, flow.rows, options))
+    others = {name: one for name, one in carry(flow.values, found).items() if name not in ("features", "means")}
+    given = {"features": flow.values["features"]} | ({"means": described} if means else {})
+    flow.values = others | parted(options, ways, given)
+
+
+def parted(options: Array, ways: Sequence[Part | None], given: Values) -> Values:
+    """What becomes of values when each row goes its own way; None changes nothing."""
+    chosen = sorted(set(options.tolist()))
+    groups = [np.flatnonzero(options == option) for option in chosen] if len(chosen) > 1 else [slice(None)]
+    found: list[Values] = []
+    for option, rows in zip(chosen, groups, strict=True):
+        own, way = {name: values[rows] for name, values in given.items()}, ways[option]
+        found.append(own if way is None else carry(own, way(own)))
+    if len(found) == 1:
+        return found[0]
+    shared = {name: one for name, one in found[0].items() if all(name in values for values in found)}
+    after = {name: np.empty((len(options), *one.shape[1:]), one.dtype) for name, one in shared.items()}
+    for rows, values in zip(groups, found, strict=True):
+        for name in after:
+            after[name][rows] = values[name]
+    return after
+
+
+WORDS: dict[str, Callable[..., None]] = {
+    word.__name__: word for word in (through, leave, leave_joined, join, restart, choose)
+}
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Of N images: logits (N, classes), the place at which each was answered, and the option that it took of each decision
+    (N,), -1 where it did not come there."""
+
+    logits: Array
+    places: list[str]
+    taken: dict[str, Array]
+
+
+class Network:
+    """The network at an operating point, by default the one that it was exported at."""
+
+    def __init__(self, point: str | None = None) -> None:
+        self.point: dict[str, Any] = PLAN["operating_points"][point or PLAN["operating_point"]]
+        options = session_options()
+
+        def made(value: Any) -> Any:
+            if isinstance(value, list):
+                return [made(one) for one in value]
+            if isinstance(value, str) and value.endswith(".onnx"):
+                return Part(value, options)
+            return Linear(value) if isinstance(value, str) and value.endswith(".npz") else value
+
+        self.steps: list[Callable[[Flow], None]] = []
+        for number in self.point["runs"]:
+            word, *fields = PLAN["steps"][number].items()
+            self.steps.append(partial(WORDS[word[1]], **{name: made(value) for name, value in fields}))
+
+    def run(self, images: Array) -> Answers:
+        """Answer float32 images (N, C, H, W), sized and normalised."""
+        flow = Flow(np.ascontiguousarray(images, np.float32), self.point)
+        for step in self.steps:
+            if len(flow.rows):
+                step(flow)
+        flow.leave(np.ones(len(flow.rows), bool), "end", flow.values["features"])
+        logits = np.empty((len(images), PLAN["classes"]), np.float32)
+        places = [""] * len(images)
+        taken = {name: np.full(len(images), -1) for name in PLAN["decisions"]}
+        for rows, place, found in flow.answered:
+            logits[rows] = found
+            for row in rows.tolist():
+                places[row] = place
+        for decision, rows, options in flow.taken:
+            taken[decision][rows] = options
+        return Answers(logits, places, taken)
+
+    def probabilities(self, answers: Answers) -> Array:
+        """Of the classes (N, classes)."""
+        places = [PLAN["places"][place] for place in answers.places]
+        divided = self.point["combine"] != "last"
+        warm = [1.0 if divided and place["joins"] else place["temperature"] for place in places]
+        return np.exp(log_softmax(answers.logits / np.array(warm, np.float32)[:, None]))
+
+
+def log_softmax(logits: Array) -> Array:
+    logits = logits - logits.max(1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(1, keepdims=True))
+
+
+def session_options() -> ort.SessionOptions:
+    """Threads that do not spin against the next session, and memory that all sessions share."""
+    options = ort.SessionOptions()
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    memory = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    ort.create_and_register_allocator(memory, ort.OrtArenaCfg(0, -1, -1, -1))
+    options.add_session_config_entry("session.use_env_allocators", "1")
+    return options
+
+
+def read_image(path: str) -> Array:
+    """An image file as the network wants it: cut, sized and normalised, (C, H, W)."""
+    from PIL import Image
+
+    wanted = PLAN["images"]
+    with Image.open(path) as opened:
+        image = eight_bits(opened).convert("L" if wanted["channels"] == 1 else "RGB")
+    height, width = to = tuple(wanted["size"])
+    if wanted["cover"]:  # is covered by the image, of which the middle is cut out
+        rows, columns = wanted["cover"]
+        upright = rows * image.width < columns * image.height
+        to = (max(rows, int(columns * image.height / image.width)), columns)
+        to = to if upright else (rows, max(columns, int(rows * image.width / image.height)))
+    image = image.resize(to[::-1], Image.Resampling[wanted["interpolation"].upper()])
+    top, left = round((to[0] - height) / 2), round((to[1] - width) / 2)
+    pixels = np.asarray(image.crop((left, top, left + width, top + height)), np.float32).reshape(height, width, -1)
+    mean, deviation = np.array(wanted["mean"]), np.array(wanted["deviation"])
+    pixels = pixels * (1 / (255 * deviation)).astype(np.float32) + (-mean / deviation).astype(np.float32)
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def eight_bits(image: Any) -> Any:
+    """An image; 16-bit grey and floats are scaled to 0..255."""
+    from PIL import Image
+
+    if not image.mode.startswith(("I", "F")):
+        return image
+    levels = np.asarray(image).astype(np.float64)
+    if image.mode.startswith("I"):
+        levels = levels / 257 if levels.max() > 255 else levels
+    elif levels.max() <= 1:
+        levels = levels * 255
+    return Image.fromarray(np.clip(np.rint(levels), 0, 255).astype(np.uint8))
+
+
+def predictions(network: Network, paths: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """One for each file, in order; with an error for one that cannot be read."""
+    for start in range(0, len(paths), BATCH):
+        images: dict[str, Array] = {}
+        errors: dict[str, str] = {}
+        for path in paths[start : start + BATCH]:
+            try:
+                images[path] = read_image(path)
+            except (OSError, ValueError, SyntaxError) as error:
+                errors[path] = f"cannot read the image {path}: {error}"
+        answers = network.run(np.stack(list(images.values()))) if images else None
+        probabilities = network.probabilities(answers) if answers else np.empty(0)
+        for path in paths[start : start + BATCH]:
+            if answers is None or path not in images:
+                yield {"file": path, "error": errors[path]}
+                continue
+            i = list(images).index(path)
+            best = int(probabilities[i].argmax())
+            options = {name: int(taken[i]) for name, taken in answers.taken.items() if taken[i] >= 0}
+            yield {
+                "file": path,
+                "answer": PLAN["class_names"][best] if best < len(PLAN["class_names"]) else str(best),
+                "confidence": round(float(probabilities[i, best]), 6),
+                "by": PLAN["places"][answers.places[i]]["name"],
+                "options": options,
+                "error": None,
+            }
+
+
+def chosen_point(name: str | None, budget: float | None) -> str:
+    """An operating point by its name, or the most accurate one of those that cost at most a share of the original's MACs;
+    SystemExit where there is none."""
+    points: dict[str, Any] = PLAN["operating_points"]
+    found = [one for one in points if one == name] or [one for one in points if one.partition("-")[0] == name]
+    if name is None and budget is None:
+        found = [PLAN["operating_point"]]
+    elif budget is not None:
+        priced = [one for one in points if points[one]["macs_ratio"] is not None]
+        within = [one for one in priced if points[one]["macs_ratio"] <= budget * (1 + 1e-9)]
+        found = sorted(within, key=lambda one: (-points[one]["accuracy"], points[one]["macs_ratio"]))[:1]
+    if len(found) != 1:
+        costs = {one: points[one]["macs_ratio"] for one in points}
+        sys.exit(f"error: no operating point is {name or f'within {budget:g}'}: there are, with shares of MACs, {costs}")
+    return found[0]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Classify image files: class, probability, and who answered.")
+    parser.add_argument("images", nargs="+", metavar="IMAGE")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--point", metavar="NAME", help="an operating point of routing.json")
+    which.add_argument("--budget", type=float, metavar="RATIO", help="mean MACs at most this share of the original's")
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args()
+    found = list(predictions(Network(chosen_point(given.point, given.budget)), given.images))
+    if given.json:
+        print(json.dumps(found, indent=1))
+    for one in found:
+        if one["error"] is not None:
+            print(f"error: {one['error']}", file=sys.stderr)
+        elif not given.json:
+            print(f"{one['file']}  {one['answer']}  {one['confidence']:.3f}  {one['by']}")
+    sys.exit(2 if any(one["error"] for one in found) else 0)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) not in (2, 3):
-        sys.exit(__doc__)
-    answers, left_at = predict(np.load(sys.argv[1]), *sys.argv[2:])
-    for row, exit_index in zip(answers, left_at, strict=True):
-        print(json.dumps({"answer": int(row.argmax()), "exit": int(exit_index) + 1}))
+    main()

@@ -1,168 +1,248 @@
-"""A converted network as ONNX files, a plan of the routing between them, and a driver without torch."""
+"""A converted network as ONNX files, a plan of what is decided between them, and a driver without torch.
 
-import copy
+What is exported is what :func:`~dynamize.runtime.compiled.compile_network` compiles for ONNX Runtime, part by part; what
+happens in between is what the pieces say of it (:mod:`dynamize.nn.instructions`).
+"""
+
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnxruntime as ort
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dynamize.errors import DynamizeError
-from dynamize.files import atomically, write_text
+from dynamize.files import folder_at_once
+from dynamize.nn.instructions import Rows
 from dynamize.nn.network import DynamicNetwork
-from dynamize.nn.piece import Piece
-from dynamize.nn.quantized import is_quantized
+from dynamize.nn.piece import Call, Piece, Setting, setting_at
+from dynamize.runtime.compiled import CompiledNetwork
 from dynamize.runtime.engine import Border
-from dynamize.runtime.onnx import INPUTS, NEXT, NEXT_CONTEXT, PathAndHead, export_onnx
+from dynamize.runtime.onnx import Session, as_onnx
 from dynamize.runtime.onnxruntime import OnnxRuntime
-from dynamize.runtime.threads import chosen_threads
-from dynamize.runtime.trial import Features, agree, limit_of, listed
+from dynamize.runtime.session import session_options
+from dynamize.runtime.threads import Threads, chosen_threads
+from dynamize.runtime.trial import agree, listed
 
 PLAN, DRIVER = "routing.json", "run.py"
-_INSTEAD = (
-    "Use `dynamize predict`, or dz.compile_network in Python, which leave such a stage to PyTorch. Nothing was changed."
-)
-_AS_SAVED, _ALL_OFF = "as-saved", "exits-off"
+END = "end"  # in the plan, the place at which those are answered who do not leave before
+AS_SAVED = "as-saved"
+_RUNS = ("bind", "decide", "let_go")  # the methods of a piece that `instruct` speaks of
+_INSTEAD = "Use `dynamize predict`, or dz.compile_network in Python, which leave it to PyTorch. Nothing was changed."
 
 
 def export(
     network: DynamicNetwork,
     folder: Path,
     *,
-    normalize: Sequence[Sequence[float]] | None = None,
+    images: Mapping[str, Any] | None = None,
     classes: Sequence[str] = (),
+    places: Sequence[str] = (),
+    overwrite: bool = False,
 ) -> list[Path]:
-    """Write ``stage-K.onnx`` for every stage, ``routing.json`` and ``run.py`` into an empty or new folder.
+    """Write all parts as ONNX, ``routing.json`` and ``run.py`` into a new folder, in one piece.
 
-    ``routing.json`` holds the stages in order with the names of their inputs and outputs, the thresholds of all
-    operating points (a score >= threshold leaves; null: the exit is off and ``without_exit``, the stage without its
-    head, runs instead), the input shape (C, H, W) and how images are normalised.
+    ``routing.json`` holds the steps, each one word of :mod:`dynamize.nn.instructions` with the files that it concerns;
+    and all operating points with the numbers of the steps that run at each, thresholds (a score >= threshold leaves),
+    offset, and how answers are joined.
 
     Args:
         network: at the operating point that the driver uses by default.
-        normalize: means and deviations of pixels in 0..1, for the plan.
-        classes: their names, for the plan.
+        images: how image files are made ready, for the driver: channels, size (H, W), cover (H, W) or None,
+            interpolation, and mean and deviation of pixels in 0..1.
+        classes: their names, for the driver.
+        places: what those that answer are called, in order.
+        overwrite: replace an earlier export.
 
     Returns:
         The files.
 
     Raises:
-        DynamizeError: the folder holds other things, or a stage cannot be exported.
+        DynamizeError: the folder holds an earlier export and is not to be overwritten, or other things; a part cannot be
+            exported; or a piece does not say what it does.
     """
-    if network.changing:
-        raise DynamizeError(
-            "a network with gates cannot be exported yet: its sessions live inside dynamize. Use `dynamize predict`, "
-            "or dz.compile_network in Python"
-        )
-    if own := [piece.name for piece in network.row if not (piece.answers or piece.straight)]:
-        raise DynamizeError(
-            f"{', '.join(own)} run(s) by code of its own, which no driver has: such a network cannot be exported. Use "
-            "`dynamize predict`, or dz.compile_network in Python. Nothing was changed."
-        )
-    if folder.exists() and (not folder.is_dir() or not _replaceable(folder)):
-        raise DynamizeError(f"{folder} is not an empty folder: export to a new one. Nothing was changed.")
-    stages = _export_stages(network)
-    plan = _plan(network, stages) | {"normalize": normalize, "class_names": list(classes)}
-    written = []
-    for name, content in (item for stage in stages for item in stage.files.items()):
-        written.append(folder / name)
-        with atomically(written[-1]) as path:
-            path.write_bytes(content)
-    with atomically(folder / DRIVER) as path:
-        shutil.copyfile(Path(__file__).with_name("driver.py"), path)
-    write_text(folder / PLAN, json.dumps(plan, indent=1, allow_nan=False) + "\n")
-    return [*written, folder / PLAN, folder / DRIVER]
+    _check_target(folder, overwrite)
+    for piece in network.row:
+        _refuse_own_code(piece)
+    with folder_at_once(folder) as new:
+        plan = _Writer(network, new).plan() | {"images": images, "class_names": list(classes)}
+        for place, name in zip(plan["places"].values(), places, strict=False):
+            place["name"] = name
+        shutil.copyfile(Path(__file__).with_name("driver.py"), new / DRIVER)
+        (new / PLAN).write_text(json.dumps(plan, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    return sorted(folder.iterdir())
 
 
-@dataclass(frozen=True)
-class _Stage:
-    files: dict[str, bytes]  # with its exit, then without it unless the exit must run
-    inputs: list[str]
-    outputs: list[str]
+class _Writer:
+    """Writes the files of one network into a folder."""
+
+    def __init__(self, network: DynamicNetwork, folder: Path) -> None:
+        self.network, self.folder = network, folder
+        self.engine = _Recording(torch.device("cpu"))
+        self.engine.threads = chosen_threads(None)
+        self.compiled = CompiledNetwork(network, self.engine)
+        for part, reason in self.compiled.in_torch.items():
+            raise DynamizeError(f"{part} cannot be exported: {reason.rstrip('.')}. {_INSTEAD}")
+        self.files: dict[Call, str] = {}
+
+    def plan(self) -> dict[str, Any]:
+        """What the driver reads; all files that it names have been written."""
+        network = self.network
+        settings = {point.name: setting_at(point) for point in network.operating_points or []}
+        stated = {point.name: (point.macs_ratio, point.accuracy) for point in network.operating_points or []}
+        here = network.operating_point.name if network.operating_point else None
+        if here is None or settings.get(here) != network.setting:
+            here = AS_SAVED
+            settings = {here: network.setting, **settings}
+        steps: list[dict[str, Any]] = []
+        points = {}
+        for name, setting in settings.items():
+            macs_ratio, accuracy = stated.get(name, (None, None))
+            points[name] = {
+                "thresholds": {piece.name: setting.thresholds.get(piece.name) for piece in network.leaving},
+                "offset": setting.offset,
+                "combine": setting.combine,
+                "runs": self._runs(setting, steps),
+                "macs_ratio": macs_ratio,
+                "accuracy": accuracy,
+            }
+        return {
+            "input": list(network.input_shape),
+            "classes": network.shapes[-1][0],
+            "decisions": [decision.name for decision in network.decisions()],
+            "places": self._places(),
+            "operating_point": here,
+            "operating_points": points,
+            "steps": steps,
+        }
+
+    def _places(self) -> dict[str, dict[str, Any]]:
+        """Where images are answered, and by what their logits are divided there; what ``joins`` has divided some."""
+        scored = [(float(piece.temperature), piece.links) for piece in self.network.scored]
+        names = [piece.name for piece in self.network.leaving]
+        scored += [(1.0, False)] * (len(names) + 1 - len(scored))
+        return {
+            name: {"name": name, "temperature": temperature, "joins": joins}
+            for name, (temperature, joins) in zip([*names, END], scored, strict=True)
+        }
+
+    def _runs(self, setting: Setting, steps: list[dict[str, Any]]) -> list[int]:
+        """Numbers of the steps that run at a setting; new ones are added."""
+        runs = []
+        for piece, calls in self.compiled.called(setting):
+            files = {part: self._file(piece, part, call) for part, call in calls.items() if call in self.engine.models}
+            told = piece.instruct(files)
+            step = {"do": told.do}
+            step |= {one.name: self._data(piece, one.name, getattr(told, one.name)) for one in fields(told)}
+            if step not in steps:
+                steps.append(step)
+            runs.append(steps.index(step))
+        return runs
+
+    def _file(self, piece: Piece, part: str, call: Call) -> str:
+        """The file of a compiled part, which is written when it is first asked for."""
+        if call not in self.files:
+            name = f"{_plain(piece.name)}-{part}"
+            variants = sum(file.startswith(f"{name}.") for file in self.files.values())
+            self.files[call] = f"{name}.{variants + 1}.onnx" if variants else f"{name}.onnx"
+            (self.folder / self.files[call]).write_bytes(self.engine.models[call])
+        return self.files[call]
+
+    def _data(self, piece: Piece, field: str, value: Any) -> Any:
+        """A field of an instruction as JSON has it: modules are named by the files that they are in."""
+        file = f"{_plain(piece.name)}-{field}"
+        if isinstance(value, nn.Linear):
+            layer = {"weight": value.weight.detach().numpy().T, "bias": value.bias.detach().numpy()}
+            np.savez(self.folder / f"{file}.npz", **layer)
+            return f"{file}.npz"
+        if isinstance(value, Rows):
+            (self.folder / f"{file}.onnx").write_bytes(_rows_as_onnx(value, self.engine.threads))
+            return f"{file}.onnx"
+        return value
 
 
-def _export_stages(network: DynamicNetwork) -> list[_Stage]:
-    """A path and the head behind it each; the last one has none, or one that adds what the exits saw."""
-    network = copy.deepcopy(network).cpu().eval()
-    stages, border, features = [], 0, Features(network, alike=True)
-    for number, (path, head) in enumerate(_pairs(network.row), start=1):
-        module: nn.Module = nn.Identity() if path is None else path.parts()[0].module
-        takes, reached = Border(network.shapes[border]), features.at(border)
-        border += path is not None
-        context = network.contexts[head.name] if head is not None else 0
-        early = head is not None and head.effect == "leaves"
-        outputs = ["logits"]
-        if early:
-            outputs = [NEXT, "logits", "score", *([NEXT_CONTEXT] if head.chained else [])]
-        both = module if head is None else PathAndHead(module, head, early)
-        files = {f"stage-{number}.onnx": _export(both, takes, context, outputs, reached)}
-        if early and not head.chained:
-            files[f"stage-{number}-without-exit.onnx"] = _export(module, takes, 0, [NEXT], reached)
-        stages.append(_Stage(files, INPUTS[: 2 if context else 1], outputs))
-    return stages
+class _Recording(OnnxRuntime):
+    """ONNX Runtime, with features in the layout that all machines have, and what each part was compiled of."""
+
+    late_gates = False
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self.models: dict[Call, bytes] = {}
+        self._latest = b""
+
+    def blocks(self, shape: tuple[int, ...]) -> bool:
+        return False
+
+    def load(self, model: bytes, channels: Mapping[str, int], overwrite: bool) -> Session:
+        self._latest = model
+        return super().load(model, channels, overwrite)
+
+    def path(self, module: nn.Module, takes: Border, gives: Border) -> Call:
+        return self._noted(super().path(module, takes, gives))
+
+    def gate(self, gate: nn.Module, takes: Border) -> Call:
+        return self._noted(super().gate(gate, takes))
+
+    def head(self, head: nn.Module, takes: Border, context: int) -> Call:
+        return self._noted(super().head(head, takes, context))
+
+    def both(self, path: nn.Module, head: nn.Module, takes: Border, gives: Border, context: int) -> Call:
+        return self._noted(super().both(path, head, takes, gives, context))
+
+    def _noted(self, call: Call) -> Call:
+        self.models[call] = self._latest
+        return call
 
 
 @torch.inference_mode()
-def _export(module: nn.Module, takes: Border, context: int, outputs: list[str], features: Tensor) -> bytes:
-    """ONNX that answers as the module does, in ONNX Runtime."""
-    inputs = [features, *([torch.randn(len(features), context)] if context else [])]
-    engine = OnnxRuntime(torch.device("cpu"))
-    engine.threads = chosen_threads(None)
-    wanted = listed(module(*[one.clone() for one in inputs]))
-    try:
-        found = export_onnx(module, takes, context, outputs)
-        answers = engine.load(found, {}, overwrite=False)(inputs)
-    except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
-        raise DynamizeError(f"a stage cannot be exported: {reason}. {_INSTEAD}") from error
-    if not agree(answers, wanted, limit_of(engine, is_quantized(module))):
+def _rows_as_onnx(rows: Rows, threads: Threads) -> bytes:
+    """A small module as ONNX, which answers as it does."""
+    inputs = [torch.randn(2, width, generator=torch.Generator().manual_seed(0)) for width in rows.takes.values()]
+    model = as_onnx(rows.module, inputs, list(rows.takes), rows.gives)
+    session = ort.InferenceSession(model, session_options(threads), providers=["CPUExecutionProvider"])
+    found = session.run(list(rows.gives), {name: one.numpy() for name, one in zip(rows.takes, inputs, strict=True)})
+    if not agree([torch.from_numpy(one) for one in found], listed(rows.module(*inputs)), OnnxRuntime.limit):
+        raise DynamizeError(f"what decides cannot be exported: it differs in ONNX Runtime from PyTorch. {_INSTEAD}")
+    return model
+
+
+def _refuse_own_code(piece: Piece) -> None:
+    """Refuse a piece whose class runs otherwise than the one that it has ``instruct`` from."""
+    lineage = type(piece).__mro__
+    first = {name: next((i for i, cls in enumerate(lineage) if name in vars(cls)), len(lineage)) for name in _RUNS}
+    says = next(i for i, cls in enumerate(lineage) if "instruct" in vars(cls))
+    if says > min(first.values()):
         raise DynamizeError(
-            f"a stage cannot be exported: it answers otherwise in ONNX Runtime than in PyTorch. {_INSTEAD}"
+            f"{piece.name} runs by code of its own and does not say in words what it does, so that no driver knows: "
+            "give its class a method `instruct` beside `bind`, use `dynamize predict`, or dz.compile_network in Python. "
+            "Nothing was changed."
         )
-    return found
 
 
-def _pairs(row: Sequence[Piece]) -> list[tuple[Piece | None, Any]]:
-    """A path and the head behind it each; None where two heads follow each other, or at the end."""
-    found: list[tuple[Piece | None, Any]] = []
-    for piece in row:
-        if not piece.answers:
-            found.append((piece, None))
-        elif found and found[-1][1] is None:
-            found[-1] = found[-1][0], piece
-        else:
-            found.append((None, piece))
-    return found
+def _check_target(folder: Path, overwrite: bool) -> None:
+    """Refuse a folder in which something would be lost."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    earlier = folder.is_dir() and (folder / PLAN).is_file() and all(_ours(file) for file in folder.iterdir())
+    if not earlier:
+        raise DynamizeError(f"{folder} is no empty folder: export to a new one. Nothing was changed.")
+    if not overwrite:
+        raise DynamizeError(
+            f"{folder} holds an earlier export: add --overwrite to replace it (in Python: overwrite=True), or export to "
+            "a new folder. Nothing was changed."
+        )
 
 
-def _plan(network: DynamicNetwork, stages: Sequence[_Stage]) -> dict[str, Any]:
-    def listed(thresholds: Mapping[str, float | None]) -> list[float | None]:
-        return [thresholds.get(piece.name) for piece in network.leaving]
-
-    points = {point.name: listed(point.thresholds) for point in network.operating_points or []}
-    chosen, here = network.operating_point.name if network.operating_point else None, listed(network.setting.thresholds)
-    if chosen is None or points.get(chosen) != here:
-        chosen = _AS_SAVED if any(one is not None for one in here) else _ALL_OFF
-        points = {chosen: here, **points}
-    described = []
-    for stage in stages:
-        file, without_exit = [*stage.files, None][:2]
-        named = {"file": file, "without_exit": without_exit}
-        described.append(named | {"inputs": stage.inputs, "outputs": stage.outputs})
-    return {
-        "input": list(network.input_shape),
-        "classes": network.shapes[-1][0],
-        "operating_point": chosen,
-        "operating_points": points,
-        "stages": described,
-    }
+def _ours(file: Path) -> bool:
+    return file.name in (PLAN, DRIVER, "__pycache__") or file.suffix in (".onnx", ".npz")
 
 
-def _replaceable(folder: Path) -> bool:
-    """Whether only an earlier export lies there."""
-    names = {file.name for file in folder.iterdir()}
-    return not names or (PLAN in names and all(name in (PLAN, DRIVER) or name.endswith(".onnx") for name in names))
+def _plain(name: str) -> str:
+    """As part of a file's name."""
+    return name.replace("/", ".").replace(" ", "_")

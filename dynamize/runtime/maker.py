@@ -24,15 +24,21 @@ class Maker:
         engine: what compiles.
 
     Attributes:
-        notes: what torch computes in the place of the engine, and why.
+        in_torch: parts that torch computes in the place of the engine, in words, and why.
         path_in_torch: whether a path is among it.
     """
 
     def __init__(self, network: DynamicNetwork, engine: Engine) -> None:
         self.network, self.engine = network, engine
         self.features = Features(network, alike=max(engine.tried) > 1)
-        self.notes: list[str] = []
+        self.in_torch: dict[str, str] = {}
         self.path_in_torch = False
+
+    @property
+    def notes(self) -> list[str]:
+        """What torch computes in the place of the engine, and why."""
+        name = self.engine.name
+        return [f"backend {name}: {part} runs in {ANYWHERE} PyTorch: {why}" for part, why in self.in_torch.items()]
 
     def part(self, part: Part, takes: Border, gives: Border) -> Call:
         """A part on the engine, or in torch."""
@@ -102,11 +108,9 @@ class Maker:
             reason = str(error)
         if reason is None:
             return made
-        self.notes.append(
-            f"backend {self.engine.name}: {_CALLED[part.role]} of '{part.owner}' runs in {ANYWHERE} PyTorch: {reason}"
-        )
+        self.in_torch[f"{_CALLED[part.role]} of '{part.owner}'"] = reason
         self.path_in_torch = self.path_in_torch or part.role == "path"
-        return self._in_torch(plain, takes, shown)
+        return self._by_torch(plain, takes, shown)
 
     def _compile(self, part: Part, takes: Border, gives: Border | None) -> Call:
         if part.role == "gate":
@@ -116,7 +120,7 @@ class Maker:
         assert gives is not None
         return self.engine.path(part.module, takes, gives)
 
-    def _in_torch(self, plain: Callable[..., Any], takes: Border, gives: Border | None) -> Call:
+    def _by_torch(self, plain: Callable[..., Any], takes: Border, gives: Border | None) -> Call:
         engine = self.engine
 
         def run(features: Tensor, *more: Any) -> Any:

@@ -4,7 +4,7 @@ import io
 import logging
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,8 +23,9 @@ from dynamize.runtime.engine import Border, Engine, RefusedPart
 from dynamize.runtime.exportable import Exportable
 from dynamize.runtime.layout import BLOCK
 
-FEATURES, CONTEXT, NEXT, NEXT_CONTEXT, MEANS = "features", "context", "next_features", "next_context", "means"
+FEATURES, CONTEXT, NEXT, NEXT_CONTEXT, MEANS = "features", "context", "next_features", "next_context", "next_means"
 INPUTS = [FEATURES, CONTEXT]
+_ANSWER = ["logits", "score", NEXT_CONTEXT]  # of a head, as many as it gives
 _OPSET = 18
 
 Session = Callable[[list[Tensor]], list[Tensor]]
@@ -79,15 +80,15 @@ class OnnxEngine(Engine):
         return lambda features: session([features])[0]
 
     def head(self, head: nn.Module, takes: Border, context: int) -> Callable[..., Any]:
-        session = self.load(self._export(head, takes, context, None), _ends(takes), False)
+        session = self.load(self._export(head, takes, context, _ANSWER), _ends(takes), False)
         return lambda features, context: session([features] if context is None else [features, context])
 
     def both(self, path: nn.Module, head: nn.Module, takes: Border, gives: Border, context: int) -> Any:
-        exported = self._export(PathAndHead(path, head), takes, context, None)
+        exported = self._export(PathAndHead(path, head), takes, context, [NEXT, *_ANSWER])
         session = self.load(exported, _ends(takes, gives), False)
         return lambda features, context: session([features] if context is None else [features, context])
 
-    def _export(self, module: nn.Module, takes: Border, context: int, outputs: list[str] | None) -> bytes:
+    def _export(self, module: nn.Module, takes: Border, context: int, outputs: list[str]) -> bytes:
         return export_onnx(module, takes, context, outputs, self.prepares_blocks)
 
 
@@ -110,20 +111,19 @@ class _Way(nn.Module):
 
 
 class PathAndHead(nn.Module):
-    """A path and the head behind it; ``hands_on``: with the features of the path before what the head gives."""
+    """A path and the head behind it: the features of the path, and what the head gives."""
 
-    def __init__(self, path: nn.Module, head: nn.Module, hands_on: bool = True) -> None:
+    def __init__(self, path: nn.Module, head: nn.Module) -> None:
         super().__init__()
-        self.path, self.head, self.hands_on = path, head, hands_on
+        self.path, self.head = path, head
 
     def forward(self, features: Tensor, context: Tensor | None = None) -> tuple[Tensor, ...]:
         features = self.path(features)
-        found: tuple[Tensor, ...] = self.head(features, context)
-        return (features, *found) if self.hands_on else found
+        return features, *self.head(features, context)
 
 
 def export_onnx(
-    module: nn.Module, takes: Border, context: int = 0, outputs: list[str] | None = None, blocks: bool = False
+    module: nn.Module, takes: Border, context: int = 0, outputs: Sequence[str] = (NEXT,), blocks: bool = False
 ) -> bytes:
     """A module in eval mode as ONNX, with the batch dimension free.
 
@@ -132,7 +132,7 @@ def export_onnx(
     Args:
         takes: what its features are.
         context: width of its second input, (N, D); 0 for none.
-        outputs: their names; None names them as a path and a head give them.
+        outputs: their names; those of fewer are the first ones.
         blocks: prepare for ONNX Runtime's blocked layout.
 
     Raises:
@@ -143,19 +143,33 @@ def export_onnx(
     inputs += [blank(module, 2, context)] if context else []
     module = _Plain(module, blocks).eval()
     names = INPUTS[: len(inputs)]
+    return as_onnx(module, inputs, names, outputs)
+
+
+def as_onnx(module: nn.Module, inputs: Sequence[Tensor], names: Sequence[str], outputs: Sequence[str]) -> bytes:
+    """A module as ONNX, with the first dimension of all inputs and outputs free.
+
+    Args:
+        names: of the inputs.
+        outputs: names; those of fewer are the first ones.
+
+    Raises:
+        RefusedPart: the exporter does not know an operator.
+    """
     buffer = io.BytesIO()
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         try:
-            outputs = outputs or output_names(module(*[one.clone() for one in inputs]))
+            found = module(*[one.clone() for one in inputs])
+            outputs = outputs[: 1 if isinstance(found, Tensor) else len(found)]
             with Exportable(is_quantized(module)):
                 torch.onnx.export(
                     module,
                     tuple(inputs),
                     buffer,  # type: ignore[arg-type]  # the tracing exporter takes a stream
-                    input_names=names,
-                    output_names=outputs,
+                    input_names=list(names),
+                    output_names=list(outputs),
                     dynamic_axes={name: {0: "batch"} for name in [*names, *outputs]},
                     opset_version=_OPSET,
                     dynamo=False,
@@ -164,14 +178,6 @@ def export_onnx(
             reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(". ")
             raise RefusedPart(f"it cannot be exported to ONNX: {reason}") from error
     return buffer.getvalue()
-
-
-def output_names(found: Any) -> list[str]:
-    """Names for what a head gives (logits, score, context), alone or behind the features of a path."""
-    if isinstance(found, Tensor):
-        return ["logits"]
-    after_path = found[0].dim() > 2
-    return [*([NEXT] if after_path else []), "logits", "score", NEXT_CONTEXT][: len(found)]
 
 
 class _Plain(nn.Module):

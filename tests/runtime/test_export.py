@@ -1,17 +1,49 @@
-"""What is exported has been run and compared with torch."""
+"""What is exported answers as the compiled network does, image by image, where there is no torch."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch import nn
+from bare_environment import answers_of, bare_python
+from gated_networks import GATES, gated_resnet, split_exits
+from gated_networks import images as resnet_images
+from torch import Tensor, nn
 
-from dynamize.conversion import convert, wrap
+import dynamize as dz
+from dynamize.conversion import apply, convert, wrap
+from dynamize.data import DataSpec, load_data
 from dynamize.errors import DynamizeError
+from dynamize.nn.network import DynamicNetwork
+from dynamize.nn.piece import Setting
 from dynamize.runtime import export, exportable
-from dynamize.transforms import Exits
+from dynamize.runtime.compiled import compile_network
+from dynamize.transform import Context
+from dynamize.transforms import Cascade, Exits, Quantize, SkipGates
 
 SHAPE = (3, 12, 12)
+DIGITS = (1, 8, 8)
+SMALL: dict[str, Any] = {"source": "dynamize:digits_resnet_small", "kwargs": {"pretrained": True}}
+SAVED = Path(__file__).parents[1] / "artifacts" / "v1"
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return bare_python(tmp_path_factory.mktemp("bare") / "venv")
+
+
+@pytest.fixture(scope="module")
+def digits() -> Context:
+    return Context(data=load_data(DataSpec(source="digits", normalize=((0.305,), (0.376,))), DIGITS, 10))
+
+
+@pytest.fixture(scope="module")
+def pictures(digits: Context) -> Tensor:
+    """500 digits."""
+    return torch.cat([images for images, _ in digits.data.train.batches(100)][:5])
 
 
 def network(layer: nn.Module) -> nn.Module:
@@ -20,21 +52,126 @@ def network(layer: nn.Module) -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), layer, nn.Flatten(), nn.Linear(width, 7)).eval()
 
 
+def cascade(pictures: Tensor, combine: str = "last", confidence: str = "top_probability", **main: Any) -> DynamicNetwork:
+    """Three networks, of which each answers about half of what it gets; the smallest has an exit of its own."""
+    first = [SMALL, {"resolution": 7, "name": "coarse"}]
+    steps: list[Any] = [Cascade(first=first, confidence=confidence), Exits(member="digits_resnet_small", count=1)]
+    if main:
+        steps.insert(0, SkipGates.model_validate(main))
+    found = dz.convert(dz.source("dynamize:digits_resnet", pretrained=True), steps, DIGITS).eval()
+    for piece, temperature in zip(found.scored, (0.9, 1.7, 0.6, 1.3), strict=True):
+        piece.temperature.fill_(temperature)
+    for piece in found.changing:
+        nn.init.normal_(piece.gate.linear.weight, std=2.0)
+    with torch.no_grad():
+        scores = {name: score for name, _, score in found.run(pictures, everyone=True).seen if score is not None}
+    thresholds = {piece.name: 0.5 if not piece.alone else middle(scores[piece.name]) for piece in found.leaving}
+    found.setting = Setting(thresholds, offset=-0.5, combine=combine)
+    return found
+
+
+def middle(scores: Tensor) -> float:
+    """A threshold that half of the scores reach, none of them by rounding."""
+    ranked = scores.double().sort().values
+    upper = ranked[len(ranked) // 2 :]
+    gap = int((upper[1:21] - upper[:20]).argmax())
+    return float(upper[gap] + upper[gap + 1]) / 2
+
+
+def the_same(made: DynamicNetwork, images: Tensor, python: Path, folder: Path, points: tuple[str, ...] = ()) -> None:
+    """Whether the driver gives the same answers by the same options as the network, at operating points."""
+    export.export(made, folder / "deploy")
+    compiled = compile_network(made, "onnxruntime")
+    for point in points or ("",):
+        if point:
+            compiled.set_operating_point(point)
+        wanted = compiled.run(images)
+        found = answers_of(python, folder / "deploy", images.numpy(), folder, point)
+        for name, options in wanted.taken.items():
+            assert found[name].tolist() == options.tolist(), name
+        ends = [*made.decision_names[0], export.END]
+        assert [ends.index(place) for place in found["places"]] == wanted.exits.tolist()
+        np.testing.assert_allclose(found["logits"], wanted.logits.numpy(), rtol=1e-5, atol=1e-5)
+
+
+def sized(pictures: Tensor, made: DynamicNetwork) -> Tensor:
+    """As the network takes them."""
+    channels, *size = made.input_shape
+    return nn.functional.interpolate(pictures, size, mode="bilinear").expand(-1, channels, -1, -1).contiguous()
+
+
+def parts_images(taken: dict[str, Tensor]) -> bool:
+    """Whether every decision sends images more than one way."""
+    return all(len(set(options.tolist()) - {-1}) > 1 for options in taken.values())
+
+
+@pytest.mark.parametrize("name", ["chained_exits", "skip_gates", "channel_gates", "quantized"])
+def test_artifacts_answer_without_torch_as_with_it(name: str, pictures: Tensor, python: Path, tmp_path: Path) -> None:
+    made = dz.load(SAVED / name)
+    assert made.operating_points is not None
+    points = [point.name for point in made.operating_points]
+    the_same(made, sized(pictures, made), python, tmp_path, (points[0], points[-1]))
+
+
+@pytest.mark.slow  # eight exports and as many processes, half a minute
+@pytest.mark.parametrize(
+    "name", ["expanded", "factorized", "folded", "fused", "fused_gates", "pruned_gates", "quantized_gates"]
+)
+def test_the_other_artifacts_too(name: str, pictures: Tensor, python: Path, tmp_path: Path) -> None:
+    made = dz.load(SAVED / name)
+    the_same(made, sized(pictures, made), python, tmp_path)
+
+
+@pytest.mark.parametrize("fields", GATES, ids=lambda fields: f"{fields['gate']} {fields.get('group', '')}")
+def test_gates_of_all_kinds_with_exits_between(fields: dict[str, Any], python: Path, tmp_path: Path) -> None:
+    made, images = gated_resnet({}, **fields).eval(), resnet_images(64)
+    split_exits(made, images)
+    with torch.no_grad():
+        assert parts_images(made.run(images).taken)
+    the_same(made, images, python, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("combine", "confidence"), [("last", "margin"), ("mean", "entropy"), ("product", "top_probability")]
+)
+def test_cascades_whose_members_have_exits(
+    combine: str, confidence: str, pictures: Tensor, python: Path, tmp_path: Path
+) -> None:
+    the_same(cascade(pictures, combine, confidence), pictures, python, tmp_path)
+
+
+@pytest.mark.slow  # a network in bytes
+@pytest.mark.parametrize("combine", ["last", "mean", "product"])
+def test_cascades_in_bytes_that_go_on_until_networks_agree(
+    combine: str, pictures: Tensor, digits: Context, python: Path, tmp_path: Path
+) -> None:
+    made = cascade(pictures, combine, "agreement", gate="linear")
+    made.operating_points = None
+    in_bytes, _ = apply(made, Quantize(max_drop=None), digits)
+    the_same(in_bytes.eval(), pictures, python, tmp_path)
+
+
+def test_the_work_that_an_image_does_not_need_is_not_done(pictures: Tensor, python: Path, tmp_path: Path) -> None:
+    """Nothing is missed of the parts behind, and of the ways not taken, when their files are gone."""
+
+
 @pytest.mark.parametrize("layer", [nn.CrossMapLRN2d(3), nn.Softplus(threshold=0.1)])
-def test_a_stage_that_differs_or_has_no_form_in_onnx_is_refused(
+def test_a_part_that_differs_or_has_no_form_in_onnx_is_refused(
     layer: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(exportable, "_WRITTEN", {})  # so that the exporter drops the threshold
-    with pytest.raises(DynamizeError, match="a stage cannot be exported: .*Use `dynamize predict`"):
+    with pytest.raises(DynamizeError, match="the path of 'upto.output' cannot be exported: .*Use `dynamize predict`"):
         export.export(wrap(network(layer), SHAPE), tmp_path / "deploy")
     assert not (tmp_path / "deploy").exists()
+    assert not list(tmp_path.iterdir())
 
 
-def test_stages_with_layers_that_are_written_otherwise(tmp_path: Path) -> None:
+def test_parts_with_layers_that_are_written_otherwise(python: Path, tmp_path: Path) -> None:
     net = nn.Sequential(
         nn.Conv2d(3, 8, 3, padding="same", dilation=2), nn.Softplus(threshold=0.1), *network(nn.Identity())
     )
     net[2] = nn.Conv2d(8, 8, 3, padding=1)
     dynamic = convert(net.eval(), [Exits(at=["1"], share=0.9, head="linear")], SHAPE).eval()
-    files = export.export(dynamic, tmp_path / "deploy")
-    assert {file.name for file in files} >= {"stage-1.onnx", "stage-2.onnx", "run.py"}
+    images = torch.randn(8, *SHAPE)
+    dynamic.setting = Setting({"exit.1": 0.0})
+    the_same(dynamic, images, python, tmp_path)
