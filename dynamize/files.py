@@ -38,8 +38,8 @@ def atomically(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def folder_at_once(folder: Path) -> Iterator[Path]:
-    """Fill the yielded new folder; it takes the place of ``folder``, and of all that lies there, when the block ends, and
-    vanishes when the block fails.
+    """Fill the yielded new folder; it takes the place of ``folder``, and of all that lies there, when the block ends,
+    and vanishes when the block fails.
 
     Raises:
         DynamizeError: it cannot be written or the disk is full.

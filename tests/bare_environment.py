@@ -1,9 +1,9 @@
 """An interpreter that has nothing but numpy, onnxruntime and pillow, and what an exported driver answers there."""
 
+import importlib.util
 import json
 import re
 import subprocess
-import sys
 import venv
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -54,6 +54,16 @@ def _with_requirements(names: tuple[str, ...]) -> list[str]:
     return found
 
 
+def driver_of(exported: Path) -> Any:
+    """The driver as a module of this process."""
+    spec = importlib.util.spec_from_file_location(f"run_{exported.parent.name}", exported / "run.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def answers_of(
     python: Path, exported: Path, images: NDArray[np.float32], folder: Path, point: str = ""
 ) -> dict[str, NDArray[Any]]:
@@ -79,7 +89,3 @@ def json_of(python: Path, exported: Path, *arguments: object) -> list[dict[str, 
     assert done.returncode == 0, done.stderr
     found: list[dict[str, Any]] = json.loads(done.stdout)
     return found
-
-
-if __name__ == "__main__":
-    print(bare_python(Path(sys.argv[1])))

@@ -73,8 +73,8 @@ class Gate(nn.Module, ABC):
         return _linear_paths(scorer, costs_P) if isinstance(scorer, nn.Linear) else None
 
     def scorer(self, fresh: bool) -> nn.Linear | Rows | None:
-        """What makes scores (N, P) of a description, of a folded gate: the linear layer, if it decides by that alone, or
-        all of :meth:`decide`; None if it does not say.
+        """What makes scores (N, P) of a description, of a folded gate: the linear layer, if it decides by that alone,
+        or all of :meth:`decide`; None if it does not say.
 
         Args:
             fresh: whether the state starts anew.

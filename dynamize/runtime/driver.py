@@ -2,8 +2,8 @@
 
     python run.py IMAGE... [--point NAME | --budget RATIO] [--json]
 
-or from Python: ``Network().run(images)``, with images as :func:`read_image` makes them. Needs numpy and onnxruntime, and
-pillow to read image files. `routing.json` says which parts run and what is decided between them.
+or from Python: ``Network().run(images)``, with images as :func:`read_image` makes them. Needs numpy and onnxruntime,
+and pillow to read image files. `routing.json` says which parts run and what is decided between them.
 """
 
 import argparse
@@ -169,20 +169,27 @@ def choose(
 
 def parted(options: Array, ways: Sequence[Part | None], given: Values) -> Values:
     """What becomes of values when each row goes its own way; None changes nothing."""
-    chosen = sorted(set(options.tolist()))
-    groups = [np.flatnonzero(options == option) for option in chosen] if len(chosen) > 1 else [slice(None)]
-    found: list[Values] = []
-    for option, rows in zip(chosen, groups, strict=True):
-        own, way = {name: values[rows] for name, values in given.items()}, ways[option]
-        found.append(own if way is None else carry(own, way(own)))
-    if len(found) == 1:
-        return found[0]
-    shared = {name: one for name, one in found[0].items() if all(name in values for values in found)}
-    after = {name: np.empty((len(options), *one.shape[1:]), one.dtype) for name, one in shared.items()}
-    for rows, values in zip(groups, found, strict=True):
-        for name in after:
-            after[name][rows] = values[name]
+    first = int(options[0])
+    if (options == first).all():
+        return passed(ways[first], given)
+    groups = {option: np.flatnonzero(options == option) for option in set(options.tolist())}
+    found = {
+        option: passed(ways[option], {name: values[rows] for name, values in given.items()})
+        for option, rows in groups.items()
+    }
+    after = {
+        name: np.empty((len(options), *values.shape[1:]), values.dtype)
+        for name, values in found[first].items()
+        if all(name in one for one in found.values())
+    }
+    for name, values in after.items():
+        for option, rows in groups.items():
+            values[rows] = found[option][name]
     return after
+
+
+def passed(way: Part | None, values: Values) -> Values:
+    return values if way is None else carry(values, way(values))
 
 
 WORDS: dict[str, Callable[..., None]] = {
@@ -192,8 +199,8 @@ WORDS: dict[str, Callable[..., None]] = {
 
 @dataclass(frozen=True)
 class Answers:
-    """Of N images: logits (N, classes), the place at which each was answered, and the option that it took of each decision
-    (N,), -1 where it did not come there."""
+    """Of N images: logits (N, classes), the place at which each was answered, and the option that it took of each
+    decision (N,), -1 where it did not come there."""
 
     logits: Array
     places: list[str]
@@ -237,12 +244,20 @@ class Network:
             taken[decision][rows] = options
         return Answers(logits, places, taken)
 
-    def probabilities(self, answers: Answers) -> Array:
-        """Of the classes (N, classes)."""
-        places = [PLAN["places"][place] for place in answers.places]
-        divided = self.point["combine"] != "last"
-        warm = [1.0 if divided and place["joins"] else place["temperature"] for place in places]
-        return np.exp(log_softmax(answers.logits / np.array(warm, np.float32)[:, None]))
+    def answer(self, images: Sequence[Array]) -> Iterator[dict[str, Any]]:
+        """Class, probability, who answered and the options taken, of each of some images (C, H, W)."""
+        answers = self.run(np.stack(images)) if images else Answers(np.empty((0, 1)), [], {})
+        for i, (logits, end) in enumerate(zip(answers.logits, answers.places, strict=True)):
+            place, names = PLAN["places"][end], PLAN["class_names"]
+            warm = 1.0 if place["joins"] and self.point["combine"] != "last" else place["temperature"]
+            probabilities = np.exp(log_softmax(logits[None] / np.float32(warm)))[0]
+            best = int(probabilities.argmax())
+            yield {
+                "answer": names[best] if best < len(names) else str(best),
+                "confidence": round(float(probabilities[best]), 6),
+                "by": place["name"],
+                "options": {name: int(taken[i]) for name, taken in answers.taken.items() if taken[i] >= 0},
+            }
 
 
 def log_softmax(logits: Array) -> Array:
@@ -298,46 +313,31 @@ def eight_bits(image: Any) -> Any:
 def predictions(network: Network, paths: Sequence[str]) -> Iterator[dict[str, Any]]:
     """One for each file, in order; with an error for one that cannot be read."""
     for start in range(0, len(paths), BATCH):
-        images: dict[str, Array] = {}
-        errors: dict[str, str] = {}
-        for path in paths[start : start + BATCH]:
+        batch, images, errors = paths[start : start + BATCH], {}, {}
+        for path in batch:
             try:
                 images[path] = read_image(path)
             except (OSError, ValueError, SyntaxError) as error:
                 errors[path] = f"cannot read the image {path}: {error}"
-        answers = network.run(np.stack(list(images.values()))) if images else None
-        probabilities = network.probabilities(answers) if answers else np.empty(0)
-        for path in paths[start : start + BATCH]:
-            if answers is None or path not in images:
-                yield {"file": path, "error": errors[path]}
-                continue
-            i = list(images).index(path)
-            best = int(probabilities[i].argmax())
-            options = {name: int(taken[i]) for name, taken in answers.taken.items() if taken[i] >= 0}
-            yield {
-                "file": path,
-                "answer": PLAN["class_names"][best] if best < len(PLAN["class_names"]) else str(best),
-                "confidence": round(float(probabilities[i, best]), 6),
-                "by": PLAN["places"][answers.places[i]]["name"],
-                "options": options,
-                "error": None,
-            }
+        found = dict(zip(images, network.answer(list(images.values())), strict=True))
+        for path in batch:
+            yield {"file": path, "error": errors.get(path)} | found.get(path, {})
 
 
 def chosen_point(name: str | None, budget: float | None) -> str:
-    """An operating point by its name, or the most accurate one of those that cost at most a share of the original's MACs;
-    SystemExit where there is none."""
+    """An operating point by its name or the beginning of it, or the most accurate one within a share of the original
+    network's MACs."""
     points: dict[str, Any] = PLAN["operating_points"]
-    found = [one for one in points if one == name] or [one for one in points if one.partition("-")[0] == name]
     if name is None and budget is None:
-        found = [PLAN["operating_point"]]
-    elif budget is not None:
-        priced = [one for one in points if points[one]["macs_ratio"] is not None]
-        within = [one for one in priced if points[one]["macs_ratio"] <= budget * (1 + 1e-9)]
-        found = sorted(within, key=lambda one: (-points[one]["accuracy"], points[one]["macs_ratio"]))[:1]
+        return str(PLAN["operating_point"])
+    if budget is not None:
+        found = [one for one, point in points.items() if (point["macs_ratio"] or np.inf) <= budget * (1 + 1e-9)]
+        found = sorted(found, key=lambda one: (-points[one]["accuracy"], points[one]["macs_ratio"]))[:1]
+    else:
+        found = [one for one in points if one == name] or [one for one in points if one.partition("-")[0] == name]
     if len(found) != 1:
-        costs = {one: points[one]["macs_ratio"] for one in points}
-        sys.exit(f"error: no operating point is {name or f'within {budget:g}'}: there are, with shares of MACs, {costs}")
+        told = ", ".join(f"{one} ({point['macs_ratio'] or 0:.3f} of the MACs)" for one, point in points.items())
+        sys.exit(f"error: no operating point {f'within {budget}' if name is None else name}; there are {told}")
     return found[0]
 
 
@@ -347,8 +347,10 @@ def main() -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--point", metavar="NAME", help="an operating point of routing.json")
     which.add_argument("--budget", type=float, metavar="RATIO", help="mean MACs at most this share of the original's")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="everything that is known, as JSON")
     given = parser.parse_args()
+    if PLAN["images"] is None:
+        sys.exit("error: the artifact did not say how images are sized and normalised: call Network().run from Python")
     found = list(predictions(Network(chosen_point(given.point, given.budget)), given.images))
     if given.json:
         print(json.dumps(found, indent=1))

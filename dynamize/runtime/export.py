@@ -1,7 +1,7 @@
 """A converted network as ONNX files, a plan of what is decided between them, and a driver without torch.
 
-What is exported is what :func:`~dynamize.runtime.compiled.compile_network` compiles for ONNX Runtime, part by part; what
-happens in between is what the pieces say of it (:mod:`dynamize.nn.instructions`).
+What is exported is what :func:`~dynamize.runtime.compiled.compile_network` compiles for ONNX Runtime, part by part;
+what happens in between is what the pieces say of it (:mod:`dynamize.nn.instructions`).
 """
 
 import json
@@ -63,8 +63,8 @@ def export(
         The files.
 
     Raises:
-        DynamizeError: the folder holds an earlier export and is not to be overwritten, or other things; a part cannot be
-            exported; or a piece does not say what it does.
+        DynamizeError: the folder holds an earlier export and is not to be overwritten, or other things; a part cannot
+            be exported; or a piece does not say what it does.
     """
     _check_target(folder, overwrite)
     for piece in network.row:
@@ -157,8 +157,8 @@ class _Writer:
         """A field of an instruction as JSON has it: modules are named by the files that they are in."""
         file = f"{_plain(piece.name)}-{field}"
         if isinstance(value, nn.Linear):
-            layer = {"weight": value.weight.detach().numpy().T, "bias": value.bias.detach().numpy()}
-            np.savez(self.folder / f"{file}.npz", **layer)
+            weight, bias = (one.detach().numpy() for one in (value.weight, value.bias))
+            np.savez(self.folder / f"{file}.npz", weight=weight.T, bias=bias)
             return f"{file}.npz"
         if isinstance(value, Rows):
             (self.folder / f"{file}.onnx").write_bytes(_rows_as_onnx(value, self.engine.threads))
@@ -220,8 +220,8 @@ def _refuse_own_code(piece: Piece) -> None:
     if says > min(first.values()):
         raise DynamizeError(
             f"{piece.name} runs by code of its own and does not say in words what it does, so that no driver knows: "
-            "give its class a method `instruct` beside `bind`, use `dynamize predict`, or dz.compile_network in Python. "
-            "Nothing was changed."
+            "give its class a method `instruct` beside `bind`, or use `dynamize predict`, or dz.compile_network in "
+            "Python. Nothing was changed."
         )
 
 
@@ -234,8 +234,8 @@ def _check_target(folder: Path, overwrite: bool) -> None:
         raise DynamizeError(f"{folder} is no empty folder: export to a new one. Nothing was changed.")
     if not overwrite:
         raise DynamizeError(
-            f"{folder} holds an earlier export: add --overwrite to replace it (in Python: overwrite=True), or export to "
-            "a new folder. Nothing was changed."
+            f"{folder} holds an earlier export: add --overwrite to replace it (in Python: overwrite=True), or export "
+            "to a new folder. Nothing was changed."
         )
 
 

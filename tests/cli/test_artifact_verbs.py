@@ -1,18 +1,15 @@
 """`dynamize bench`, `calibrate`, `predict` and `export` on a finished run."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
+from bare_environment import bare_python, json_of, printed_by
 from commandline import Cli
 
 from dynamize import artifact as artifacts
 from dynamize.artifact import read_manifest
-from dynamize.nn.network import record_routing
 from dynamize.report import Row, share_of_saving_shown
 
 
@@ -177,49 +174,56 @@ def test_predict_names_bad_files_and_answers_the_others(
     assert "holds no image" in cli("predict", finished_run, tmp_path / "empty").stderr
 
 
-@pytest.mark.parametrize("point", ["chosen", "cheapest", "full"])
-def test_exported_driver_answers_as_the_module_does(finished_run: Path, tmp_path: Path, point: str, cli: Cli) -> None:
-    to = tmp_path / "deploy"
-    assert cli("export", finished_run, "--to", to).exit_code == 0
-    images = torch.randn(40, 1, 8, 8)
-    np.save(tmp_path / "images.npy", images.numpy())
-    code = (
-        "import sys, numpy as np, run\n"
-        "logits, exits = run.predict(np.load(sys.argv[1]), sys.argv[2])\n"
-        "np.savez(sys.argv[3], logits=logits, exits=exits)\n"
-        "assert not {'torch', 'dynamize', 'onnx'} & set(sys.modules)"
-    )
-    arguments = [str(tmp_path / "images.npy"), point, str(tmp_path / "answers.npz")]
-    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=to, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    found = np.load(tmp_path / "answers.npz")
-    network = artifacts.load(finished_run)
-    network.set_operating_point(point)
-    with torch.no_grad(), record_routing(network) as routing:
-        expected = network(images)
-    assert found["exits"].tolist() == routing.exits.tolist()
-    np.testing.assert_allclose(found["logits"], expected.numpy(), rtol=1e-3, atol=1e-3)
-
-
-def test_exported_plan_and_driver_command(finished_run: Path, tmp_path: Path, cli: Cli) -> None:
+def test_the_driver_answers_image_files_as_predict_does(
+    finished_run: Path, pictures: Path, tmp_path: Path, cli: Cli
+) -> None:
     to = tmp_path / "deploy"
     listed = json.loads(cli("export", finished_run, "--to", to, "--json").stdout)
     assert sorted(Path(file).name for file in listed) == sorted(file.name for file in to.iterdir())
-    plan = json.loads((to / "routing.json").read_text())
-    assert plan["input"] == [1, 8, 8]
-    assert plan["normalize"] == [[0.305], [0.376]]
-    assert [stage["outputs"] for stage in plan["stages"]][-1] == ["logits"]
-    thresholds = artifacts.load(finished_run).setting.thresholds
-    assert plan["operating_points"][plan["operating_point"]] == list(thresholds.values())
-    np.save(tmp_path / "images.npy", np.zeros((2, 1, 8, 8), np.float32))
-    done = subprocess.run(
-        [sys.executable, str(to / "run.py"), str(tmp_path / "images.npy")], capture_output=True, text=True
-    )
-    assert [set(json.loads(line)) for line in done.stdout.splitlines()] == [{"answer", "exit"}] * 2
-    assert cli("export", finished_run, "--to", to).exit_code == 0  # an earlier export is replaced
+    python, files = bare_python(tmp_path / "venv"), sorted(pictures.rglob("*.png"))
+    for flags in ([], ["--point", "full"], ["--budget", "0.6"]):
+        wanted = json.loads(cli("predict", finished_run, *files, *flags, "--json").stdout)
+        found = json_of(python, to, *files, *flags)
+        for one, other in zip(found, wanted, strict=True):
+            assert one["confidence"] == pytest.approx(other["confidence"], abs=1e-5)
+            assert {name: one[name] for name in ("file", "answer", "by", "error")} == {
+                name: other[name] for name in ("file", "answer", "by", "error")
+            }
+        shown = printed_by(python, to, files[0], *flags).stdout
+        assert shown == f"{files[0]}  {found[0]['answer']}  {found[0]['confidence']:.3f}  {found[0]['by']}\n"
+
+
+def test_what_the_driver_cannot_answer(finished_run: Path, pictures: Path, tmp_path: Path, cli: Cli) -> None:
+    to, good = tmp_path / "deploy", sorted(pictures.rglob("*.png"))[0]
+    cli("export", finished_run, "--to", to)
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"no image")
+    python = Path(sys.executable)
+    done = printed_by(python, to, bad, good, tmp_path / "absent.png", "--json")
+    assert done.returncode == 2
+    assert [one["error"] is None for one in json.loads(done.stdout)] == [False, True, False]
+    assert [line.partition(":")[0] for line in done.stderr.splitlines()] == ["error", "error"]
+    for flags, told in ([["--point", "none"], "no operating point none"], [["--budget", "0.01"], "within 0.01"]):
+        done = printed_by(python, to, good, *flags)
+        assert done.returncode != 0
+        assert told in done.stderr
+        assert "chosen" in done.stderr
+
+
+def test_an_earlier_export_is_replaced_when_that_is_asked_for(finished_run: Path, tmp_path: Path, cli: Cli) -> None:
+    to = tmp_path / "deploy"
+    assert cli("export", finished_run, "--to", to).exit_code == 0
+    first = {file.name: file.read_bytes() for file in to.iterdir()}
+    refused = cli("export", finished_run, "--to", to)
+    assert refused.exit_code == 2
+    assert "--overwrite" in refused.stderr
+    (to / "left-over.onnx").write_bytes(b"of another network")
+    assert cli("export", finished_run, "--to", to, "--overwrite").exit_code == 0
+    assert {file.name: file.read_bytes() for file in to.iterdir()} == first
+    assert [file.name for file in tmp_path.iterdir()] == ["deploy"]
     (to / "mine.txt").write_text("keep")
-    assert cli("export", finished_run, "--to", to).exit_code == 2
+    assert cli("export", finished_run, "--to", to, "--overwrite").exit_code == 2
+    assert (to / "mine.txt").read_text() == "keep"
 
 
 @pytest.mark.parametrize("verb", [["inspect"], ["bench"], ["calibrate"], ["predict", "."], ["export", "--to", "x"]])

@@ -1,14 +1,13 @@
 """What is exported answers as the compiled network does, image by image, where there is no torch."""
 
-import json
-from collections.abc import Callable
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from bare_environment import answers_of, bare_python
+from bare_environment import answers_of, bare_python, driver_of
 from gated_networks import GATES, gated_resnet, split_exits
 from gated_networks import images as resnet_images
 from torch import Tensor, nn
@@ -52,7 +51,9 @@ def network(layer: nn.Module) -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), layer, nn.Flatten(), nn.Linear(width, 7)).eval()
 
 
-def cascade(pictures: Tensor, combine: str = "last", confidence: str = "top_probability", **main: Any) -> DynamicNetwork:
+def cascade(
+    pictures: Tensor, combine: str = "last", confidence: str = "top_probability", **main: Any
+) -> DynamicNetwork:
     """Three networks, of which each answers about half of what it gets; the smallest has an exit of its own."""
     first = [SMALL, {"resolution": 7, "name": "coarse"}]
     steps: list[Any] = [Cascade(first=first, confidence=confidence), Exits(member="digits_resnet_small", count=1)]
@@ -105,7 +106,7 @@ def parts_images(taken: dict[str, Tensor]) -> bool:
     return all(len(set(options.tolist()) - {-1}) > 1 for options in taken.values())
 
 
-@pytest.mark.parametrize("name", ["chained_exits", "skip_gates", "channel_gates", "quantized"])
+@pytest.mark.parametrize("name", ["skip_gates", "quantized"])
 def test_artifacts_answer_without_torch_as_with_it(name: str, pictures: Tensor, python: Path, tmp_path: Path) -> None:
     made = dz.load(SAVED / name)
     assert made.operating_points is not None
@@ -113,16 +114,18 @@ def test_artifacts_answer_without_torch_as_with_it(name: str, pictures: Tensor, 
     the_same(made, sized(pictures, made), python, tmp_path, (points[0], points[-1]))
 
 
-@pytest.mark.slow  # eight exports and as many processes, half a minute
+@pytest.mark.slow  # many exports and processes, half a minute
 @pytest.mark.parametrize(
-    "name", ["expanded", "factorized", "folded", "fused", "fused_gates", "pruned_gates", "quantized_gates"]
+    "name",
+    ["chained_exits", "channel_gates", "expanded", "factorized", "folded", "fused", "fused_gates", "pruned"]
+    + ["pruned_gates", "quantized_gates", "recurrent_gates"],
 )
 def test_the_other_artifacts_too(name: str, pictures: Tensor, python: Path, tmp_path: Path) -> None:
     made = dz.load(SAVED / name)
     the_same(made, sized(pictures, made), python, tmp_path)
 
 
-@pytest.mark.parametrize("fields", GATES, ids=lambda fields: f"{fields['gate']} {fields.get('group', '')}")
+@pytest.mark.parametrize("fields", GATES[1:], ids=lambda fields: fields["gate"])
 def test_gates_of_all_kinds_with_exits_between(fields: dict[str, Any], python: Path, tmp_path: Path) -> None:
     made, images = gated_resnet({}, **fields).eval(), resnet_images(64)
     split_exits(made, images)
@@ -132,7 +135,12 @@ def test_gates_of_all_kinds_with_exits_between(fields: dict[str, Any], python: P
 
 
 @pytest.mark.parametrize(
-    ("combine", "confidence"), [("last", "margin"), ("mean", "entropy"), ("product", "top_probability")]
+    ("combine", "confidence"),
+    [
+        ("mean", "entropy"),
+        pytest.param("last", "margin", marks=pytest.mark.slow),  # as long again
+        pytest.param("product", "top_probability", marks=pytest.mark.slow),
+    ],
 )
 def test_cascades_whose_members_have_exits(
     combine: str, confidence: str, pictures: Tensor, python: Path, tmp_path: Path
@@ -151,8 +159,32 @@ def test_cascades_in_bytes_that_go_on_until_networks_agree(
     the_same(in_bytes.eval(), pictures, python, tmp_path)
 
 
-def test_the_work_that_an_image_does_not_need_is_not_done(pictures: Tensor, python: Path, tmp_path: Path) -> None:
-    """Nothing is missed of the parts behind, and of the ways not taken, when their files are gone."""
+def test_the_work_that_an_image_does_not_need_is_not_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each way is run for just as many images as take it."""
+    made, images = gated_resnet({}, gate="linear").eval(), resnet_images(64)
+    split_exits(made, images)
+    export.export(made, tmp_path / "deploy")
+    driver, ran = driver_of(tmp_path / "deploy"), Counter[str]()
+
+    class Counting(driver.Part):  # type: ignore[name-defined,misc]
+        def __init__(self, file: str, options: Any) -> None:
+            super().__init__(file, options)
+            self.file = file
+
+        def __call__(self, values: Any) -> Any:
+            ran[self.file] += len(values["features"])
+            return super().__call__(values)
+
+    monkeypatch.setattr(driver, "Part", Counting)
+    answers = driver.Network().run(images.numpy())
+    for decision in made.decisions():
+        taken = answers.taken[decision.name]
+        ways = [sum(ran[file] for file in ran if file.startswith(f"{decision.name}-{way}")) for way in (0, 1)]
+        if decision.effect == "changes":
+            computes = any((tmp_path / "deploy").glob(f"{decision.name}-0*.onnx"))  # a projection, or nothing
+            assert ways == [(taken == 0).sum() * computes, (taken == 1).sum()]
+        else:
+            assert sum(ran[file] for file in ran if file.startswith(f"{decision.name}-")) == (taken >= 0).sum()
 
 
 @pytest.mark.parametrize("layer", [nn.CrossMapLRN2d(3), nn.Softplus(threshold=0.1)])

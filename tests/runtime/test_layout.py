@@ -148,7 +148,7 @@ def test_parts_of_a_network_hand_each_other_blocks(step: Transform, monkeypatch:
     assert both >= 1
     found = compiled.run(batch, Setting(dynamic.setting.thresholds, ALL_OPEN))
     assert sum({"features", "next_features"} <= ends for ends in exchanged) >= both
-    assert {"next_features"} in [ends - {"means"} for ends in exchanged]  # the first part
+    assert {"next_features"} in [ends - {"next_means"} for ends in exchanged]  # the first part
     assert {"features"} in exchanged  # the last one
     with torch.no_grad():
         assert close(found.logits, torchvision_network("resnet18")(batch), 2e-5)

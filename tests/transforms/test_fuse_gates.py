@@ -1,14 +1,12 @@
 """`fuse_gates`: which gates go and why, what the network answers without them, what comes back, what is refused."""
 
 import copy
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from bare_environment import driver_of
 from digits import digit_splits
 from gated_digits import UNITS, gated_digits
 from gated_networks import gated_resnet, masked, scatter, split_exits
@@ -278,18 +276,10 @@ class TestAnswers:
         split_at(network, batch, [0.3, 0.5])
         assert [piece.effect for piece in network.row] == [None, "leaves", "leaves", None]
         export(network, tmp_path / "deploy")
-        np.save(tmp_path / "images.npy", batch.numpy())
-        code = (
-            "import sys, numpy as np, run\n"
-            "logits, exits = run.predict(np.load(sys.argv[1]))\n"
-            "np.savez(sys.argv[2], logits=logits, exits=exits)"
-        )
-        arguments = [str(tmp_path / "images.npy"), str(tmp_path / "answers.npz")]
-        subprocess.run([sys.executable, "-c", code, *arguments], cwd=tmp_path / "deploy", check=True)
-        found = np.load(tmp_path / "answers.npz")
+        found = driver_of(tmp_path / "deploy").Network().run(batch.numpy())
         with torch.no_grad(), record_routing(network) as routing:
-            assert close(torch.from_numpy(found["logits"]), network(batch))
-        assert found["exits"].tolist() == routing.exits.tolist()
+            assert close(torch.from_numpy(found.logits), network(batch))
+        assert [["exit.1", "exit.2", "end"].index(place) for place in found.places] == routing.exits.tolist()
         assert len(routing.exits.unique()) == 3
 
 

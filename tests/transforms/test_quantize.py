@@ -110,33 +110,37 @@ def test_one_stage_is_within_a_step(trained: DynamicNetwork, data: Splits, tmp_p
 
     network, _ = apply(copy.deepcopy(trained), Quantize(max_drop=None), context(data))
     export(network, tmp_path / "deploy")
-    session = ort.InferenceSession(tmp_path / "deploy" / "stage-1.onnx", session_options("own"))
+    first = json.loads((tmp_path / "deploy" / "routing.json").read_text())["steps"][0]["part"]
+    session = ort.InferenceSession(tmp_path / "deploy" / first, session_options("own"))
     batch = images(data)
-    found = torch.from_numpy(session.run(["next_features"], {"features": batch.numpy()})[0])
+    scale, zero = quantizers(static(network)[0])[-1]
+    steps = torch.from_numpy(session.run(["next_features"], {"features": batch.numpy()})[0])
+    assert steps.dtype == torch.uint8
+    found = scale * (steps.float() - zero)
     with torch.no_grad():
         wanted = static(network)[0](batch)
-    scale = quantizers(static(network)[0])[-1][0]
     assert ((found - wanted).abs() / scale).round().max() <= 1
-    assert (found == wanted).double().mean() > 0.99
+    assert ((found - wanted).abs() < scale / 2).double().mean() > 0.99
 
 
 def executed(network: DynamicNetwork, folder: Path) -> list[list[str]]:
-    """The operators that ONNX Runtime executes, stage by stage."""
+    """The operators that ONNX Runtime executes, part by part."""
     onnx = pytest.importorskip("onnx")
     import onnxruntime as ort
 
     export(network, folder / "deploy")
     found = []
-    for stage in sorted((folder / "deploy").glob("stage-?.onnx")):
+    for part in sorted((folder / "deploy").glob("*.onnx")):
         options = session_options("own")
         options.optimized_model_filepath = str(folder / "optimised.onnx")
-        ort.InferenceSession(stage, options)
+        ort.InferenceSession(part, options)
         found.append([node.op_type for node in onnx.load(folder / "optimised.onnx").graph.node])
     return found
 
 
 def test_onnx_runtime_computes_in_bytes(trained: DynamicNetwork, data: Splits, tmp_path: Path) -> None:
     network, _ = apply(copy.deepcopy(trained), Quantize(max_drop=None), context(data))
+    set_thresholds(network, [0.6, 0.6])
     stages = executed(network, tmp_path)
     assert len(stages) == 3
     for kinds in stages:

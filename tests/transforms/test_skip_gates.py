@@ -29,7 +29,6 @@ from dynamize.measure.costs import exit_costs
 from dynamize.models import create
 from dynamize.nn.network import DynamicNetwork, record_routing
 from dynamize.nn.piece import Setting
-from dynamize.runtime.export import export
 from dynamize.runtime.profile import GatePrice
 from dynamize.training.objectives import exit_logits
 from dynamize.transform import Context, parse_step
@@ -378,12 +377,6 @@ def test_a_second_step_is_refused() -> None:
 def test_values_that_no_network_allows(fields: dict) -> None:
     with pytest.raises(ValidationError):
         SkipGates.model_validate(fields)
-
-
-def test_export_is_refused_and_writes_nothing(tmp_path: Path) -> None:
-    with pytest.raises(DynamizeError, match="a network with gates cannot be exported yet: .*Use `dynamize predict`"):
-        export(gated(), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
 def test_moving_a_network_takes_its_gates_along() -> None:
