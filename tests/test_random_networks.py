@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from dynamize.artifact import load, save
 from dynamize.conversion import convert
-from dynamize.errors import DynamizeError, InfeasibleError
+from dynamize.errors import DynamizeError
 from dynamize.nn.flow import Flow
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.piece import Choose, Setting
@@ -82,14 +82,12 @@ def test_all_take_exits_and_skip_gates(seed: int, tmp_path: Path) -> None:
 
 
 def takes(seed: int, step: Transform) -> bool:
-    """Whether the step is taken, or refused in words; if it is, the network is cheaper where it can be."""
+    """Whether the step is taken, or refused in words; if it is, the network is cheaper."""
     drawn = random_network(seed)
     images = torch.randn(2, *drawn.input_shape)
     wanted = drawn.network(images).detach()
     try:
         dynamic = convert(drawn.network, [step], drawn.input_shape).eval()
-    except InfeasibleError:
-        return True  # it can be pruned, but not as far
     except DynamizeError:
         return False
     if isinstance(step, ChannelGates):
@@ -110,9 +108,9 @@ def test_most_with_batch_norm_take_channel_gates() -> None:
             isinstance(module, nn.modules.batchnorm._BatchNorm) for module in random_network(seed).network.modules()
         ):
             found.append(taken)
-    assert sum(found) >= 0.7 * len(found)
+    assert sum(found) >= 0.9 * len(found)
 
 
 @pytest.mark.slow
 def test_most_can_be_pruned() -> None:
-    assert sum(takes(seed, Prune(macs_ratio=0.7, round_to=4, statistics_images=0)) for seed in range(60)) >= 0.8 * 60
+    assert sum(takes(seed, Prune(macs_ratio=0.7, statistics_images=0)) for seed in range(60)) >= 0.9 * 60

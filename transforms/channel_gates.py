@@ -20,6 +20,7 @@ from dynamize.nn.channels import ChannelUnit, Widths
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.row import Region
 from dynamize.nn.units import GateMaker, gate_maker, unique_names
+from dynamize.rewrite.written import write_out
 from dynamize.transform import Applied, Context, Kind, Transform
 
 _LEAST = 0.005  # of the network's MACs: a unit with fewer is not worth a gate
@@ -59,6 +60,7 @@ class ChannelGates(Transform):
 
     def apply(self, network: DynamicNetwork, context: Context) -> Applied:
         plain = network.plain
+        written = write_out(network)
         annotate(plain, network.input_shape)
         found = self._regions(network)
         if self.blocks != "auto":
@@ -80,7 +82,8 @@ class ChannelGates(Transform):
         network.insert(added)
         resolved = self.model_copy(update={"blocks": [upto for _, upto in found]})
         share = sum(unit.path_macs[-1] - unit.path_macs[0] for unit in added.values()) / annotated_macs(plain)
-        return Applied(network, resolved, [f"{len(found)} gates; {share:.0%} of the MACs can be left out"])
+        notes = [f"{len(found)} gates; {share:.0%} of the MACs can be left out"]
+        return Applied(network, resolved, notes + written)
 
     def _regions(self, network: DynamicNetwork) -> dict[Region, list[Chain]]:
         """Where a gate can stand, in order of execution: from the cut point before a chain to the one that follows it.

@@ -33,6 +33,7 @@ from dynamize.files import write_json_lines, write_text
 from dynamize.folders import METRICS
 from dynamize.nn.network import DynamicNetwork
 from dynamize.rewrite.exchange import count_again, sliced_layers
+from dynamize.rewrite.written import write_out
 from dynamize.runtime.engine import engine_class
 from dynamize.training.statistics import estimate_statistics
 from dynamize.transform import Applied, Context, Kind, Transform
@@ -114,6 +115,7 @@ class Prune(Transform):
 
     def apply(self, network: DynamicNetwork, context: Context) -> Applied:
         _refuse_gates(network, self.recovery_epochs)
+        written = write_out(network)
         if self.widths is not None:
             resize(network, self.widths)
             count_again(network)
@@ -141,6 +143,7 @@ class Prune(Transform):
             notes.append(answered.note(now))
             if answered.lost(now) > _MUCH and not self.recovery_epochs:
                 notes.append("nothing was trained since: give recovery_epochs, or let a `distill` step follow")
+        notes += written
         if lost:
             notes.append(f"left whole, as their channels cannot be followed: {', '.join(lost)}")
         resolved = self.model_copy(update={"round_to": multiple, "widths": changed})

@@ -13,6 +13,7 @@ from dynamize.graph.nodes import output_value, placeholder, positions
 from dynamize.graph.tracer import blank
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.piece import Part
+from dynamize.rewrite.written import write_out
 
 Key = tuple[int, int]  # of a tensor: its part and place in the graph, or (-1 - border, 0)
 
@@ -64,6 +65,7 @@ class RoundedPart:
 def prepare(network: DynamicNetwork) -> DynamicNetwork:
     """A copy for eval mode only, whose parts are prepared graphs of its own."""
     found = copy.deepcopy(network).eval()
+    write_out(found)
     found.freeze()
     images = blank(found, 1, *found.input_shape)
     reached: dict[int, Tensor] = {}

@@ -31,6 +31,9 @@ _DROPOUTS: dict[Any, type[nn.Module]] = {
 }
 
 
+Call = tuple[Any, tuple[Any, ...], dict[str, Any]]  # what is called, and with what
+
+
 class InTraining(Whole):
     """Two ways to one value: of evaluation and of training, which never calls the other.
 
@@ -48,9 +51,28 @@ class InTraining(Whole):
         found: Tensor = values[0] if way is None else way(*values)
         return found
 
+    def calls(self, node: fx.Node) -> tuple[Call, Call] | None:
+        """The calls in evaluation and in training that ``node``, which calls this leaf, stands for, as calls in its own
+        graph; None unless each way is a single one."""
+        ways = [_single(way, node) for way in (self.evaluated, self.trained)]
+        return None if ways[0] is None or ways[1] is None else (ways[0], ways[1])
+
 
 class Dropping(InTraining):
     """Hands on its input in evaluation, and in training what code of the network makes of it: a dropout of its own."""
+
+
+def _single(way: nn.Module | None, node: fx.Node) -> Call | None:
+    if not isinstance(way, fx.GraphModule):
+        return None
+    given = dict(zip(way.graph.find_nodes(op="placeholder"), node.all_input_nodes, strict=True))
+    calls = [one for one in way.graph.nodes if one.op not in ("placeholder", "output")]
+    if len(calls) != 1 or calls[0].op != "call_function":
+        return None
+    (call,) = calls
+    args: Any = map_arg(call.args, given.__getitem__)
+    kwargs: Any = map_arg(call.kwargs, given.__getitem__)
+    return call.target, args, kwargs
 
 
 class _Frozen(nn.Module):
@@ -141,9 +163,14 @@ def freeze_as(network: nn.Module, modes: Mapping[str, bool]) -> None:
     network.train()
     for path, module in network.named_modules():
         if module.training and not modes.get(path, True):
-            frozen = type(f"Frozen{type(module).__name__}", (_Frozen, type(module)), {})
-            module.__class__ = frozen
+            freeze(module)
     network.eval()
+
+
+def freeze(module: nn.Module) -> nn.Module:
+    """Let a module stay in evaluation mode for good; the same module."""
+    module.__class__ = type(f"Frozen{type(module).__name__}", (_Frozen, type(module)), {})
+    return module
 
 
 def _name_overwritten(graph: fx.Graph) -> None:

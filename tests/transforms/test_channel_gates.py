@@ -1,14 +1,17 @@
 """Channel gates on networks whose channels go in groups: nothing changes at first, and what is left out is not run."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from gated_networks import scatter
 from networks import close, randomise_norms
+from random_networks import random_network
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import dynamize as dz
 from dynamize.conversion import convert
 from dynamize.errors import DynamizeError
 from dynamize.graph.macs import counting_macs
@@ -119,3 +122,17 @@ def test_a_refusal_says_who_stands_in_the_way(network: Callable[[], nn.Module], 
 def test_a_refusal_says_that_channels_are_too_few() -> None:
     with pytest.raises(DynamizeError, match="too few: 32 at .* of which a multiple of 64 has to be left out"):
         convert(bottlenecks(8), [ChannelGates(multiple=64)], SHAPE)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 17, 29])  # norms called as functions, weight norm old and new, standardised
+def test_channels_behind_computed_weights_are_split(seed: int, tmp_path: Path) -> None:
+    drawn = random_network(seed)
+    images = torch.randn(2, *drawn.input_shape)
+    wanted = drawn.network(images).detach()
+    network = convert(drawn.network, [ChannelGates(groups=2, keep_first=False)], drawn.input_shape).eval()
+    assert close(network(images), wanted)
+    dz.save(network, tmp_path / "out")
+    again = dz.load(tmp_path / "out", network=random_network(seed).network).eval()
+    closed = Setting(forced={unit.name: torch.zeros(2, dtype=torch.int64) for unit in network.changing})
+    with torch.no_grad():
+        assert torch.equal(again.run(images, closed).logits, network.run(images, closed).logits)

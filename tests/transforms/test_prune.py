@@ -13,6 +13,7 @@ from digits import digit_network, digit_splits
 from networks import SmallResNet, ThreeLayer, close, randomise_norms, small_resnet, torchvision_network
 from pruned_networks import SqueezeNet, made
 from pydantic import ValidationError
+from random_networks import random_network
 from torch import Tensor, nn
 
 from dynamize import artifact
@@ -116,6 +117,20 @@ def test_a_narrow_network_gets_smaller_multiples_and_says_so(target: dict[str, f
     assert any(note.startswith(f"widths are multiples of {multiple}: in steps of 16") for note in notes)
     with pytest.raises(InfeasibleError, match="cannot be reached"):
         pruned(small_resnet(), SmallResNet.shape, macs_ratio=0.0001, round_to="auto")
+
+
+@pytest.mark.parametrize("seed", [25, 29])  # norms called as functions, standardised weights
+def test_channels_behind_computed_weights_go(seed: int) -> None:
+    drawn = random_network(seed)
+    network = wrap(drawn.network, drawn.input_shape)
+    macs = whole_macs(network)
+    network, notes = apply(network, Prune(macs_ratio=0.7), Context())
+    assert whole_macs(network) <= 0.7 * macs
+    assert any("layers hold their tensors themselves now" in note for note in notes)
+    fresh = replay(random_network(seed).network, network.history, drawn.input_shape).eval()
+    fresh.load_state_dict(network.state_dict())
+    images = torch.randn(2, *drawn.input_shape)
+    assert torch.equal(fresh(images), network.eval()(images))
 
 
 def test_option_a_shortcuts_stay_right() -> None:
