@@ -29,10 +29,21 @@ def _at_budget(step: int) -> list[str]:
     return [f"--set=steps.{step}.max_drop=null", f"--set=steps.{step}.macs_ratio=0.9"]
 
 
+_FEW = ["--set=data.train_limit=400", "--set=data.calibration=200"]
 FEW_EPOCHS = {  # for recipes with gates; after so little training the budget that calibration asks for closes them
-    "skip_gates": ["--set=steps.0.group=1", "--set=steps.1.epochs=1", *_at_budget(2)],
-    "channel_gates": ["--set=steps.0.multiple=4", "--set=steps.1.epochs=1", *_at_budget(3)],
-    "gates_and_exits": ["--set=steps.1.group=1", "--set=steps.2.epochs=1", *_at_budget(3)],
+    "skip_gates": [*_FEW, "--set=steps.0.group=1", "--set=steps.1.epochs=1", *_at_budget(2)],
+    "channel_gates": [
+        "--set=data.calibration=200",
+        "--set=steps.0.multiple=4",
+        "--set=steps.1.epochs=1",
+        *_at_budget(3),
+    ],
+    "gates_and_exits": [
+        "--set=data.calibration=200",
+        "--set=steps.1.group=1",
+        "--set=steps.2.epochs=1",
+        *_at_budget(3),
+    ],
 }
 
 

@@ -5,6 +5,7 @@ An image leaves if it is dark, before the first layer; and blocks have a third w
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -17,6 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 import dynamize as dz
+from dynamize.calibration import collect
 from dynamize.graph.extract import extract
 from dynamize.graph.macs import counting_macs
 from dynamize.graph.nodes import placeholder
@@ -84,11 +86,11 @@ class Fresh(Transform):
 RECIPE = """
 version: 1
 model: {source: "dynamize:digits_resnet", kwargs: {pretrained: true}, input: [1, 8, 8]}
-data: {source: digits, augment: crop, train_limit: 400, test_limit: 150, normalize: [[0.305], [0.376]]}
+data: {source: digits, augment: crop, train_limit: 200, test_limit: 100, normalize: [[0.305], [0.376]]}
 timing_seconds: 0.05
 steps:
   - {pass: fresh}
-  - {pass: distill, epochs: 2, gate_budget: 0.8}
+  - {pass: distill, epochs: 1, gate_budget: 0.8}
   - {pass: calibrate, macs_ratio: 0.8}
 """
 
@@ -97,7 +99,10 @@ steps:
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fresh")
     (folder / "fresh.yaml").write_text(RECIPE)
-    assert call("run", folder / "fresh.yaml", "--out", folder / "run", "--quiet").exit_code == 0
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("exit_latency", "option_latency"):
+            patch.setattr(collect, name, partial(getattr(collect, name), seconds=0.05))
+        assert call("run", folder / "fresh.yaml", "--out", folder / "run", "--quiet").exit_code == 0
     return folder / "run"
 
 

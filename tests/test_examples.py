@@ -1,10 +1,7 @@
 """The example scripts run as they stand."""
 
-import os
 import re
 import runpy
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -17,35 +14,29 @@ from dynamize.calibration import collect
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def printed_by(script: str, folder: Path) -> str:
-    """What an example prints, run with one epoch in an empty folder."""
-    code = f"import sys; sys.path.insert(0, {str(EXAMPLES)!r}); import {script}; {script}.main(epochs=1)"
-    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, timeout=280
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times of exits are taken for a moment only."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(collect, "exit_latency", partial(collect.exit_latency, seconds=0.1))
 
 
-def test_measured_script_writes_what_a_run_writes(tmp_path: Path) -> None:
-    told = printed_by("measured_script", tmp_path)
+def test_measured_script_writes_what_a_run_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(EXAMPLES / "measured_script.py"))["main"](epochs=1)
+    told = capsys.readouterr().out
     assert "rival: small" in told
     assert "of the MACs" in told.splitlines()[-1]
     written = {file.name for file in (tmp_path / "runs" / "measured").iterdir()}
     assert written >= {"ledger.json", "report.html", "report.md", "manifest.json", "weights.safetensors", "steps"}
 
 
-def test_finetune_script_trains_converts_and_saves(tmp_path: Path) -> None:
-    assert "of the test images right" in printed_by("finetune_script", tmp_path)
+def test_finetune_script_trains_converts_and_saves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(EXAMPLES / "finetune_script.py"))["main"](epochs=1)
+    assert "of the test images right" in capsys.readouterr().out
     assert (tmp_path / "runs" / "digits" / "manifest.json").is_file()
 
 
-def test_cascade_calibrates_judges_and_draws(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(collect, "exit_latency", partial(collect.exit_latency, seconds=0.1))
+def test_cascade_calibrates_judges_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(EXAMPLES / "cascade.py"), run_name="__main__")
     told = capsys.readouterr().out
     figures = re.findall(r"([\d.]+)% of the test images right, ([\d.]+) of the large", told)

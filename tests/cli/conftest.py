@@ -21,9 +21,10 @@ def cli() -> Cli:
 
 @pytest.fixture(scope="session", autouse=True)
 def short_timing() -> object:
-    """Calibration times the exits for a moment only."""
+    """Calibration times exits and gates for a moment only."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(collect, "exit_latency", partial(collect.exit_latency, seconds=0.1))
+        for name in ("exit_latency", "option_latency"):
+            patch.setattr(collect, name, partial(getattr(collect, name), seconds=0.05))
         yield
 
 
