@@ -34,8 +34,10 @@ def inspect(
     from dynamize.verbs.inspect import inspect_artifact, inspect_source
 
     if Path(source).is_dir():
-        if wanted or checkpoint:
-            raise DynamizeError(f"{source} is an artifact with input and weights: leave out --input and --checkpoint")
+        if wanted or checkpoint or part:
+            raise DynamizeError(
+                f"{source} is an artifact with input and weights: leave out --input, --checkpoint and --weights"
+            )
         found = inspect_artifact(Path(source), trust_code=trust_code)
     else:
         found = inspect_source(parse(source, weights(checkpoint, part)), wanted, trust_code=trust_code or None)

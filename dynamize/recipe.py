@@ -83,7 +83,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     description: str = Field("", description="title of the report")
-    seed: Annotated[int, Field(ge=0)] = Field(0, description="of everything random")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="of everything random")
     backends: list[Backend] = Field([], description="what is timed, the main one first; empty: the fastest here")
     batches: list[PositiveInt] = Field([1, 64], description="sizes of the batches that are timed")
     timing_seconds: Literal["auto"] | PositiveFloat = Field(

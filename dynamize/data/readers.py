@@ -160,15 +160,23 @@ def _folder_pool(folder: Path, classes: tuple[str, ...]) -> Pool:
     return Pool(str(folder.absolute()), FileStorage(paths), np.array(labels, dtype=np.int64), keys)
 
 
-def images_below(folder: str) -> list[tuple[str, str]]:
-    """(path, path with links resolved) of every image in a folder and those below it."""
+def images_below(folder: str, above: frozenset[str] = frozenset()) -> list[tuple[str, str]]:
+    """(path, path with links resolved) of every image in a folder and those below it.
+
+    Raises:
+        DynamizeError: a link leads back to a folder ``above`` it.
+    """
     found: list[tuple[str, str]] = []
     real = os.path.realpath(folder)
+    if real in above:
+        raise DynamizeError(
+            f"{folder} is a link to a folder that it lies in, so its images have no end: remove the link"
+        )
     for entry in os.scandir(folder):
         if entry.name.startswith("."):
             continue
         if entry.is_dir():
-            found += images_below(entry.path)
+            found += images_below(entry.path, above | {real})
         elif entry.name.lower().endswith(IMAGE_ENDINGS):
             key = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(real, entry.name)
             found.append((entry.path, key))

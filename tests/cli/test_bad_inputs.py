@@ -75,6 +75,8 @@ RECIPE_FAULTS: dict[str, tuple[list[str], str]] = {
     "a batch of none": (["--set=batches=[0]"], "greater than 0"),
     "no time for timing": (["--set=timing_seconds=0"], "timing_seconds"),
     "a negative seed": (["--seed", "-1"], "seed"),
+    "a seed too large": (["--seed", "99999999999999999999"], "seed"),
+    "a folder in itself": (["--data", "imagefolder:looped"], "is a link to a folder that it lies in"),
     "a seed in words": (["--seed", "x"], "--seed"),
     "an unknown option": (["--epochs", "3"], "No such option"),
     "an unknown device": (["--device", "gpu"], "'gpu' is no device"),
@@ -127,6 +129,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (here / "own.py").write_text("raise SystemExit('run without being trusted')\n")
     torch.save({"weight": torch.zeros(3)}, here / "other.pt")
     (here / "hollow" / "a").mkdir(parents=True)
+    (here / "looped" / "a").mkdir(parents=True)
+    (here / "looped" / "a" / "again").symlink_to("..")
     for name in ("a", "b"):
         (here / "two" / name).mkdir(parents=True)
         for number in range(60):
@@ -231,6 +235,7 @@ def untrained_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["export", "OUT", "--to", "two"], "two"),
         (["inspect", "nothere"], "is not a source"),
         (["inspect", "OUT", "--input", "1,8,8"], "leave out --input"),
+        (["inspect", "OUT", "--weights", "model_ema"], "and --weights"),
         (["report", "OUT"], "holds no run"),
         (["report", "OUT", "--json", "--markdown"], "give one of them"),
         (["transforms", "exit"], "Did you mean exits"),
