@@ -152,7 +152,7 @@ def choose(
     ways: Sequence[Part | None],
     gate: Part,
     means: bool,
-    costs: Sequence[float],
+    costs: Array,
     scores: Part | Linear,
 ) -> None:
     """Each image takes the way with the best score, after the offset times its cost is added."""
@@ -160,11 +160,12 @@ def choose(
     if described is None:
         described = gate(flow.values)["description"]
     found = scores(flow.values | {"description": described})
-    options = (found["scores"] + np.float32(flow.point["offset"]) * np.array(costs, np.float32)).argmax(1)
+    options = (found["scores"] + np.float32(flow.point["offset"]) * costs).argmax(1)
     flow.taken.append((decision, flow.rows, options))
-    others = {name: one for name, one in carry(flow.values, found).items() if name not in ("features", "means")}
-    given = {"features": flow.values["features"]} | ({"means": described} if means else {})
-    flow.values = others | parted(options, ways, given)
+    values = carry(flow.values, found)
+    values.pop("means", None)
+    given = {"features": values["features"]} | ({"means": described} if means else {})
+    flow.values = values | parted(options, ways, given)
 
 
 def parted(options: Array, ways: Sequence[Part | None], given: Values) -> Values:
@@ -216,7 +217,8 @@ class Network:
 
         def made(value: Any) -> Any:
             if isinstance(value, list):
-                return [made(one) for one in value]
+                numbers = all(isinstance(one, float) for one in value)
+                return np.array(value, np.float32) if numbers else [made(one) for one in value]
             if isinstance(value, str) and value.endswith(".onnx"):
                 return Part(value, options)
             return Linear(value) if isinstance(value, str) and value.endswith(".npz") else value
