@@ -123,7 +123,7 @@ class _Watched(nn.Module):
         part, index, see = self._watched
 
         def see_floats(node: fx.Node, values: Tensor) -> None:
-            if values.is_floating_point():
+            if values.is_floating_point() and values.ndim:
                 see(part, index, node, values)
 
         return cast(Tensor, Recorder(part.graph, see_floats).run(features))

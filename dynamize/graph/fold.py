@@ -95,7 +95,7 @@ def folded(module: nn.Module) -> fx.GraphModule:
     does besides normalising is kept. For execution only.
     """
     module = copy.deepcopy(module).eval()
-    result = fx.GraphModule(module, NetworkTracer().trace(module))
+    result = fx.GraphModule(module, NetworkTracer(buffers=True).trace(module))
     for layer, norm in norm_pairs(result, result.graph):
         found = affine(result.get_submodule(str(norm.target)))
         assert found is not None

@@ -79,7 +79,7 @@ def _with_padding(module: nn.Module, features: Tensor) -> nn.Module:
     if not any(map(pads_by_itself, module.modules())):
         return module
     module = copy.deepcopy(module).eval()
-    traced = fx.GraphModule(module, NetworkTracer().trace(module))
+    traced = fx.GraphModule(module, NetworkTracer(buffers=True).trace(module))
     note_shapes(traced, features)
     explicit_padding(traced)
     return traced

@@ -14,8 +14,10 @@ from digits import SHAPE, DigitNet, digit_network, digit_splits
 from gated_digits import gated_digits, set_scores
 from networks import exit_scores, set_thresholds, thresholds
 from random_blocks import SamePadding
+from random_networks import random_network
 from torch import Tensor, nn
 
+import dynamize as dz
 from dynamize import artifact
 from dynamize.calibration import collect
 from dynamize.calibration.table import EVERYONE
@@ -396,3 +398,16 @@ def test_neural_compressor(trained: DynamicNetwork, data: Splits) -> None:
     assert all(any(one.scale == pytest.approx(scale) for scale, _ in found) for one in theirs.values())
     before, after = (exit_accuracies(one, data.test, CPU) for one in (trained, network))
     assert max(abs(old - new) for old, new in zip(before, after, strict=True)) <= 0.03
+
+
+@pytest.mark.parametrize("seed", [0, 1])  # norms called as functions, a mean to a learnt power; weight norm, a grid
+def test_networks_of_strangers_compute_in_bytes(seed: int, tmp_path: Path) -> None:
+    drawn = random_network(seed)
+    images = torch.randn(64, *drawn.input_shape)
+    pairs = [(images, drawn.network(images).argmax(1))]
+    context = Context(data=dz.splits(train=pairs, calibration=pairs, test=pairs), teacher=drawn.network)
+    network = convert(drawn.network, [Quantize(images=32)], drawn.input_shape, context).eval()
+    assert any(isinstance(module, QuantizedConv2d) for module in network.modules())
+    dz.save(network, tmp_path / "out")
+    again = dz.load(tmp_path / "out", network=random_network(seed).network).eval()
+    assert torch.equal(again(images), network(images))
