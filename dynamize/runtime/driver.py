@@ -328,7 +328,11 @@ def predictions(network: Network, paths: Sequence[str]) -> Iterator[dict[str, An
 
 def chosen_point(name: str | None, budget: float | None) -> str:
     """An operating point by its name or the beginning of it, or the most accurate one within a share of the original
-    network's MACs."""
+    network's MACs.
+
+    Raises:
+        ValueError: there is none, or several.
+    """
     points: dict[str, Any] = PLAN["operating_points"]
     if name is None and budget is None:
         return str(PLAN["operating_point"])
@@ -339,7 +343,7 @@ def chosen_point(name: str | None, budget: float | None) -> str:
         found = [one for one in points if one == name] or [one for one in points if one.partition("-")[0] == name]
     if len(found) != 1:
         told = ", ".join(f"{one} ({point['macs_ratio'] or 0:.3f} of the MACs)" for one, point in points.items())
-        sys.exit(f"error: no operating point {f'within {budget}' if name is None else name}; there are {told}")
+        raise ValueError(f"no operating point {f'within {budget}' if name is None else name}; there are {told}")
     return found[0]
 
 
@@ -352,8 +356,12 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="everything that is known, as JSON")
     given = parser.parse_args()
     if PLAN["images"] is None:
-        sys.exit("error: the artifact did not say how images are sized and normalised: call Network().run from Python")
-    found = list(predictions(Network(chosen_point(given.point, given.budget)), given.images))
+        parser.error("the artifact did not say how images are sized and normalised: call Network().run from Python")
+    try:
+        point = chosen_point(given.point, given.budget)
+    except ValueError as error:
+        parser.error(str(error))
+    found = list(predictions(Network(point), given.images))
     if given.json:
         print(json.dumps(found, indent=1))
     for one in found:
