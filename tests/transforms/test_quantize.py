@@ -403,9 +403,10 @@ def test_neural_compressor(trained: DynamicNetwork, data: Splits) -> None:
 @pytest.mark.parametrize("seed", [0, 1])  # norms called as functions, a mean to a learnt power; weight norm, a grid
 def test_networks_of_strangers_compute_in_bytes(seed: int, tmp_path: Path) -> None:
     drawn = random_network(seed)
-    images = torch.randn(64, *drawn.input_shape)
-    pairs = [(images, drawn.network(images).argmax(1))]
-    context = Context(data=dz.splits(train=pairs, calibration=pairs, test=pairs), teacher=drawn.network)
+    images = torch.randn(96, *drawn.input_shape)
+    batches = [[(part, drawn.network(part).argmax(1))] for part in images.split(32)]
+    data = dz.splits(train=batches[0], calibration=batches[1], test=batches[2])
+    context = Context(data=data, teacher=drawn.network)
     network = convert(drawn.network, [Quantize(images=32)], drawn.input_shape, context).eval()
     assert any(isinstance(module, QuantizedConv2d) for module in network.modules())
     dz.save(network, tmp_path / "out")
