@@ -26,6 +26,9 @@ from dynamize.runtime.engine import ANYWHERE
 def bench(
     out: Artifact,
     data: Data = None,
+    point: Annotated[
+        str | None, typer.Option(metavar="NAME", help="An operating point; by default that of the artifact.")
+    ] = None,
     batches: Annotated[str, typer.Option(metavar="N,...", help="Batch sizes.")] = "1,8,64",
     backends: Annotated[
         str | None, typer.Option(metavar="NAME,...", help=f"{BACKENDS}; by default onnxruntime on a CPU.")
@@ -53,6 +56,7 @@ def bench(
         found = benchmark(
             out,
             data=data,
+            point=point,
             batches=sizes,
             backends=names(backends),
             device=device,

@@ -3,19 +3,21 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dynamize.calibration.intervals import wilson
+from dynamize.calibration.temperature import answer_temperature
 from dynamize.data import Images
 from dynamize.measure.accuracy import routed_answers, top_answers
 from dynamize.measure.costs import exit_costs
-from dynamize.measure.latency import LEAST_ROUNDS, Times, interleave
+from dynamize.measure.latency import DISTURBED, LEAST_ROUNDS, Contender, Times, interleave
 from dynamize.measure.memory import peak_bytes, saved_bytes
 from dynamize.nn.executor import exits_of
 from dynamize.nn.network import DynamicNetwork
-from dynamize.nn.piece import Decision
+from dynamize.nn.piece import Decision, Setting
 from dynamize.report.ledger import Row, Timing
 from dynamize.runtime.compiled import CompiledNetwork, compile_network
 from dynamize.runtime.engine import engine_class
@@ -35,6 +37,7 @@ class Judgement:
         macs: executed, (n,).
         taken: by decision, the option of each image (n,); -1 where it was not reached.
         leaving: names of the decisions at which images leave, in order.
+        sure: the probability of each answer, (n,), if it is known.
     """
 
     answers: Tensor
@@ -42,6 +45,7 @@ class Judgement:
     macs: Tensor
     taken: dict[str, Tensor] = field(default_factory=dict)
     leaving: tuple[str, ...] = ()
+    sure: Tensor | None = None
 
     @property
     def exits(self) -> Tensor:
@@ -62,6 +66,15 @@ class Judgement:
         options = self.taken[decision.name]
         taken = torch.bincount(options[options >= 0], minlength=len(decision.options))
         return (taken.double() / len(options)).tolist()
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A network in a comparison of times, with what it does on the split at a setting; by default its own."""
+
+    network: DynamicNetwork
+    judged: Judgement
+    setting: Setting | None = None
 
 
 class Evaluator:
@@ -122,12 +135,14 @@ class Evaluator:
         calls = 2 * LEAST_ROUNDS * max(image_seconds, 1e-9)  # two networks take turns
         self.inputs = min(_INPUTS, max(_FEWEST_INPUTS, int(seconds / calls)))
 
-    def judge(self, network: DynamicNetwork) -> Judgement:
-        """Answers and routing of ``network`` at its operating point."""
-        found, labels, routing = routed_answers(network, self.images, self.device)
+    def judge(self, network: DynamicNetwork, setting: Setting | None = None) -> Judgement:
+        """Answers and routing of ``network`` at a setting, by default its own."""
+        places = range(network.exit_count)
+        temperatures = [answer_temperature(network, k, setting) for k in places]
+        found, labels, sure, routing = routed_answers(network, self.images, self.device, setting, temperatures)
         taken = routing.taken
         macs = exit_costs(network).executed(taken, len(labels))
-        return Judgement(found, labels, torch.from_numpy(macs), taken, routing.leaving)
+        return Judgement(found, labels, torch.from_numpy(macs), taken, routing.leaving, sure)
 
     def row(self, step: int, transform: str, network: DynamicNetwork, seconds: float, notes: Sequence[str]) -> Row:
         """A row of the ledger for the network as it stands."""
@@ -145,64 +160,86 @@ class Evaluator:
         notes: Sequence[str] = (),
     ) -> Row:
         """A row without times."""
-        macs = float(judged.macs.mean())
-        right = int((judged.answers == judged.labels).sum())
         return Row(
             step=step,
             transform=transform,
             params=sum(parameter.numel() for parameter in network.parameters()),
-            macs=macs,
-            macs_worst=float(max(exit_costs(network).cumulative(network.setting))),
-            macs_ratio=macs / self.static_macs,
-            accuracy=judged.accuracy,
-            accuracy_ci=wilson(right, len(judged.labels)),
-            accuracy_drop=self.reference.accuracy - judged.accuracy,
-            agreement=float((judged.answers == self.reference.answers).double().mean()),
-            decisions={one.name: judged.use(one) for one in network.decisions()},
-            leaving=list(judged.leaving),
             seconds=round(seconds, 1),
             size=saved_bytes(network),
             peak_memory=peak_bytes(network),
             notes=list(notes),
+            **self.figures(network, judged, network.setting),
         )
 
+    def figures(self, network: DynamicNetwork, judged: Judgement, setting: Setting) -> dict[str, Any]:
+        """Those fields of a row that depend on the setting at which the network was judged."""
+        macs = float(judged.macs.mean())
+        right = int((judged.answers == judged.labels).sum())
+        return {
+            "macs": macs,
+            "macs_worst": float(max(exit_costs(network).cumulative(setting))),
+            "macs_ratio": macs / self.static_macs,
+            "accuracy": judged.accuracy,
+            "accuracy_ci": wilson(right, len(judged.labels)),
+            "accuracy_drop": self.reference.accuracy - judged.accuracy,
+            "agreement": float((judged.answers == self.reference.answers).double().mean()),
+            "decisions": {one.name: judged.use(one) for one in network.decisions()},
+            "leaving": list(judged.leaving),
+        }
+
     def timed(self, row: Row, name: str, times: Mapping[tuple[str, int], Times]) -> Row:
-        """The row with the times of contender ``name``, and with what is to be told of them."""
+        """The row with the times of contender ``name`` in place of its own, and with what is to be told of them."""
         speedup = {} if name == "static" else speedup_table(times, name)
         told = [note for note in self.notes if note.startswith(("static: ", f"{name}: "))]
-        notes = [*row.notes, *told, *busy(times)]
-        return row.model_copy(update={"latency": latency_table(times, name), "speedup": speedup, "notes": notes})
+        notes = [*(note for note in row.notes if DISTURBED not in note), *told, *busy(times)]
+        new = {"latency": latency_table(times, name), "speedup": speedup, "notes": list(dict.fromkeys(notes))}
+        return row.model_copy(update=new)
 
     def times(self, network: DynamicNetwork, judged: Judgement, alone: bool = False) -> dict[tuple[str, int], Times]:
         """Interleaved times of the static network and ``network``, by backend and batch size."""
-        return self.times_together({} if alone else {"dynamic": network}, {"dynamic": judged})
+        return self.times_together({} if alone else {"dynamic": Contestant(network, judged)})
 
-    def times_together(
-        self, networks: Mapping[str, DynamicNetwork], judged: Mapping[str, Judgement]
-    ) -> dict[tuple[str, int], Times]:
-        """Interleaved times of the static network and all these, by backend and batch size.
+    def times_together(self, contestants: Mapping[str, Contestant]) -> dict[tuple[str, int], Times]:
+        """Interleaved times of the static network and all these, by backend and batch size; each gets as much time as
+        in a comparison of two.
 
-        The images timed cost each network as the whole split does, from the cheapest to the dearest: they are spread
-        over the sum of what an image costs in all of them.
+        The images timed cost each as the whole split does, from the cheapest to the dearest: they are spread over the
+        sum of what an image costs in all of them.
         """
         found: dict[tuple[str, int], Times] = {}
         self.notes = []
-        costs = torch.stack([one.macs for one in judged.values()]).sum(0)
+        costs = torch.stack([one.judged.macs for one in contestants.values()] or [self.reference.macs]).sum(0)
         chosen = representative(costs, max(self.inputs, *self.batches))
         images = gather(self.images, chosen, self.device)
         images = images[torch.arange(max(len(images), *self.batches)) % len(images)]
+        seconds = self.seconds * max(1.0, (1 + len(contestants)) / 2)
         for backend in self.backends:
-            if backend not in self._compiled:
-                self._compiled[backend] = compile_network(self.static, backend, self.device, self.threads)
-            contenders = {"static": self._compiled[backend]}
-            for name, network in networks.items():
-                contenders[name] = compile_network(network, backend, self.device, self.threads)
+            compiled = self._compile([one.network for one in contestants.values()], backend)
+            contenders: dict[str, Contender] = {"static": compiled[id(self.static)]}
+            for name, one in contestants.items():
+                contenders[name] = _at(compiled[id(one.network)], one.setting)
             for batch in self.progress(self.batches, f"timing on {backend}, batch by batch", len(self.batches)):
                 most = max(self.inputs, batch)
                 inputs = [images[i : i + batch] for i in range(0, min(most, len(images)) - batch + 1, batch)]
-                found[backend, batch] = interleave(contenders, inputs, self.device, self.seconds)
-            self.notes += [f"{name}: {note}" for name, one in contenders.items() for note in one.notes]
+                found[backend, batch] = interleave(contenders, inputs, self.device, seconds)
+            named = {"static": self.static} | {name: one.network for name, one in contestants.items()}
+            self.notes += [f"{name}: {note}" for name, one in named.items() for note in compiled[id(one)].notes]
         return found
+
+    def _compile(self, networks: Sequence[DynamicNetwork], backend: str) -> dict[int, CompiledNetwork]:
+        """Each network once, by its id, and the static one."""
+        if backend not in self._compiled:
+            self._compiled[backend] = compile_network(self.static, backend, self.device, self.threads)
+        found = {id(self.static): self._compiled[backend]}
+        for network in networks:
+            if id(network) not in found:
+                found[id(network)] = compile_network(network, backend, self.device, self.threads)
+        return found
+
+
+def _at(compiled: CompiledNetwork, setting: Setting | None) -> Contender:
+    """A contender that runs at a setting, whatever the others that share its network run at."""
+    return compiled if setting is None else lambda images: compiled.run(images, setting)
 
 
 def busy(times: Mapping[tuple[str, int], Times]) -> list[str]:

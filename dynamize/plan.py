@@ -134,8 +134,9 @@ class Planner:
         steps = self._try(network, context, first)[1]
         if self.settings.timing_seconds == "auto":
             training = sum(self._seconds(one) for one in steps)
-            comparisons = len(self.evaluator.backends) * len(self.evaluator.batches) * (len(steps) + 1)
-            seconds = training * _TIMING_SHARE / max(1, comparisons)
+            rows = len(steps) + 1 + self._contestants() / 2
+            comparisons = len(self.evaluator.backends) * len(self.evaluator.batches) * rows
+            seconds = training * _TIMING_SHARE / comparisons
             self.evaluator.hurry(max(_SHORTEST_TIMING, seconds), self._image_seconds)
         return steps
 
@@ -148,7 +149,10 @@ class Planner:
         changed, steps = self._try(network, context, 1)
         static, data, evaluator = self.evaluator.static_macs, self.data, self.evaluator
         timing = len(evaluator.backends) * len(evaluator.batches) * evaluator.seconds
-        after = len(evaluator.reference.labels) * self._image_seconds + timing
+        judging = len(evaluator.reference.labels) * self._image_seconds
+        after = [judging + timing] * len(steps)
+        if after:
+            after[-1] += self._contestants() * (judging + timing / 2)
         return Plan(
             source=self.subject.name,
             input=self.subject.input_shape,
@@ -160,11 +164,16 @@ class Planner:
             exits=planned_exits(changed, static, probed(changed, data, context.device)),
             gates=planned_gates(changed, static),
             steps=[
-                PlannedStep(one.step.pass_name, (self._seconds(one) + one.seconds + after) / 60, one.notes)
-                for one in steps
+                PlannedStep(one.step.pass_name, (self._seconds(one) + one.seconds + more) / 60, one.notes)
+                for one, more in zip(steps, after, strict=True)
             ],
             warnings=self.warnings(),
         )
+
+    def _contestants(self) -> int:
+        """How many operating points and rivals are measured in the end, at most."""
+        points = [step.leaves_points() for step in self.settings.steps]
+        return max([1, *points]) + len(self.settings.compare)
 
     def _try(self, network: DynamicNetwork, context: Context, first: int) -> tuple[DynamicNetwork, list[Rehearsed]]:
         for backend in self.evaluator.backends:

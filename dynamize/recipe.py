@@ -125,6 +125,16 @@ class Recipe(Settings):
         return members
 
 
+def as_yaml(settings: Settings) -> str:
+    """What differs from the defaults, as a recipe says it."""
+    plain = settings.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+    steps = [
+        {"pass": step.pass_name, **step.model_dump(mode="json", by_alias=True, exclude_defaults=True)}
+        for step in settings.steps
+    ]
+    return str(yaml.safe_dump(plain | {"steps": steps}, sort_keys=False, allow_unicode=True, default_flow_style=None))
+
+
 def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, trust_code: bool = False) -> Recipe:
     """Read a YAML recipe, apply ``a.b=value`` overrides, and check everything.
 

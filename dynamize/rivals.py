@@ -1,20 +1,17 @@
-"""What a user could do instead of a run's network: the networks that the recipe names, alone and one behind the other,
-judged and timed beside it."""
+"""What a user could do instead of a run's network: the networks that the recipe names, alone and one behind the
+other."""
 
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
-from dynamize.calibration.intervals import prediction_interval
 from dynamize.conversion import apply, wrap
 from dynamize.errors import DynamizeError, InfeasibleError
-from dynamize.evaluation import Evaluator, Judgement, latency_table, speedup_table
 from dynamize.graph.macs import annotated_macs
 from dynamize.nn.network import DynamicNetwork
-from dynamize.report.ledger import RIVAL, Interval, Rival, Row
+from dynamize.report.ledger import RIVAL
 from dynamize.transform import Context, Kind, Transform
 from dynamize.transforms.calibrate import Calibrate
 from dynamize.transforms.cascade import Cascade, Member, build, names_of
@@ -44,39 +41,24 @@ class Rivals:
         self._macs = annotated_macs(static.plain)
         self._networks = {name: self._read(name, member, static) for name, member in self._members.items()}
 
-    def rows(
-        self, network: DynamicNetwork, last: Row, evaluator: Evaluator, steps: Sequence[Transform]
-    ) -> tuple[Row, list[Rival]]:
-        """The last row with its times from the rounds in which the rivals took turns too, and their rows.
+    def networks(
+        self, network: DynamicNetwork, macs: float, steps: Sequence[Transform]
+    ) -> tuple[dict[str, DynamicNetwork], list[str]]:
+        """All that the run's network is compared with, by name, and what is to be told of them.
 
         Args:
             network: as the run leaves it.
-            last: its row.
-            evaluator: of the run.
+            macs: what it costs.
             steps: of the recipe; the last one that solves says what the cascade is calibrated for.
         """
-        networks = {f"{RIVAL}{name}": one for name, one in self._networks.items()}
+        found = {f"{RIVAL}{name}": one for name, one in self._networks.items()}
         notes: list[str] = []
         if not network.members and (first := self._cheaper()):
             try:
-                networks[RIVAL + CASCADE] = self._cascade(first, last.macs, steps)
+                found[RIVAL + CASCADE] = self._cascade(first, macs, steps)
             except DynamizeError as error:  # too few calibration images: no reason to lose a finished run
                 notes.append(f"not compared as a cascade: {error}")
-        ours = evaluator.judge(network)
-        judged = {name: evaluator.judge(one) for name, one in networks.items()}
-        taking_turns = {"dynamic": network, **networks} if last.step else networks
-        times = evaluator.times_together(taking_turns, {"dynamic": ours, **judged})
-        if last.step:
-            new = {"latency": latency_table(times, "dynamic"), "speedup": speedup_table(times, "dynamic")}
-            last = last.model_copy(update=new)
-        rows = []
-        for number, (name, one) in enumerate(networks.items(), start=last.step + 1):
-            row = evaluator.describe(number, name, one, judged[name])
-            row = evaluator.timed(row, name, times)
-            lead, lead_ci = _lead(judged[name], ours)
-            rows.append(Rival(**dict(row), lead=lead, lead_ci=lead_ci))
-        rows[-1] = rows[-1].model_copy(update={"notes": [*rows[-1].notes, *notes]})
-        return last, rows
+        return found, notes
 
     def _read(self, name: str, member: Member, static: DynamicNetwork) -> DynamicNetwork:
         with _told_of_compare():
@@ -129,10 +111,3 @@ def _told_of_compare() -> Iterator[None]:
         yield
     except DynamizeError as error:
         raise DynamizeError(f"compare: {str(error).removeprefix('cascade: ')}") from error
-
-
-def _lead(rival: Judgement, ours: Judgement) -> tuple[float, Interval]:
-    """How much more of all such images the rival gets right: on the same test images, with its 95 % interval."""
-    right = (rival.answers == rival.labels).double() - (ours.answers == ours.labels).double()
-    lead, low, high = prediction_interval(right.numpy(), fresh=sys.maxsize, bounds=(-1.0, 1.0))
-    return lead, (low, high)

@@ -2,7 +2,6 @@
 
 import copy
 import logging
-import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,10 +16,11 @@ from dynamize import artifact
 from dynamize.baseline import Baseline, judged
 from dynamize.conversion import apply, replay, wrap
 from dynamize.data import Splits
-from dynamize.devices import choose_device
+from dynamize.devices import choose_device, machine_name
 from dynamize.errors import InfeasibleError
 from dynamize.evaluation import Evaluator
 from dynamize.files import write_json_lines, write_text
+from dynamize.final import measure
 from dynamize.folders import (
     LEDGER,
     METRICS,
@@ -38,16 +38,16 @@ from dynamize.measure.memory import saved_bytes
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.piece import MAIN
 from dynamize.plan import Plan, Planner, longest_timing
-from dynamize.recipe import Recipe, Settings
+from dynamize.recipe import Recipe, Settings, as_yaml
 from dynamize.rehearsal import Rehearsed, told
-from dynamize.report import Ledger, ReportData, Rival, Row, changes, html, markdown, terminal
+from dynamize.report import Ledger, ReportData, Row, changes, html, markdown, terminal
 from dynamize.report.changes import Finding, Verdict
 from dynamize.report.folder import OF_OTHER_FILES
 from dynamize.rivals import Rivals
 from dynamize.runtime.engine import default_backend
 from dynamize.subject import Named, Subject
 from dynamize.transform import Context, Progress, Transform, quiet
-from dynamize.verbs.pictures import report_data
+from dynamize.verbs.telling import report_data
 
 log = logging.getLogger("dynamize")
 
@@ -237,20 +237,19 @@ class Runner:
 
     def _finish(self, network: DynamicNetwork, rows: list[Row], metrics: list[dict[str, Any]]) -> Outcome:
         settings, out = self.settings, self.out
-        rivals: list[Rival] = []
-        if self.rivals is not None:
-            last, rivals = self.rivals.rows(network, rows[-1], self.evaluator, settings.steps)
-            rows = [*rows[:-1], last]
+        final = measure(network, rows, self.evaluator, self.rivals, settings.steps)
         ledger = Ledger(
-            rows=rows,
-            rivals=rivals,
+            rows=final.rows,
+            rivals=final.rivals,
             title=settings.description or f"{self.subject.name}, converted",
             model=self.subject.name,
             command=self.command,
             backend=self.backends[0],
-            machine=f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+            machine=machine_name(self.device),
         )
-        report = report_data(ledger, network, self.evaluator, self.data)
+        report = report_data(ledger, final, network, self.evaluator, self.data)
+        report.recipe, report.versions = as_yaml(settings), artifact.versions()
+        report.metrics, report.folder = metrics, str(out)
         about = {"recipe": settings.model_dump(mode="json", by_alias=True), "seed": settings.seed}
         about |= {"ledger": ledger.model_dump(exclude={"rows"})}
         artifact.save(

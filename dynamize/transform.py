@@ -155,6 +155,10 @@ class Transform(BaseModel, ABC, metaclass=InWords):
         an estimate of its time."""
         return 0.0
 
+    def leaves_points(self) -> int:
+        """At most how many operating points the network has after it; 0 leaves those that it has."""
+        return 0
+
     def check(self, network: DynamicNetwork, context: Context) -> None:
         """Refuse what cannot work, before any step has trained: files and parts of the network that are not there.
 

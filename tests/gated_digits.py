@@ -60,6 +60,6 @@ def same(first: DynamicNetwork, second: DynamicNetwork) -> bool:
 
 def accuracy_and_macs(network: DynamicNetwork, data: Splits) -> tuple[float, float]:
     """On the test images: the share of right answers and the mean of executed MACs."""
-    answers, labels, routing = routed_answers(network, data.test, torch.device("cpu"))
+    answers, labels, _, routing = routed_answers(network, data.test, torch.device("cpu"))
     executed = exit_costs(network).executed(routing.taken, routing.images)
     return float((answers == labels).float().mean()), float(executed.mean())

@@ -129,6 +129,9 @@ class Calibrate(Transform):
     def passes(self, data: "Splits") -> float:
         return 2 * len(data.calibration)
 
+    def leaves_points(self) -> int:
+        return self.points + 1
+
     def check_budget(self, network: DynamicNetwork, context: Context) -> None:
         static = count_macs(network.plain, blank(network.plain, 1, *network.input_shape))
         asked = self.macs if self.macs_ratio is None else self.macs_ratio * static

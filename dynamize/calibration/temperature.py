@@ -6,6 +6,7 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 
 from dynamize.nn.network import DynamicNetwork
+from dynamize.nn.piece import Setting
 
 WIDEST = 20.0
 
@@ -23,10 +24,11 @@ def fit_temperature(logits_NC: NDArray[np.floating], labels_N: NDArray[np.intege
     return float(np.exp(found.x))
 
 
-def answer_temperature(network: DynamicNetwork, index: int) -> float:
+def answer_temperature(network: DynamicNetwork, index: int, setting: Setting | None = None) -> float:
     """What the logits of an image that left at place ``index`` (the end comes last) are still to be divided by, so that
-    their softmax is a probability: joined answers have been."""
+    their softmax is a probability: joined answers have been. By default at the network's own setting."""
+    combine = (network.setting if setting is None else setting).combine
     if index >= len(network.scored):
         return 1.0
     piece = network.scored[index]
-    return 1.0 if piece.links and network.setting.combine != "last" else float(piece.temperature)
+    return 1.0 if piece.links and combine != "last" else float(piece.temperature)

@@ -1,6 +1,8 @@
 """What a network answers: at every exit, or where each image leaves."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +10,7 @@ from torch import Tensor, nn
 from dynamize.arguments import class_numbers
 from dynamize.data import Images, Splits
 from dynamize.nn.channels_last import images_for
-from dynamize.nn.network import DynamicNetwork, record_routing
+from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.piece import Setting
 from dynamize.nn.routing import Routing
 
@@ -107,8 +109,39 @@ def top_answers(network: nn.Module, images: Images, device: torch.device) -> tup
     return torch.cat(found), torch.cat(labels)
 
 
-def routed_answers(network: DynamicNetwork, images: Images, device: torch.device) -> tuple[Tensor, Tensor, Routing]:
-    """Answers (n,), labels (n,) and the options that the images took."""
-    with record_routing(network) as routing:
-        found, labels = top_answers(network, images, device)
-    return found, labels, routing
+class Answered(NamedTuple):
+    """What a network answers where each image leaves: answers (n,), labels (n,), how sure it is of each (n,), and the
+    options that the images took."""
+
+    answers: Tensor
+    labels: Tensor
+    sure: Tensor
+    routing: Routing
+
+
+def routed_answers(
+    network: DynamicNetwork,
+    images: Images,
+    device: torch.device,
+    setting: Setting | None = None,
+    temperatures: Sequence[float] = (),
+) -> Answered:
+    """Run a split at a setting, by default the network's own.
+
+    Args:
+        temperatures: by place where images leave, of the logits there; 1 where none is given.
+    """
+    network.to(device).eval()
+    leaving, changing = network.decision_names
+    routing = Routing(leaving, changing)
+    warm = torch.tensor([*temperatures, *[1.0] * (len(leaving) + 1 - len(temperatures))])
+    found, labels, sure = [], [], []
+    with torch.no_grad():
+        for batch, truth in images.batches(_BATCH, device):
+            routed = network.run(images_for(network, batch), setting)
+            logits = routed.logits.float().cpu()
+            routing.add(routed)
+            found.append(logits.argmax(1))
+            sure.append((logits / warm[routed.exits][:, None]).softmax(1).amax(1))
+            labels.append(class_numbers(truth.cpu(), logits.shape[1], f"the {images.name} images"))
+    return Answered(torch.cat(found), torch.cat(labels), torch.cat(sure), routing)

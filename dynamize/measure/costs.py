@@ -1,6 +1,6 @@
 """What each way through a network costs, in multiply-accumulates."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,21 +72,27 @@ class Costs:
 
     def executed(self, taken: Mapping[str, Tensor], images: int) -> Floats:
         """MACs that each image (N,) cost, from the option that it took in each decision; -1: not reached, or idle."""
-        spent, here = np.zeros(images), np.ones(images, bool)
-        for number, leg in enumerate(self.legs, start=1):
-            runs = (
-                [np.ones(images, bool)] * len(leg) if number == len(self.legs) else _decided_later(leg, taken, images)
-            )
-            for step, decided in zip(leg, runs, strict=True):
-                if not isinstance(step, Decision):
-                    spent[here & decided] += step
-                    continue
-                options = taken[step.name].numpy()
-                reached = options >= 0
-                spent[reached] += step.always + np.array(step.macs)[options[reached]]
-                if step.effect == "leaves":
-                    here &= options != LEAVES
+        spent = np.zeros(images)
+        for step, runs in zip(self.steps, self.runs(taken, images), strict=True):
+            if isinstance(step, Decision):
+                spent[runs] += step.always + np.array(step.macs)[taken[step.name].numpy()[runs]]
+            else:
+                spent[runs] += step
         return spent
+
+    def runs(self, taken: Mapping[str, Tensor], images: int) -> Iterator[Bools]:
+        """For each of `steps`, which images (N,) it ran for."""
+        here = np.ones(images, bool)
+        for number, leg in enumerate(self.legs, start=1):
+            last = number == len(self.legs)
+            needed = [np.ones(images, bool)] * len(leg) if last else _decided_later(leg, taken, images)
+            for step, decided in zip(leg, needed, strict=True):
+                if not isinstance(step, Decision):
+                    yield here & decided
+                    continue
+                yield taken[step.name].numpy() >= 0
+                if step.effect == "leaves":
+                    here = here & (taken[step.name].numpy() != LEAVES)
 
     def savings(self, taken: Mapping[str, Tensor]) -> dict[str, Floats]:
         """By decision that changes what comes after, MACs that each image (N,) saves against the dearest option."""

@@ -60,6 +60,13 @@ class Answer(Leaving):
         super().count(flow)
         self.classes = flow.features.shape[1]
 
+    def sure(self, threshold: float) -> str:
+        if self.alone:
+            return super().sure(threshold)
+        if threshold <= 0:
+            return "all that come here"
+        return "all networks so far agree" if threshold <= 1 else "nobody, but later answers build on it"
+
     def rated(self, answer_NC: Floats, votes_NM: NDArray[np.int64] | None) -> Floats:
         """How sure an answer is, (N,), from its logits, weighed, or from what each network would have answered."""
         return SCORES[self.confidence](answer_NC) if votes_NM is None else agreement(votes_NM)

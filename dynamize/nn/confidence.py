@@ -1,5 +1,6 @@
 """How sure an exit is of its answer, as one score per sample; larger means surer."""
 
+import math
 from collections.abc import Callable
 from typing import Literal, get_args
 
@@ -41,3 +42,30 @@ CONFIDENCES: dict[str, Callable[[Tensor], Tensor]] = {
     "margin": margin,
 }
 assert set(CONFIDENCES) == set(get_args(ConfidenceName))
+
+
+def sure_words(confidence: str, score: float) -> str:
+    """A score from which images leave, as a person would say it."""
+    return _WORDS[confidence](score)
+
+
+def _sure(log_odds: float) -> str:
+    unsure = 1 / (1 + math.exp(min(log_odds, 700.0)))
+    if unsure < 1e-6:
+        return "more than 99.9999 % sure"
+    decimals = max(0, math.ceil(-math.log10(unsure) - 2 + 1e-9)) if unsure < 0.05 else 0
+    return f"at least {100 * (1 - unsure):.{decimals}f} % sure"
+
+
+def _ahead(log_ratio: float) -> str:
+    if log_ratio > math.log(1e6):
+        return "its best class more than a million times as likely as the second"
+    return f"its best class at least {math.exp(log_ratio):.3g} times as likely as the second"
+
+
+def _undecided(score: float) -> str:
+    return f"an entropy of at most {max(0.0, -score):.2g} nats"
+
+
+_WORDS: dict[str, Callable[[float], str]] = {"top_probability": _sure, "margin": _ahead, "entropy": _undecided}
+assert set(_WORDS) == set(CONFIDENCES)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dynamize.graph.macs import counting_macs
-from dynamize.nn.confidence import CONFIDENCES, ConfidenceName
+from dynamize.nn.confidence import CONFIDENCES, ConfidenceName, sure_words
 from dynamize.nn.flow import NOBODY, ONLY, Flow, Indices, Options
 from dynamize.nn.heads import ExitHead
 from dynamize.nn.instructions import Instruction, Leave, Through
@@ -17,6 +17,9 @@ from dynamize.nn.piece import GOES_ON, LEAVES, Call, Choose, Decision, Part, Pie
 from dynamize.nn.scoring import Floats
 
 CONTEXT = "context"  # (n, D), in what a flow carries: everything that heads so far have pooled, side by side
+
+
+_BEYOND = 1e300  # no score is so large
 
 
 class Answering(Piece):
@@ -94,6 +97,18 @@ class Leaving(Answering):
     @property
     def own_name(self) -> str:
         return self._name
+
+    def condition(self, threshold: float | None) -> str:
+        """In words, when an image is answered here."""
+        if threshold is None:
+            return "not used"
+        if threshold < -_BEYOND:
+            return "all that come here"
+        return "nobody, but later answers build on it" if threshold > _BEYOND else self.sure(threshold)
+
+    def sure(self, threshold: float) -> str:
+        """In words, how sure an answer is from this score on."""
+        return sure_words(self.confidence, threshold)
 
     @property
     def decision(self) -> Decision:

@@ -3,23 +3,25 @@
 Each face is a module with one function, `render(report)`: `terminal`, `markdown`, `html`. None needs torch.
 """
 
-from dynamize.report.data import Answerer, DecisionUse, Gallery, GalleryImage, Network, OptionUse, ReportData, Usage
+from dynamize.report.data import Answerer, Mark, ReportData
 from dynamize.report.ledger import Ledger, Rival, Row, Timing, headline
+from dynamize.report.standing import Classes, Gallery, GalleryImage, Place, Section, Standing
 from dynamize.report.verdicts import share_of_saving_shown, verdicts
 
 __all__ = [
     "Answerer",
-    "DecisionUse",
+    "Classes",
     "Gallery",
     "GalleryImage",
     "Ledger",
-    "Network",
-    "OptionUse",
+    "Mark",
+    "Place",
     "ReportData",
     "Rival",
     "Row",
+    "Section",
+    "Standing",
     "Timing",
-    "Usage",
     "headline",
     "share_of_saving_shown",
     "verdicts",

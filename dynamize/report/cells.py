@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 from dynamize.calibration.operating import OperatingPoint
 from dynamize.report.best import UNNAMED
-from dynamize.report.data import Answerer, DecisionUse, ReportData, Usage
+from dynamize.report.data import ReportData
 from dynamize.report.ledger import Interval, Ledger, Row
+from dynamize.report.standing import DecisionUse, Standing
 
 ABSENT = "-"
 LEFT = "left before"
@@ -40,6 +41,11 @@ def three_digits(value: float) -> str:
     """A positive number in three significant digits without an exponent, at most two of them decimals."""
     decimals = 2 if value < 9.995 else 1 if value < 99.95 else 0
     return f"{value:.{decimals}f}"
+
+
+def milliseconds(value: float) -> str:
+    """Three significant digits, of less than a tenth two."""
+    return f"{value:.3f}" if value < 0.0995 else three_digits(value)
 
 
 def size(value: int | None) -> str:
@@ -88,44 +94,48 @@ def shares(exits: Sequence[float]) -> str:
     return "/".join(map(str, whole))
 
 
-def option_names(usage: Usage) -> dict[str, float]:
+def option_names(uses: Sequence[DecisionUse]) -> dict[str, float]:
     """What options are called where decisions stand side by side, the cheapest first, each with its mean cost as a
     share of the dearest: by their labels, or by that cost where labels are too many."""
     costs: dict[str, list[float]] = {}
-    for use in usage.changing:
-        for name, cost in zip(names_of(use, usage), use.costs, strict=True):
+    for use in uses:
+        for name, cost in zip(names_of(use, uses), use.costs, strict=True):
             costs.setdefault(name, []).append(cost)
     means = {name: sum(found) / len(found) for name, found in costs.items()}
     return dict(sorted(means.items(), key=lambda item: item[1]))
 
 
-def names_of(use: DecisionUse, usage: Usage) -> list[str]:
+def names_of(use: DecisionUse, uses: Sequence[DecisionUse]) -> list[str]:
     """The one among `option_names` of each option."""
-    if len({option.label for one in usage.changing for option in one.options}) <= _MOST_LABELS:
+    if len({option.label for one in uses for option in one.options}) <= _MOST_LABELS:
         return [option.label for option in use.options]
     return [_BY_COST[round(cost * (len(_BY_COST) - 1))] for cost in use.costs]
 
 
-def option_shares(use: DecisionUse, usage: Usage) -> dict[str, float]:
+def option_shares(use: DecisionUse, uses: Sequence[DecisionUse]) -> dict[str, float]:
     """Share of the images by name of the option."""
     found: dict[str, float] = {}
-    for name, option in zip(names_of(use, usage), use.options, strict=True):
+    for name, option in zip(names_of(use, uses), use.options, strict=True):
         found[name] = found.get(name, 0.0) + option.share
     return found
 
 
-def routings(usage: Usage) -> str:
-    """How many ways through the network there were, in one sentence."""
-    ways = "way" if usage.routings == 1 else "different ways"
-    return f"The {usage.images:,} test images took {usage.routings:,} {ways} through the network."
+def routings(report: ReportData, standing: Standing) -> str:
+    """How many ways through the network there were, in one sentence; empty if that is not known."""
+    if not standing.routings or report.images is None:
+        return ""
+    ways = "way" if standing.routings == 1 else "different ways"
+    return f"The {report.images:,} test images took {standing.routings:,} {ways} through the network."
 
 
-def _latency(row: Row, backend: str, batch: str) -> str:
+def latency(row: Row, backend: str, batch: str) -> str:
+    """Milliseconds of a call."""
     timing = row.latency.get(backend, {}).get(batch)
-    return ABSENT if timing is None else three_digits(timing.median_ms)
+    return ABSENT if timing is None else milliseconds(timing.median_ms)
 
 
-def _speedup(row: Row, backend: str, batch: str) -> str:
+def speedup(row: Row, backend: str, batch: str) -> str:
+    """How many times faster than the static network."""
     value = row.speedup.get(backend, {}).get(batch)
     return ABSENT if value is None else f"{value:.2f}"
 
@@ -159,10 +169,14 @@ def size_columns(ledger: Ledger) -> list[Column]:
 
 def timing_columns(ledger: Ledger, backend: str, batches: Sequence[str]) -> list[Column]:
     """Milliseconds per call and speed-up over the static network, for each batch size."""
+    return _timing(ledger.rows, backend, batches)
+
+
+def _timing(rows: Sequence[Row], backend: str, batches: Sequence[str]) -> list[Column]:
     columns = []
     for batch in batches:
-        columns.append(Column(f"ms\nb{batch}", [_latency(row, backend, batch) for row in ledger.rows]))
-        columns.append(Column(f"x\nb{batch}", [_speedup(row, backend, batch) for row in ledger.rows]))
+        columns.append(Column(f"ms\nb{batch}", [latency(row, backend, batch) for row in rows]))
+        columns.append(Column(f"x\nb{batch}", [speedup(row, backend, batch) for row in rows]))
     return columns
 
 
@@ -188,11 +202,38 @@ def point_columns(points: Sequence[OperatingPoint]) -> list[Column]:
         Column(f"{lost}\n±", [half_width(point.accuracy_drop, point.accuracy_drop_ci) for point in points]),
     ]
     if any(point.latency_ms is not None for point in points):
-        times = [ABSENT if point.latency_ms is None else three_digits(point.latency_ms) for point in points]
+        times = [ABSENT if point.latency_ms is None else milliseconds(point.latency_ms) for point in points]
         columns.append(Column("ms", times))
     if any(point.certified is not None for point in points):
         columns.append(Column("certain", [certificate(point) for point in points], right=False))
     leaving = [shares(point.exits) for point in points]
+    return [*columns, *([Column("exits\n%", leaving)] if any(cell != ABSENT for cell in leaving) else [])]
+
+
+def standing_columns(report: ReportData, batches: Sequence[str]) -> list[Column]:
+    """The operating points as measured on test images, and the drop that calibration images let expect."""
+    stands = report.stands
+    expected = [report.expected(one.point) for one in stands]
+    columns = [
+        Column("point", [one.point for one in stands], right=False),
+        Column("MACs", [count(one.macs) for one in stands]),
+        Column("MACs\nratio", [f"{one.macs_ratio:.2f}" for one in stands]),
+        Column("acc\n%", [percent(one.accuracy) for one in stands]),
+        Column("±", [half_width(one.accuracy, one.accuracy_ci) for one in stands]),
+        Column("drop", [drop(one.accuracy_drop) for one in stands]),
+    ]
+    if any(expected):
+        drops = [ABSENT if one is None else drop(one.accuracy_drop) for one in expected]
+        arms = [ABSENT if one is None else half_width(one.accuracy_drop, one.accuracy_drop_ci) for one in expected]
+        differ = all(one is None or one.labels == "none" for one in expected)
+        columns += [Column("expected\ndiffer" if differ else "expected\ndrop", drops), Column("expected\n±", arms)]
+    for backend in report.ledger.backends()[:1]:
+        columns += _timing(stands, backend, batches)
+    if any(one is not None and one.certified is not None for one in expected):
+        columns.append(
+            Column("certain", [ABSENT if one is None else certificate(one) for one in expected], right=False)
+        )
+    leaving = [shares(one.exits) for one in stands]
     return [*columns, *([Column("exits\n%", leaving)] if any(cell != ABSENT for cell in leaving) else [])]
 
 
@@ -207,13 +248,15 @@ def protocol_columns(report: ReportData) -> list[Column]:
     ]
 
 
-def answerer_columns(answerers: Sequence[Answerer]) -> list[Column]:
+def answerer_columns(report: ReportData, standing: Standing) -> list[Column]:
     """A row for each that answers: what it was asked, and what it would have answered alone."""
+    answerers = report.answerers
     names = [one.name for one in answerers]
+    answered = standing.exits or [*[0.0] * (len(names) - 1), 1.0]
     return [
         Column("", names, right=False),
-        Column("answered\n%", [f"{100 * one.share:.1f}" for one in answerers]),
-        Column("of these\nright %", [ABSENT if one.right is None else percent(one.right) for one in answerers]),
+        Column("answered\n%", [f"{100 * share:.1f}" for share in answered]),
+        Column("of these\nright %", [ABSENT if right is None else percent(right) for right in standing.right]),
         Column("alone\nright %", [percent(one.alone) for one in answerers]),
         *(
             Column(f"as {name}\n%", [ABSENT if one.name == name else percent(one.alike[k]) for one in answerers])
@@ -222,20 +265,19 @@ def answerer_columns(answerers: Sequence[Answerer]) -> list[Column]:
     ]
 
 
-def unit_columns(usage: Usage) -> list[Column]:
+def unit_columns(uses: Sequence[DecisionUse]) -> list[Column]:
     """A row for each gated unit: what share of the images took each option, and of its MACs was executed."""
-    units = usage.changing
     columns = [
-        Column("gated unit", [unit.name for unit in units], right=False),
-        Column("MACs", [count(unit.options[-1].macs) for unit in units]),
+        Column("gated unit", [use.name for use in uses], right=False),
+        Column("MACs", [count(use.options[-1].macs) for use in uses]),
     ]
-    taken = [option_shares(unit, usage) for unit in units]
-    for name in option_names(usage):
+    taken = [option_shares(use, uses) for use in uses]
+    for name in option_names(uses):
         cells = [f"{100 * one[name]:.1f}" if name in one else ABSENT for one in taken]
         columns.append(Column(f"{name}\n%", cells))
-    if any(unit.left for unit in units):
-        columns.append(Column(f"{LEFT}\n%", [f"{100 * unit.left:.1f}" for unit in units]))
-    return [*columns, Column("MACs run\n%", [f"{100 * unit.executed:.1f}" for unit in units])]
+    if any(use.left for use in uses):
+        columns.append(Column(f"{LEFT}\n%", [f"{100 * use.left:.1f}" for use in uses]))
+    return [*columns, Column("MACs run\n%", [f"{100 * use.executed:.1f}" for use in uses])]
 
 
 def row_notes(ledger: Ledger) -> list[str]:

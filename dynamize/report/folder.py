@@ -7,12 +7,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from dynamize.errors import DynamizeError
-from dynamize.folders import LEDGER, MANIFEST, REPORT_DATA, STATE, step_folders
+from dynamize.folders import LEDGER, MANIFEST, METRICS, REPORT_DATA, STATE, step_folders
 from dynamize.report.data import ReportData
 from dynamize.report.ledger import Ledger, Row
 
-OF_OTHER_FILES = {"ledger", "operating_points", "selected"}
-"""Fields of a report that ledger.json and manifest.json hold, so that report.json leaves them out."""
+OF_OTHER_FILES = {"ledger", "operating_points", "selected", "metrics", "folder"}
+"""Fields of a report that other files hold, or the folder itself, so that report.json leaves them out."""
 
 
 def read_report(out: str | Path) -> ReportData:
@@ -42,10 +42,18 @@ def _assemble(out: Path, manifest: dict[str, Any]) -> ReportData:
         ledger, extras = Ledger(rows=_finished_rows(out), **header), {}
         extras["notes"] = [f"the run is not finished: {len(ledger.rows) - 1} steps are done, --resume goes on"]
     if about.get("recalibrated"):
-        extras |= {"gallery": [], "usage": None}  # they show who went where at the operating point of the run
+        extras |= {"standings": []}  # they are the operating points of the run
         extras["notes"] = ["the operating points were solved again after the run; the rows show it as it ended"]
     points = manifest.get("operating_points") or []
-    return ReportData(ledger=ledger, operating_points=points, selected=chosen.get("name"), **extras)
+    metrics = _lines(out / METRICS) if (out / METRICS).is_file() else []
+    return ReportData(
+        ledger=ledger,
+        operating_points=points,
+        selected=chosen.get("name"),
+        metrics=metrics,
+        folder=str(out),
+        **extras,
+    )
 
 
 def _finished_rows(out: Path) -> list[Row]:
@@ -54,6 +62,13 @@ def _finished_rows(out: Path) -> list[Row]:
     if not rows:
         raise DynamizeError(f"{out} holds no run: name the folder that `dynamize run --out` wrote")
     return rows
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    try:
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise DynamizeError(f"{file} is damaged: {error}. Run the recipe again with --resume.") from error
 
 
 def _json(file: Path) -> dict[str, Any]:

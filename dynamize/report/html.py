@@ -1,4 +1,8 @@
-"""The report as one HTML page that holds everything it shows: no file beside it, no request to anywhere."""
+"""The report as one HTML page that holds everything it shows: no file beside it, no request to anywhere.
+
+What the slider moves is written once for each operating point and shown or hidden, so that the page says the same
+without JavaScript; only the charts are drawn by it.
+"""
 
 from functools import cache
 from pathlib import Path
@@ -6,17 +10,15 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from dynamize.calibration.operating import OperatingPoint
 from dynamize.report import cells
 from dynamize.report.best import best
-from dynamize.report.data import DecisionUse, Network, ReportData, Usage
-from dynamize.report.ledger import Row, headline
+from dynamize.report.curves import curves
+from dynamize.report.data import ReportData
+from dynamize.report.ledger import RIVAL, Row, headline
+from dynamize.report.moving import FEW_CLASSES, matrix, moving, shade
 from dynamize.report.verdicts import verdicts
 
-_GREY = 1 / 8  # cost of an option, as a share of the dearest one's, up to which it has no blue
-_DARK = 0.9  # from which its blue takes white text
-
-SHARED_FIELDS = {"accuracy", "accuracy_ci", "accuracy_drop", "macs", "macs_ratio"}
+_UNITS = {"python": "Python", "threads": ""}  # of versions, how they are called; what is told elsewhere is left out
 
 
 def render(report: ReportData) -> str:
@@ -26,18 +28,13 @@ def render(report: ReportData) -> str:
     """
     ledger, shown = report.ledger, report.ledger.with_rivals()
     summary = headline(ledger)
-    columns = cells.name_columns(shown) + cells.result_columns(shown) + cells.size_columns(shown)
-    groups = [("", len(columns))]
-    for backend in ledger.backends():
-        timing = cells.timing_columns(shown, backend, ledger.batches(backend))
-        groups.append((backend, len(timing)))
-        columns += timing
-    exits = cells.exit_column(shown)
-    columns += exits
-    groups.append(("", len(exits)))
+    names = report.exit_names()
+    columns, groups = _ledger_table(report)
+    backends = ledger.backends()
+    batches = ledger.batches(backends[0]) if backends else []
     return (
         _environment()
-        .get_template("template.html.j2")
+        .get_template("page.html.j2")
         .render(
             report=report,
             ledger=ledger,
@@ -46,14 +43,23 @@ def render(report: ReportData) -> str:
             best=best(ledger),
             verdicts=verdicts(ledger),
             columns=columns,
-            groups=[group for group in groups if group[1]],
+            groups=groups,
             legend=cells.legend(ledger),
             count=cells.count,
+            drop=cells.drop,
             notes=cells.row_notes(ledger) + report.notes,
+            points=moving(report),
+            here=report.here,
+            charts=_charts(report),
             view=_view(report),
-            colors=_colors(len(report.exit_names())),
-            exit_names=report.exit_names(),
-            gates=_gates(report.usage) if report.usage and report.usage.changing else None,
+            curves=curves(report.metrics, names),
+            every=cells.standing_columns(report, batches) if report.standings else [],
+            static_matrix=matrix(report.classes),
+            few=FEW_CLASSES,
+            colors=_colors(len(names)),
+            shade=shade,
+            exit_names=names,
+            facts=_facts(report),
         )
     )
 
@@ -69,108 +75,71 @@ def _environment() -> Environment:
     )
 
 
+def _ledger_table(report: ReportData) -> tuple[list[cells.Column], list[tuple[str, int]]]:
+    """Columns, and over how many of them each backend stands."""
+    ledger, shown = report.ledger, report.ledger.with_rivals()
+    columns = cells.name_columns(shown) + cells.result_columns(shown) + cells.size_columns(shown)
+    groups = [("", len(columns))]
+    for backend in ledger.backends():
+        timing = cells.timing_columns(shown, backend, ledger.batches(backend))
+        groups.append((backend, len(timing)))
+        columns += timing
+    exits = cells.exit_column(shown)
+    return columns + exits, [group for group in [*groups, ("", len(exits))] if group[1]]
+
+
+def _charts(report: ReportData) -> list[dict[str, str]]:
+    """Accuracy against each cost: MACs, and time for each size of a batch on the main backend."""
+    found = [{"key": "macs", "title": "Accuracy against MACs", "about": "mean per image"}]
+    for backend in report.ledger.backends()[:1]:
+        for batch in report.ledger.batches(backend):
+            what = "one image" if batch == "1" else f"{batch} images"
+            found.append(
+                {"key": batch, "title": f"Accuracy against time, batch {batch}", "about": f"{what}, {backend}"}
+            )
+    return found
+
+
 def _view(report: ReportData) -> dict[str, Any]:
-    """What the script in the page draws from. Without operating points the last row stands for one."""
-    points = sorted(report.operating_points, key=lambda point: point.macs)
-    static, label = report.static, report.latency_label
-    first, last = report.ledger.rows[0], report.ledger.rows[-1]
-    if not points:
-        ms, label = _row_latency(report)
-        static = _network("static network", first, ms.get(first.step))
-        shown = [_from_row(last, ms.get(last.step), _row_speedup(report, last))]
-    else:
-        static = static or _network("static network", first, None)
-        shown = [_from_point(point, static, report.leaving) for point in points]
+    """What the script in the page draws from."""
+    first = report.ledger.rows[0]
     return {
-        "points": shown,
-        "static": static.model_dump(mode="json"),
-        "rivals": [rival.model_dump(mode="json") for rival in report.rivals],
+        "points": [_mark(one.point, one, report) for one in report.stands],
+        "static": _mark("static", first, report),
+        "rivals": [_mark(one.transform.removeprefix(RIVAL), one, report) for one in report.ledger.rivals],
         "anytime": [mark.model_dump(mode="json") for mark in report.anytime],
         "budgeted": [mark.model_dump(mode="json") for mark in report.budgeted],
-        "exits": report.exit_names(),
-        "colors": _colors(len(report.exit_names())),
-        "latency": label,
-        "selected": _selected(report, points, last),
+        "selected": report.here,
     }
 
 
-def _gates(usage: Usage) -> dict[str, Any]:
-    """The bars of the gated units: pieces of (name, share, class, colour)."""
-    costs = cells.option_names(usage)
-    kinds = [(name, "path", _shade(cost)) for name, cost in costs.items()]
-    if any(unit.left for unit in usage.changing):
-        kinds.append((cells.LEFT, "gone", ""))
-    units = [
-        {"label": unit.name, "kind": unit.kind, "executed": unit.executed, "pieces": _pieces(unit, usage, costs)}
-        for unit in usage.changing
-    ]
-    return {"units": units, "kinds": kinds, "routings": cells.routings(usage)}
-
-
-def _pieces(unit: DecisionUse, usage: Usage, costs: dict[str, float]) -> list[tuple[str, float, str, str]]:
-    """Each under the label of its own option, coloured as the options beside it."""
-    pieces = []
-    for name, option in zip(cells.names_of(unit, usage), unit.options, strict=True):
-        look = "path pale" if costs[name] < _DARK else "path"
-        pieces.append((option.label, option.share, look, _shade(costs[name])))
-    return [*pieces, (cells.LEFT, unit.left, "gone pale", "")]
-
-
-def _selected(report: ReportData, points: list[OperatingPoint], last: Row) -> int:
-    """The named point, or the one that costs what the last row was measured to cost."""
-    for index, point in enumerate(points):
-        if point.name == report.selected:
-            return index
-    return min(range(len(points)), key=lambda index: abs(points[index].macs - last.macs), default=0)
-
-
-def _from_point(point: OperatingPoint, static: Network, leaving: list[str]) -> dict[str, Any]:
-    speedup = static.latency_ms / point.latency_ms if static.latency_ms and point.latency_ms else None
-    thresholds = [point.thresholds.get(name) for name in leaving]
-    return point.model_dump(mode="json") | {"speedup": speedup, "thresholds": thresholds}
-
-
-def _from_row(row: Row, latency_ms: float | None, speedup: float | None) -> dict[str, Any]:
-    return {
-        **row.model_dump(mode="json", include=SHARED_FIELDS),
-        "name": f"step {row.step}, {row.transform}",
-        "exits": row.exits,
-        "thresholds": [],
-        "accuracy_drop_ci": None,
-        "macs_ci": None,
-        "latency_ms": latency_ms,
-        "latency_ci": None,
-        "speedup": speedup,
+def _mark(name: str, row: Row, report: ReportData) -> dict[str, Any]:
+    """Where a network lies on the charts."""
+    times = {
+        batch: timing.median_ms
+        for backend in report.ledger.backends()[:1]
+        for batch, timing in row.latency.get(backend, {}).items()
     }
+    kept = row.model_dump(mode="json", include={"accuracy", "accuracy_ci", "macs"})
+    return {"name": name, "told": f"{cells.percent(row.accuracy)} %, {cells.count(row.macs)} MACs", **kept, **times}
 
 
-def _network(name: str, row: Row, latency_ms: float | None) -> Network:
-    return Network(name=name, macs=row.macs, accuracy=row.accuracy, accuracy_ci=row.accuracy_ci, latency_ms=latency_ms)
-
-
-def _row_latency(report: ReportData) -> tuple[dict[int, float], str]:
-    """Milliseconds by step on the main backend at its smallest batch, and what they are."""
+def _facts(report: ReportData) -> list[tuple[str, str]]:
+    """What the numbers depend on."""
     ledger = report.ledger
-    for backend in ledger.backends():
-        batch = ledger.batches(backend)[0]
-        timings = {row.step: row.latency.get(backend, {}).get(batch) for row in ledger.rows}
-        known = {step: timing.median_ms for step, timing in timings.items() if timing}
-        return known, f"ms per call, batch {batch}, {backend}"
-    return {}, report.latency_label
-
-
-def _row_speedup(report: ReportData, row: Row) -> float | None:
-    for backend in report.ledger.backends():
-        return row.speedup.get(backend, {}).get(report.ledger.batches(backend)[0])
-    return None
+    versions = [
+        f"{_UNITS.get(name, name)} {version}" for name, version in report.versions.items() if _UNITS.get(name, name)
+    ]
+    found = {
+        "Command": ledger.command,
+        "Machine": ledger.machine,
+        "Backend": ", ".join(ledger.backends()),
+        "Versions": ", ".join(versions),
+    }
+    return [(name, value) for name, value in found.items() if value]
 
 
 def _colors(count: int) -> list[str]:
     """One colour for each exit, from teal (early) to violet (last)."""
     steps = max(count - 1, 1)
     return [f"hsl({176 + 86 * index / steps:.0f} 48% 42%)" for index in range(count)]
-
-
-def _shade(cost: float) -> str:
-    """The dearer the option the darker its blue; the page's own grey for what costs little or nothing."""
-    return f"hsl(225 {45 + 20 * cost:.0f}% {84 - 36 * cost:.0f}%)" if cost > _GREY else ""

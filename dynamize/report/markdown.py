@@ -28,13 +28,7 @@ def render(report: ReportData) -> str:
         blocks[-1] += f" Backend: {plain(backends[0])}."
     if told := verdicts(ledger):
         blocks.append("\n".join(f"> **Note.** {plain(line)}  " for line in told))
-    if report.operating_points:
-        label = "" if report.latency_label == "ms" else f" Time: {plain(report.latency_label)}."
-        blocks += [
-            "## Operating points",
-            table(cells.point_columns(report.operating_points)),
-            f"Expected values; ±: the longer arm of the 95 % interval.{label}",
-        ]
+    blocks += _points(report)
     if report.budgeted:
         blocks += [
             "## Anytime and budgeted batch",
@@ -42,22 +36,44 @@ def render(report: ReportData) -> str:
             "a share proportional to q^k leaves at exit k, at thresholds set on calibration images.",
             table(cells.protocol_columns(report)),
         ]
-    if report.answerers:
+    standing = report.stands[report.here]
+    if report.answerers and standing.right:
         blocks += [
             "## Who answers",
             "Which share of the test images each answered where the network stands, how many of these rightly; then "
             "what each would answer alone: its accuracy, and the share of all test images on which two answer alike.",
-            table(cells.answerer_columns(report.answerers)),
+            table(cells.answerer_columns(report, standing)),
         ]
-    if report.usage and report.usage.changing:
+    if report.changing and report.standings:
+        uses = [standing.use(place) for place in report.changing]
         blocks += [
             "## Gates",
-            f"{cells.routings(report.usage)} Shares of the images on each path, and of the MACs that ran:",
-            table(cells.unit_columns(report.usage)),
+            f"{cells.routings(report, standing)} Shares of the images on each path, and of the MACs that ran:",
+            table(cells.unit_columns(uses)),
         ]
     if notes := cells.row_notes(ledger) + report.notes:
         blocks += ["## Notes", "\n".join(f"- {plain(note)}" for note in notes)]
     return "\n\n".join(filter(None, blocks)) + "\n"
+
+
+def _points(report: ReportData) -> list[str]:
+    """The operating points as measured, or else as calibration expects them."""
+    if report.standings and report.operating_points:
+        backends = report.ledger.backends()
+        batches = report.ledger.batches(backends[0]) if backends else []
+        told = "Measured on the test images, in the same rounds as the last row of the ledger"
+        return [
+            "## Operating points",
+            table(cells.standing_columns(report, batches)),
+            f"{told}; expected: from calibration images. ±: the longer arm of the 95 % interval.",
+        ]
+    if not report.operating_points:
+        return []
+    return [
+        "## Operating points",
+        table(cells.point_columns(report.operating_points)),
+        "Expected values, from calibration images; ±: the longer arm of the 95 % interval.",
+    ]
 
 
 def _about(report: ReportData) -> str:

@@ -14,27 +14,21 @@ def row(given: Any) -> Any:
     return {**rest, "decisions": decisions, "leaving": leaving}
 
 
+_GONE = ("gates", "usage", "gallery", "static", "rivals", "latency_label")  # known for one operating point only
+
+
 def report(given: Any) -> Any:
-    """A report: it knew gates only, and of their paths the width."""
-    if not isinstance(given, dict) or "gates" not in given:
+    """A report: it showed one operating point, timed apart from the others, and of these what calibration expects."""
+    if not isinstance(given, dict) or not any(name in given for name in _GONE):
         return given
-    rest = {name: value for name, value in given.items() if name != "gates"}
-    return {"usage": _usage(given["gates"]), **rest}
-
-
-def _usage(gates: dict[str, Any] | None) -> dict[str, Any] | None:
-    if gates is None:
-        return None
-    decisions = [_decision(unit) for unit in gates["units"]]
-    return {"decisions": decisions, "images": gates["images"], "routings": gates["routings"]}
-
-
-def _decision(unit: dict[str, Any]) -> dict[str, Any]:
-    paths = unit["paths"]
-    options = [{"label": _label(path["width"]), "macs": path["macs"], "share": path["share"]} for path in paths]
-    kind = "channels" if paths[0]["width"] else "skip"
-    return {"name": unit["label"], "kind": kind, "effect": "changes", "options": options}
-
-
-def _label(width: float) -> str:
-    return {0.0: "skipped", 1.0: "whole"}.get(width, f"{100 * width:.0f} % wide")
+    answerers = [
+        {name: value for name, value in one.items() if name not in ("share", "right")}
+        for one in given.get("answerers", [])
+    ]
+    marks = {
+        kind: [{name: mark[name] for name in ("name", "macs", "accuracy")} for mark in given.get(kind, [])]
+        for kind in ("anytime", "budgeted")
+    }
+    told = "an earlier version made this run: --resume measures all operating points and fills the page"
+    kept = {name: value for name, value in given.items() if name not in _GONE}
+    return {**kept, **marks, "answerers": answerers, "notes": [*given.get("notes", []), told]}

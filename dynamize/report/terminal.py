@@ -66,18 +66,28 @@ def _parts(report: ReportData) -> Iterator[RenderableType]:
             yield from (Text(), _Fitted(cells.name_columns(shown), timing))
             yield Text(f"ms and x: {backend}", style="dim")
     if report.operating_points:
-        label = "" if report.latency_label == "ms" else f" Time: {report.latency_label}."
-        name, *values = cells.point_columns(report.operating_points)
-        yield from (
-            Text("\nOperating points", style="bold"),
-            _Fitted([name], [values[:3], values[3:6], values[6:]]),
-        )
-        yield Text(f"Expected values; ±: the longer arm of the 95 % interval.{label}", style="dim")
-    if report.usage and report.usage.changing:
-        yield Text("\n" + cells.routings(report.usage))
+        yield from _points(report)
+    if report.changing and (told := cells.routings(report, report.stands[report.here])):
+        yield Text("\n" + told)
     yield Text("\n" + cells.legend(ledger), style="dim")
     yield from (Text(f"! {line}", style="yellow") for line in verdicts(ledger))
     yield from (Text(f"- {line}") for line in cells.row_notes(ledger) + report.notes)
+
+
+def _points(report: ReportData) -> Iterator[RenderableType]:
+    """The operating points as measured, or else as calibration expects them."""
+    yield Text("\nOperating points", style="bold")
+    told = "±: the longer arm of the 95 % interval."
+    if not report.standings:
+        name, *values = cells.point_columns(report.operating_points)
+        yield _Fitted([name], [values[:3], values[3:6], values[6:]])
+        yield Text(f"Expected values, from calibration images; {told}", style="dim")
+        return
+    backends = report.ledger.backends()
+    batches = _shown_batches(report.ledger.batches(backends[0])) if backends else []
+    name, *values = cells.standing_columns(report, batches)
+    yield _Fitted([name], [values[:5], values[5:]])
+    yield Text(f"Measured on the test images; expected: from calibration images. {told}", style="dim")
 
 
 def _shown_batches(batches: Sequence[str]) -> list[str]:

@@ -66,6 +66,7 @@ def benchmark(
     path: Path,
     *,
     data: str | None = None,
+    point: str | None = None,
     batches: Sequence[int] = (1, 8, 64),
     backends: Sequence[str] = (),
     device: str = "auto",
@@ -74,7 +75,7 @@ def benchmark(
     progress: Progress = quiet,
     threads: str | None = None,
 ) -> Benchmark:
-    """Time an artifact at its operating point.
+    """Time an artifact at an operating point, by default that at which it stands.
 
     The static network is built from the artifact's source without its weights, on which time does not depend. The
     images timed leave at each exit in the shares that the whole test split does.
@@ -82,6 +83,7 @@ def benchmark(
     Args:
         path: folder of the artifact.
         data: where the images lie now, if not where the run found them.
+        point: name of an operating point.
         batches: batch sizes.
         backends: none means the fastest one here.
         seconds: for each backend and batch size.
@@ -91,6 +93,8 @@ def benchmark(
     manifest = artifact.read_manifest(path)
     network = artifact.load(path, trust_code=trust_code)
     assert manifest.source is not None  # load refuses an artifact without one
+    if point is not None:
+        network.set_operating_point(point)
     torch.manual_seed(0)
     static = wrap(build(manifest.source, trust_code=trust_code).eval(), manifest.input)
     chosen = choose_device(device)
@@ -105,10 +109,10 @@ def benchmark(
     macs = float(judged.macs.mean())
     ratio = macs / evaluator.static_macs
     comparisons, warnings = _compare(evaluator, network, judged, ratio)
-    point = network.operating_point
+    stands = network.operating_point
     return Benchmark(
         source=manifest.source.source,
-        operating_point=point.name if point else None,
+        operating_point=stands.name if stands else None,
         device=str(chosen),
         threads=torch.get_num_threads(),
         images=len(judged.labels),

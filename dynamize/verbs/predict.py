@@ -19,7 +19,7 @@ from dynamize.nn.network import DynamicNetwork
 from dynamize.runtime.compiled import CompiledNetwork, compile_network
 from dynamize.runtime.deadline import Timely, deadline_notes, seconds_of
 from dynamize.runtime.engine import ANYWHERE
-from dynamize.verbs.pictures import answerer_names
+from dynamize.verbs.telling import answerer_names
 
 _BATCH = 64
 

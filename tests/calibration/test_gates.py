@@ -192,7 +192,7 @@ def test_what_a_table_says_is_executed(splits: Splits, exits: bool) -> None:
         table = OffsetTables(maker).at(offset)
         thresholds = [float(np.median(scores)) for scores in table.scores[:-1]]
         network.setting = Setting(dict(zip(table.names, thresholds, strict=True)), offset)
-        found, labels, routing = routed_answers(network, splits.calibration, CPU)
+        found, labels, _, routing = routed_answers(network, splits.calibration, CPU)
         taken = table.route(thresholds)
         assert routing.exits.tolist() == taken.tolist()
         executed = costs.executed(routing.taken, routing.images)
@@ -223,7 +223,7 @@ def test_calibrating_moves_the_network_to_a_point_that_keeps_its_promise(splits:
     assert points["chosen"] == point
     assert len({one.offset for one in points}) > 1
     assert [one.macs for one in points] == sorted(one.macs for one in points)
-    _, _, routing = routed_answers(calibrated, splits.calibration, CPU)
+    _, _, _, routing = routed_answers(calibrated, splits.calibration, CPU)
     costs = exit_costs(calibrated)
     executed = costs.executed(routing.taken, routing.images).mean()
     assert point.macs_ci[0] <= executed <= point.macs_ci[1] or executed == pytest.approx(point.macs, rel=0.05)
@@ -284,7 +284,7 @@ def test_without_labels_the_original_network_is_what_answers_are_held_to(splits:
     point = calibrated.operating_point
     assert point is not None
     assert point.labels == "none"
-    found, _, _ = routed_answers(calibrated, splits.calibration, CPU)
+    found, *_ = routed_answers(calibrated, splits.calibration, CPU)
     original, _ = top_answers(TEACHER, splits.calibration, CPU)
     assert float((found != original).double().mean()) == pytest.approx(point.accuracy_drop, abs=0.05)
     assert any("differs from the original network's" in note for note in notes)

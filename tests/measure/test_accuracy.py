@@ -31,7 +31,7 @@ def test_every_exit_over_a_split() -> None:
 def test_routed_answers_come_from_the_exit_that_is_named() -> None:
     network, split = digit_network(), digit_splits().test
     split_at(network, torch.cat([batch for batch, _ in split.batches(64)]), [0.4, 0.5])
-    found, labels, routing = routed_answers(network, split, CPU)
+    found, labels, _, routing = routed_answers(network, split, CPU)
     exits = routing.exits
     logits = everything(network, split, CPU).logits
     assert torch.equal(labels, split.labels)

@@ -8,10 +8,23 @@ import pytest
 from ledgers import leaving
 
 from dynamize.calibration.operating import OperatingPoint
-from dynamize.report import DecisionUse, Gallery, GalleryImage, Ledger, Network, OptionUse, ReportData, Row, Usage
+from dynamize.report import (
+    Answerer,
+    Classes,
+    Gallery,
+    GalleryImage,
+    Ledger,
+    Mark,
+    Place,
+    ReportData,
+    Rival,
+    Row,
+    Section,
+    Standing,
+)
 
 STATIC_MACS = 126_550_000.0
-STATIC_MS = 4.4
+STATIC_MS = 1.132
 
 
 def png(red: int, green: int, blue: int) -> str:
@@ -101,87 +114,129 @@ def points() -> list[OperatingPoint]:
     return found
 
 
-def unit(name: str, macs: float, *options: tuple[str, float, float]) -> DecisionUse:
-    """Options as (label, share of the unit's MACs, share of the images)."""
-    uses = [OptionUse(label=label, macs=part * macs, share=share) for label, part, share in options]
-    return DecisionUse(name=name, kind="skip", effect="changes", options=uses, always=1e3)
+def changing(name: str, macs: float, *options: tuple[str, float]) -> Section:
+    """A gated piece, with options as (label, share of its MACs)."""
+    place = Place(
+        name=name,
+        kind="skip",
+        effect="changes",
+        options=[label for label, _ in options],
+        macs=[part * macs for _, part in options],
+        always=1e3,
+    )
+    return Section(name=name, member="main", place=place)
+
+
+def leaves(name: str) -> Section:
+    """A piece at which images leave."""
+    options = ["leaves", "goes on"]
+    place = Place(name=name, kind="exit", effect="leaves", options=options, macs=[0, 0], always=2e4)
+    return Section(name=name, member="main", place=place)
 
 
 @pytest.fixture
-def usage() -> Usage:
-    widths = (("25 % wide", 0.26, 0.05), ("50 % wide", 0.5, 0.1), ("75 % wide", 0.75, 0.05))
-    leaves, stays = (
-        OptionUse(label=label, macs=0, share=share) for label, share in (("leaves", 0.4), ("goes on", 0.6))
-    )
-    return Usage(
-        decisions=[
-            unit("layer1.1 to layer1.3", 14.2e6, ("skipped", 0, 0.125), ("whole", 1, 0.875)),
-            DecisionUse(name="exit.1", kind="exit", effect="leaves", options=[leaves, stays], always=2e4),
-            unit("layer2.0", 7.1e6, ("skipped", 0.25, 0.3), ("whole", 1, 0.3)),
-            unit("layer3.1", 9.4e6, *widths, ("whole", 1, 0.2)),
-        ],
-        images=10_000,
-        routings=37,
-    )
+def sections() -> list[Section]:
+    widths = (("25 % wide", 0.26), ("50 % wide", 0.5), ("75 % wide", 0.75))
+    return [
+        Section(name="upto.layer1.0", member="main", macs=30e6),
+        changing("layer1.1 to layer1.3", 14.2e6, ("skipped", 0), ("whole", 1)),
+        leaves("exit.1"),
+        changing("layer2.0", 7.1e6, ("skipped", 0.25), ("whole", 1)),
+        leaves("exit.2"),
+        changing("layer3.1", 9.4e6, *widths, ("whole", 1)),
+        Section(name="upto.output", member="main", macs=65e6),
+    ]
 
 
-@pytest.fixture
-def report(ledger: Ledger, points: list[OperatingPoint], usage: Usage) -> ReportData:
-    def image(index: int, confidence: float, macs: float | None = None) -> GalleryImage:
-        answer = (index + 1) % 10 if index % 4 == 3 else index % 10
-        picture = png(60 + 37 * index % 196, 60 + 91 * index % 196, 60 + 13 * index % 196)
-        return GalleryImage(png_base64=picture, label=index % 10, answer=answer, confidence=confidence, macs=macs)
+def stand(index: int, point: OperatingPoint, last: Row) -> Standing:
+    """A point as it was measured: a little more accurate than calibration expects."""
+    out, second, rest = point.exits
+    here = 1 - out
+    decisions = {
+        "layer1.1 to layer1.3": [0.125, 0.875],
+        "exit.1": [out, here],
+        "layer2.0": [0.5 * here, 0.5 * here],
+        "exit.2": [second, rest],
+        "layer3.1": [0.125 * rest, 0.25 * rest, 0.125 * rest, 0.5 * rest],
+    }
+    accuracy = min(0.9357, point.accuracy + 0.001)
+    speeds = (1 / (point.macs_ratio + 0.1), 1 / (point.macs_ratio + 0.05))
+    figures = dict(row(4, last.transform, point.macs_ratio, accuracy, speeds, decisions=decisions))
+    figures |= {"leaving": ["exit.1", "exit.2"], "params": last.params, "size": last.size}
+
+    def image(number: int, confidence: float, macs: float | None = None) -> GalleryImage:
+        answer = (number + 1) % 10 if number % 4 == 3 else number % 10
+        picture = number % 24
+        return GalleryImage(picture=picture, label=number % 10, answer=answer, confidence=confidence, macs=macs)
 
     names = ["exit 1 (stage 1)", "exit 2 (stage 2)", "own classifier"]
+    gallery = [
+        Gallery(
+            exit=k,
+            name=name,
+            first=[image(index + 7 * k + i, 0.999 - 0.002 * i) for i in range(6)],
+            last=[image(index + 7 * k + i + 3, 0.71 - 0.01 * i) for i in range(6)],
+        )
+        for k, name in enumerate(names)
+    ]
+    cheap, dear = ([image(i + index, 0.9, 31e6 + 1e6 * i) for i in range(6)] for index in (index, index + 5))
+    return Standing(
+        **figures,
+        point=point.name,
+        words={"exit.1": f"at least {80 + index} % sure", "exit.2": "not used" if index < 3 else "at least 60 % sure"},
+        reached=[1, 1, 1, here, here, rest, rest],
+        right=[0.97, 0.9 if second else None, 0.8],
+        routings=37 + index,
+        classes=Classes(count=[1000] * 10, right=[930 - index, *[935] * 9], confused=[(0, 3, 70 + index), (2, 1, 65)]),
+        gallery=[*gallery, Gallery(exit=None, name="all images", first=cheap, last=dear)],
+    )
+
+
+@pytest.fixture
+def rivals() -> list[Rival]:
+    found = []
+    for number, (name, ratio, accuracy) in enumerate(
+        (("resnet20", 0.326, 0.916), ("resnet32", 0.551, 0.9263)), start=5
+    ):
+        figures = dict(row(number, f"rival: {name}", ratio, accuracy, (1 / ratio, 1 / ratio)))
+        found.append(Rival(**figures, lead=accuracy - 0.9327, lead_ci=(accuracy - 0.94, accuracy - 0.925)))
+    return found
+
+
+@pytest.fixture
+def report(ledger: Ledger, points: list[OperatingPoint], sections: list[Section], rivals: list[Rival]) -> ReportData:
+    stands = [stand(index, point, ledger.rows[-1]) for index, point in enumerate(points)]
+    here = stands[4]
+    fields = {name: getattr(here, name) for name in Row.model_fields if name not in ("notes", "step", "transform")}
+    last = ledger.rows[-1].model_copy(update=fields)
+    names = ["exit 1 (stage 1)", "exit 2 (stage 2)", "own classifier"]
+    alike = ([1, 0.9, 0.5], [0.9, 1, 0.75], [0.5, 0.75, 1])
     return ReportData(
-        ledger=ledger,
+        ledger=ledger.model_copy(update={"rows": [*ledger.rows[:-1], last], "rivals": rivals}),
         operating_points=points,
+        standings=stands,
+        selected=points[4].name,
+        answerers=[Answerer(name=name, alone=0.9, alike=row) for name, row in zip(names, alike, strict=True)],
         anytime=[
-            Network(name="exit 1", macs=0.352 * STATIC_MACS, accuracy=0.7752, latency_ms=1.66),
-            Network(name="exit 2", macs=0.681 * STATIC_MACS, accuracy=0.9021, latency_ms=3.0),
-            Network(name="own classifier", macs=1.012 * STATIC_MACS, accuracy=0.9352, latency_ms=4.37),
+            Mark(name="exit 1", macs=0.352 * STATIC_MACS, accuracy=0.7752),
+            Mark(name="exit 2", macs=0.681 * STATIC_MACS, accuracy=0.9021),
+            Mark(name="own classifier", macs=1.012 * STATIC_MACS, accuracy=0.9352),
         ],
         budgeted=[
-            Network(
-                name=f"budget {ratio:.2f}", macs=ratio * STATIC_MACS, accuracy=0.775 + 0.16 * (ratio - 0.352) ** 0.5
-            )
+            Mark(name=f"budget {ratio:.2f}", macs=ratio * STATIC_MACS, accuracy=0.775 + 0.16 * (ratio - 0.352) ** 0.5)
             for ratio in (0.45, 0.6, 0.75, 0.9)
         ],
-        static=Network(name="resnet56, static", macs=STATIC_MACS, accuracy=0.9357, latency_ms=STATIC_MS),
-        rivals=[
-            Network(name="resnet20", macs=0.326 * STATIC_MACS, accuracy=0.9160, latency_ms=1.6),
-            Network(name="resnet32", macs=0.551 * STATIC_MACS, accuracy=0.9263, latency_ms=2.6),
+        sections=sections,
+        images=10_000,
+        pictures=[png(60 + 37 * k % 196, 60 + 91 * k % 196, 60 + 13 * k % 196) for k in range(24)],
+        classes=Classes(count=[1000] * 10, right=[936] * 10, confused=[(0, 3, 64), (2, 1, 64)]),
+        class_names=["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"],
+        metrics=[
+            {"step": "distill", "epoch": k, "loss": 3 / k, "calibration_accuracy": [0.7 + 0.01 * k, 0.8, 0.9]}
+            for k in range(1, 5)
         ],
-        latency_label="ms per image, batch 64, onnxruntime",
-        usage=usage,
-        gallery=[
-            Gallery(
-                exit=index,
-                name=name,
-                first=[image(7 * index + k, 0.999 - 0.002 * k) for k in range(6)],
-                last=[image(7 * index + k + 3, 0.71 - 0.01 * k) for k in range(6)],
-            )
-            for index, name in enumerate(names)
-        ]
-        + [
-            Gallery(
-                exit=None,
-                name="all images",
-                first=[image(k, 0.9, 31e6 + 1e6 * k) for k in range(6)],
-                last=[image(k + 5, 0.4, 128e6 - 1e6 * k) for k in range(6)],
-            )
-        ],
-        class_names=[
-            "airplane",
-            "automobile",
-            "bird",
-            "cat",
-            "deer",
-            "dog",
-            "frog",
-            "horse",
-            "ship",
-            "truck",
-        ],
+        recipe="version: 1\nsteps: []\n",
+        folder="runs/cifar exits",
+        versions={"dynamize": "1", "python": "3.11", "threads": "2"},
         notes=["Checkpoint not trained on the calibration images."],
     )

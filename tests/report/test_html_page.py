@@ -15,10 +15,8 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
-from dynamize.calibration.operating import OperatingPoint
-from dynamize.calibration.table import EVERYONE
 from dynamize.errors import DynamizeError
-from dynamize.report import Answerer, Gallery, GalleryImage, Ledger, Network, ReportData, html
+from dynamize.report import Classes, Gallery, GalleryImage, Ledger, ReportData, Standing, cells, html
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 CHROMEDRIVER = shutil.which("chromedriver")
@@ -72,15 +70,31 @@ def requests(driver: webdriver.Chrome) -> list[str]:
     return [url for url in sent if not url.startswith("data:")]
 
 
-def text(driver: webdriver.Chrome, name: str) -> str:
-    return driver.find_element(By.ID, name).text
+def shown(driver: webdriver.Chrome, selector: str) -> list[Any]:
+    """The elements that are not hidden."""
+    script = "return [...document.querySelectorAll(arguments[0])].filter((one) => one.checkVisibility())"
+    found: list[Any] = driver.execute_script(script, selector)
+    return found
+
+
+def told(driver: webdriver.Chrome, selector: str) -> list[str]:
+    """Texts of the elements that are not hidden."""
+    script = """return [...document.querySelectorAll(arguments[0])].filter((one) => one.checkVisibility())
+        .map((one) => one.innerText || one.textContent)"""
+    found: list[str] = driver.execute_script(script, selector)
+    return found
+
+
+def cards(driver: webdriver.Chrome) -> dict[str, str]:
+    """Figures of the cards by their titles."""
+    values = [one.text for one in shown(driver, ".cards dd:not(.small)")]
+    return dict(zip([one.text for one in shown(driver, ".cards dt")], values, strict=True))
 
 
 def widths(driver: webdriver.Chrome) -> list[float]:
-    """Shares of the bar that its pieces really take on the screen."""
-    time.sleep(0.3)
-    pieces = driver.find_elements(By.CSS_SELECTOR, "#bar > div")
-    return [piece.rect["width"] / driver.find_element(By.ID, "bar").rect["width"] for piece in pieces]
+    """Shares of the bar that its pieces take on the screen."""
+    (bar,) = shown(driver, "#point .bar")
+    return [piece.rect["width"] / bar.rect["width"] for piece in bar.find_elements(By.TAG_NAME, "div")]
 
 
 def middles(driver: webdriver.Chrome, chart: str, kind: str) -> list[list[float]]:
@@ -101,26 +115,29 @@ def marker(driver: webdriver.Chrome, chart: str) -> list[float]:
     return middles(driver, chart, ".here circle")[0]
 
 
-def assert_shows(driver: webdriver.Chrome, point: OperatingPoint) -> None:
-    assert text(driver, "point-name") == point.name
-    assert text(driver, "accuracy") == f"{100 * point.accuracy:.2f} %"
-    assert float(text(driver, "macs").removesuffix(" M")) == pytest.approx(point.macs / 1e6, rel=0.006)
-    assert point.latency_ms is not None
-    assert text(driver, "latency") == f"{point.latency_ms:.2f} ms"
-    assert text(driver, "speedup") == f"{4.4 / point.latency_ms:.2f}x"
-    shown = [float(b.text.removesuffix(" %")) for b in driver.find_elements(By.CSS_SELECTOR, "#shares b")]
-    assert shown == pytest.approx([100 * share for share in point.exits], abs=0.06)
-    assert widths(driver) == pytest.approx(point.exits, abs=0.01)
+CHARTS = ("chart-macs", "chart-1", "chart-64")
+
+
+def assert_shows(driver: webdriver.Chrome, point: Standing) -> None:
+    assert [one.text for one in shown(driver, ".slide output b")] == [point.point]
+    times = point.latency["onnxruntime"]
+    assert cards(driver) == {
+        "Accuracy": f"{100 * point.accuracy:.2f} %",
+        "MACs per image": cells.count(point.macs),
+        "One image": cells.milliseconds(times["1"].median_ms) + " ms",
+        "64 images together": cells.milliseconds(times["64"].median_ms) + " ms",
+    }
+    assert widths(driver) == pytest.approx([share for share in point.exits if share], abs=0.01)
 
 
 def test_slider_moves_everything(opened: Opened, report: ReportData) -> None:
-    driver, points = opened(report), report.operating_points
+    driver, points = opened(report), report.stands
     slider = driver.find_element(By.ID, "slider")
     assert_shows(driver, points[4])
-    before = {chart: marker(driver, chart) for chart in ("chart-macs", "chart-latency")}
+    before = {chart: marker(driver, chart) for chart in CHARTS}
     slider.send_keys(Keys.ARROW_RIGHT)
     assert_shows(driver, points[5])
-    assert slider.get_attribute("aria-valuetext") == f"{points[5].name}: accuracy 93.31 %, 79.3 M MACs"
+    assert slider.get_attribute("aria-valuetext") == f"{points[5].point}: 93.41 %, 79.3M MACs"
     slider.send_keys(Keys.HOME)
     assert_shows(driver, points[0])
     for chart, (x, y) in before.items():
@@ -133,21 +150,88 @@ def test_slider_moves_everything(opened: Opened, report: ReportData) -> None:
     assert_shows(driver, points[6])
 
 
-def test_thresholds_are_said_in_words(opened: Opened, report: ReportData) -> None:
-    point = report.operating_points[4].model_copy(
-        update={"thresholds": {"exit.1": -1.7976931348623157e308, "exit.2": None}}
-    )
-    driver = opened(report.model_copy(update={"operating_points": [point]}))
-    assert text(driver, "thresholds") == "exit 1 (stage 1): all leave; exit 2 (stage 2): off"
-    point = point.model_copy(update={"thresholds": {"exit.1": None, "exit.2": 0.91237}})
-    driver = opened(report.model_copy(update={"operating_points": [point]}))
-    assert text(driver, "thresholds") == "exit 1 (stage 1): off; exit 2 (stage 2): leave at 0.9124 or surer"
+@pytest.mark.parametrize(
+    ("what", "selector"),
+    [
+        ("the drawing", "#point .river text"),
+        ("conditions in words", "#point .answering li"),
+        ("the commands", "#point .command code"),
+        ("gates", "#gates .units b"),
+        ("who answers", "#answerers tbody td"),
+        ("the gallery", "#gallery .pictures li"),
+        ("classes", "#classes tbody td"),
+    ],
+)
+def test_slider_moves(opened: Opened, report: ReportData, what: str, selector: str) -> None:
+    driver = opened(report)
+    before = told(driver, selector)
+    driver.find_element(By.ID, "slider").send_keys(Keys.HOME)
+    after = told(driver, selector)
+    assert before, what
+    assert after, what
+    assert before != after, what
+    assert driver.get_log("browser") == []
+
+
+def test_card_curve_and_tables_show_one_number(opened: Opened, report: ReportData) -> None:
+    driver, last = opened(report), report.ledger.rows[-1]
+    point = view_of(report)["points"][report.here]
+    for batch, title in (("1", "One image"), ("64", "64 images together")):
+        assert point[batch] == last.latency["onnxruntime"][batch].median_ms
+        assert view_of(report)["static"][batch] == report.ledger.rows[0].latency["onnxruntime"][batch].median_ms
+        value, gain = cells.latency(last, "onnxruntime", batch), cells.speedup(last, "onnxruntime", batch)
+        assert cards(driver)[title] == f"{value} ms"
+        (notes,) = (card.text for card in shown(driver, ".cards > div") if card.text.startswith(title))
+        assert f"{gain}x the speed" in notes
+        for table in ("ledger", "every"):
+            assert [value, gain] == neighbours(driver, table, f"ms b{batch}")
+    assert (point["accuracy"], point["macs"]) == (last.accuracy, last.macs)
+
+
+def neighbours(driver: webdriver.Chrome, table: str, heading: str) -> list[str]:
+    """The cell under a heading and the next one, in the row that is set in bold."""
+    heads = [one.text for one in driver.find_elements(By.CSS_SELECTOR, f"#{table} thead tr:last-child th")]
+    row = driver.find_elements(By.CSS_SELECTOR, f"#{table} tr.last td")
+    return [cell.text for cell in row[heads.index(heading) :][:2]]
+
+
+def test_drawing_is_as_high_as_the_share_of_the_images_and_as_wide_as_their_cost(
+    opened: Opened, report: ReportData
+) -> None:
+    driver, stand = opened(report), report.stands[4]
+    (river,) = shown(driver, ".river")
+    blocks = river.find_elements(By.CSS_SELECTOR, ".run")
+    area = sum(block.rect["width"] * block.rect["height"] for block in blocks)
+    beds = river.find_elements(By.CSS_SELECTOR, ".bed")
+    bed = sum(block.rect["width"] * block.rect["height"] for block in beds)
+    spent = 0.0
+    for section, reached in zip(report.sections, stand.reached, strict=True):
+        place = section.place
+        spent += reached * (section.macs if place is None else place.always)
+        if place is not None:
+            spent += sum(map(float.__mul__, map(float, place.macs), map(float, stand.decisions[place.name])))
+    assert area / bed == pytest.approx(spent / sum(section.dearest for section in report.sections), rel=0.01)
+    leaving = river.find_elements(By.CSS_SELECTOR, ".leave")
+    heights = [block.rect["height"] / beds[0].rect["height"] for block in leaving]
+    assert heights == pytest.approx(stand.exits, abs=0.01)
+
+
+def test_commands_are_copied(opened: Opened, report: ReportData) -> None:
+    driver = opened(report)
+    origin = {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]}
+    driver.execute_cdp_cmd("Browser.grantPermissions", origin)
+    button, code = shown(driver, "#point .copy")[0], shown(driver, "#point .command code")[0]
+    assert code.text == "dynamize predict 'runs/cifar exits' IMAGES --point macs-0.57"
+    button.click()
+    time.sleep(0.2)
+    assert button.text == "copied"
+    assert driver.execute_script("return getSelection().toString()").strip() == code.text
 
 
 def test_marker_lies_on_the_dot_of_its_point(opened: Opened, report: ReportData) -> None:
     driver = opened(report.model_copy(update={"selected": "macs-0.68"}))
-    assert_shows(driver, report.operating_points[6])
-    for chart in ("chart-macs", "chart-latency"):
+    assert_shows(driver, report.stands[6])
+    for chart in CHARTS:
         dots = middles(driver, chart, ".dot")
         assert len(dots) == 13
         assert marker(driver, chart) == pytest.approx(dots[6], abs=0.6)
@@ -155,25 +239,25 @@ def test_marker_lies_on_the_dot_of_its_point(opened: Opened, report: ReportData)
 
 def test_click_on_a_dot_chooses_it(opened: Opened, report: ReportData) -> None:
     driver = opened(report)
-    dot = driver.find_elements(By.CSS_SELECTOR, "#chart-latency .dot")[1]
+    dot = driver.find_elements(By.CSS_SELECTOR, "#chart-1 .dot")[1]
     driver.execute_script("arguments[0].dispatchEvent(new MouseEvent('click'))", dot)
-    assert_shows(driver, report.operating_points[1])
+    assert_shows(driver, report.stands[1])
     assert driver.find_element(By.ID, "slider").get_property("value") == "1"
 
 
 def test_static_network_and_rivals_are_marked(opened: Opened, report: ReportData) -> None:
     driver = opened(report)
-    for chart in ("chart-macs", "chart-latency"):
+    for chart, once in zip(CHARTS, (3, 0, 0), strict=True):
         marks = [mark.text for mark in driver.find_elements(By.CSS_SELECTOR, f"#{chart} .mark")]
-        assert marks == ["resnet20", "resnet32", "resnet56, static"]
-        for kind, number in ((".static", 1), (".rival", 2), (".once", 3), (".band", 1)):
+        assert marks == ["static", "resnet20", "resnet32"]
+        for kind, number in ((".static", 1), (".rival", 2), (".once", once), (".band", 1)):
             assert len(driver.find_elements(By.CSS_SELECTOR, f"#{chart} {kind}")) == number, kind
 
 
 def test_the_sweep_of_budgets_is_drawn_where_its_costs_are_known(opened: Opened, report: ReportData) -> None:
     driver = opened(report)
     assert "budgeted batch" in driver.find_element(By.CSS_SELECTOR, ".key").text
-    for chart, number in (("chart-macs", 4), ("chart-latency", 0)):
+    for chart, number in (("chart-macs", 4), ("chart-1", 0)):
         assert len(driver.find_elements(By.CSS_SELECTOR, f"#{chart} .sweep")) == number
         assert len(driver.find_elements(By.CSS_SELECTOR, f"#{chart} .sweep-line")) == (number > 0)
     assert (
@@ -188,32 +272,33 @@ def test_zoom_lowers_nothing_but_the_axis(opened: Opened, report: ReportData) ->
     assert marker(driver, "chart-macs")[1] > high[1] + 5
     labels = [label.text for label in driver.find_elements(By.CSS_SELECTOR, "#chart-macs svg > text")]
     assert min(float(label) for label in labels if re.fullmatch(r"[89]\d(\.\d)?", label)) >= 88
-    assert_shows(driver, report.operating_points[4])
+    assert_shows(driver, report.stands[4])
 
 
 def with_points(report: ReportData, count: int) -> ReportData:
-    return ReportData(ledger=report.ledger, operating_points=report.operating_points[:count])
+    stands = [one.model_copy(update={"reached": [], "gallery": []}) for one in report.standings[:count]]
+    return ReportData(ledger=report.ledger, standings=stands)
 
 
 def only_static(report: ReportData) -> ReportData:
-    return ReportData(ledger=report.ledger.model_copy(update={"rows": report.ledger.rows[:1]}))
+    return ReportData(ledger=report.ledger.model_copy(update={"rows": report.ledger.rows[:1], "rivals": []}))
 
 
 def untimed(report: ReportData) -> ReportData:
-    rows = [row.model_copy(update={"latency": {}, "speedup": {}}) for row in report.ledger.rows]
-    without = {"latency_ms": None, "latency_ci": None}
-    points = [point.model_copy(update=without) for point in report.operating_points]
-    return ReportData(ledger=Ledger(rows=rows), operating_points=points)
+    without: dict[str, Any] = {"latency": {}, "speedup": {}}
+    rows = [row.model_copy(update=without) for row in report.ledger.rows]
+    stands = [one.model_copy(update=without) for one in report.standings]
+    return report.model_copy(update={"ledger": Ledger(rows=rows), "standings": stands})
 
 
 @pytest.mark.parametrize(
     ("reduced", "accuracy", "latency"),
     [
-        (lambda report: report, "92.90 %", "2.56 ms"),
-        (lambda report: with_points(report, 0), "93.27 %", "0.76 ms"),
-        (lambda report: with_points(report, 1), "77.52 %", "1.66 ms"),
+        (lambda report: report, "93.00 %", "0.76 ms"),
+        (lambda report: with_points(report, 0), "93.00 %", "0.76 ms"),
+        (lambda report: with_points(report, 1), "77.62 %", "0.51 ms"),
         (only_static, "93.57 %", "1.13 ms"),
-        (untimed, "92.90 %", "not measured"),
+        (untimed, "93.00 %", "not measured"),
     ],
     ids=["full", "no-points", "one-point", "static", "untimed"],
 )
@@ -227,8 +312,8 @@ def test_page_is_quiet_and_alone(
     driver = opened(reduced(report))
     for slider in driver.find_elements(By.CSS_SELECTOR, "#slider:enabled"):
         slider.send_keys(Keys.ARROW_RIGHT, Keys.ARROW_LEFT)
-    assert text(driver, "accuracy") == accuracy
-    assert text(driver, "latency") == latency
+    assert cards(driver)["Accuracy"] == accuracy
+    assert latency in [cards(driver).get(name) for name in ("One image", "Time")]
     assert driver.get_log("browser") == []
     assert requests(driver) == [driver.current_url]
     script = "return performance.getEntriesByType('resource').map((entry) => entry.name)"
@@ -244,62 +329,97 @@ def test_page_forbids_requests_by_itself(opened: Opened, report: ReportData) -> 
     assert any("Content Security Policy" in entry["message"] for entry in driver.get_log("browser"))
 
 
-def test_narrow_screen_does_not_scroll_sideways(opened: Opened, report: ReportData) -> None:
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_no_screen_scrolls_sideways(opened: Opened, report: ReportData, scheme: str) -> None:
     driver = opened(report)
-    size = {"width": 420, "height": 900, "deviceScaleFactor": 1, "mobile": False}
-    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
     try:
-        time.sleep(0.3)
-        assert driver.execute_script("return document.documentElement.scrollWidth") <= 420
-        assert driver.find_element(By.CSS_SELECTOR, "#chart-macs svg").rect["width"] < 400
+        for width in (420, 500, 820, 1000, 1600):
+            size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+            driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+            time.sleep(0.1)
+            assert driver.execute_script("return document.documentElement.scrollWidth") <= width
+            assert driver.find_element(By.CSS_SELECTOR, "#chart-macs svg").rect["width"] < min(width, 800)
+        page = driver.find_element(By.TAG_NAME, "body").value_of_css_property("background-color")
+        assert (sum(map(int, re.findall(r"\d+", page)[:3])) > 380) == (scheme == "light")
     finally:
         driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+def test_without_scripts_the_page_says_where_the_network_stands(opened: Opened, report: ReportData) -> None:
+    driver = opened(report)
+    driver.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
+    try:
+        driver.refresh()
+        assert cards(driver)["Accuracy"] == "93.00 %"
+        assert len(shown(driver, ".river")) == 1
+        assert "JavaScript" in driver.find_element(By.CSS_SELECTOR, "noscript p").text
+    finally:
+        driver.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
 
 
 def test_gallery_shows_images_and_wrong_answers(opened: Opened, report: ReportData) -> None:
-    driver = opened(report)
-    images = driver.find_elements(By.CSS_SELECTOR, ".pictures img")
+    driver, gallery = opened(report), report.stands[4].gallery
+    images = shown(driver, ".pictures i")
     assert len(images) == 48
-    assert all(image.get_property("naturalWidth") == 32 for image in images)
-    wrong = driver.find_elements(By.CSS_SELECTOR, ".pictures .wrong")
-    given = [image for shown in report.gallery for image in shown.first + shown.last]
+    script = "return arguments[0].map((one) => getComputedStyle(one).backgroundImage)"
+    found = driver.execute_script(script, images)
+    assert all("data:image/png" in image for image in found)
+    assert len(set(found)) > 20
+    wrong = shown(driver, ".pictures .wrong")
+    given = [image for one in gallery for image in one.first + one.last]
     assert len(wrong) == sum(image.label != image.answer for image in given) > 0
-    assert wrong[0].text.split("\n") == ["deer", "is cat", "0.99"]
-    assert [wrong[-1].text.split("\n")[-1], images[-1].get_attribute("alt")] == ["126M", "airplane, answered airplane"]
-    shown = driver.find_elements(By.CSS_SELECTOR, ".gallery")[-1]
-    assert [head.text for head in shown.find_elements(By.TAG_NAME, "h4")] == [
-        "the cheapest, in executed MACs",
-        "the dearest",
-    ]
+    assert wrong[0].text.split("\n") == ["ship", "is horse", "99 %"]
+    assert wrong[-1].text.split("\n")[-1][-1] == "M"
+    assert images[0].get_attribute("aria-label") == "deer, answered deer"
+    heads = [head.text for head in shown(driver, ".gallery")[-1].find_elements(By.TAG_NAME, "h4")]
+    assert heads == ["the cheapest, in executed MACs", "the dearest"]
 
 
 def test_every_gate_has_a_bar_of_its_paths(opened: Opened, report: ReportData) -> None:
-    driver = opened(report)
+    driver = opened(report.model_copy(update={"selected": "macs-0.68"}))
     panel = driver.find_element(By.ID, "gates")
-    assert "The 10,000 test images took 37 different ways" in panel.text
-    kinds = [item.text for item in panel.find_elements(By.CSS_SELECTOR, ".legend li")]
+    assert "The 10,000 test images took 43 different ways" in panel.text
+    kinds = [item.text for item in shown(driver, "#gates .legend li")]
     assert kinds == ["skipped", "25 % wide", "50 % wide", "75 % wide", "whole", "left before"]
-    bars = panel.find_elements(By.CSS_SELECTOR, ".units .bar")
-    told = [bar.get_attribute("aria-label") for bar in bars]
-    assert told[1] == "skipped 30.0 %, whole 30.0 %, left before 40.0 %"
-    shares = [[0.125, 0.875], [0.3, 0.3, 0.4], [0.05, 0.1, 0.05, 0.2, 0.6]]
+    bars = shown(driver, "#gates .units .bar")
+    out, _, rest = report.stands[6].exits
+    assert bars[1].get_attribute("aria-label") == "skipped 42.9 %, whole 42.9 %, left before 14.3 %"
+    here = 1 - out
+    shares = [
+        [0.125, 0.875],
+        [here / 2, here / 2, out],
+        [*(part * rest for part in (0.125, 0.25, 0.125, 0.5)), 1 - rest],
+    ]
     for bar, wanted in zip(bars, shares, strict=True):
         pieces = bar.find_elements(By.TAG_NAME, "div")
         assert [one.rect["width"] / bar.rect["width"] for one in pieces] == pytest.approx(wanted, abs=0.01)
-    run = [cell.text for cell in panel.find_elements(By.CSS_SELECTOR, ".units b")]
-    assert run == ["88 %", "38 %", "30 %"]
+    assert [cell.text for cell in shown(driver, "#gates .units b")] == ["88 %", "54 %", "23 %"]
 
 
 def test_gates_without_exits_show_no_exits(opened: Opened, report: ReportData) -> None:
+    alone: dict[str, Any] = {"leaving": [], "words": {}, "right": []}
+    changes = [k for k, section in enumerate(report.sections) if section.name != ""]
+    stands = [one.model_copy(update=alone | {"gallery": one.gallery[-1:]}) for one in report.standings]
     rows = [row.model_copy(update={"decisions": {}, "leaving": []}) for row in report.ledger.rows]
     points = [point.model_copy(update={"exits": [1.0], "thresholds": {}}) for point in report.operating_points]
+    kept = [k for k in changes if report.sections[k].place is None or report.sections[k].place.effect == "changes"]
     driver = opened(
-        ReportData(ledger=Ledger(rows=rows), operating_points=points, usage=report.usage, gallery=report.gallery[-1:])
+        ReportData(
+            ledger=Ledger(rows=rows),
+            operating_points=points,
+            standings=[one.model_copy(update={"reached": [one.reached[k] for k in kept]}) for one in stands],
+            sections=[report.sections[k] for k in kept],
+            pictures=report.pictures,
+            images=100,
+        )
     )
     driver.find_element(By.ID, "slider").send_keys(Keys.ARROW_RIGHT)
-    assert driver.find_elements(By.ID, "exits") == []
+    assert shown(driver, ".answering") == []
     assert driver.find_element(By.ID, "gallery-title").text == "Who costs what"
-    assert len(driver.find_elements(By.CSS_SELECTOR, ".units .bar")) == 3
+    assert len(shown(driver, ".units .bar")) == 3
     assert driver.get_log("browser") == []
 
 
@@ -307,47 +427,79 @@ HOSTILE = "</script><script>window.broken = 1</script><img src=x onerror='window
 
 
 def test_text_from_outside_stays_text(opened: Opened, report: ReportData) -> None:
-    image = report.gallery[0].first[0].model_copy(update={"label": HOSTILE, "answer": 0})
+    image = report.stands[0].gallery[0].first[0].model_copy(update={"label": HOSTILE, "answer": 0})
+    hurt = {"point": HOSTILE, "words": {"exit.1": HOSTILE}, "gallery": [Gallery(exit=2, name=HOSTILE, first=[image])]}
     hostile: dict[str, Any] = {
         "ledger": report.ledger.model_copy(
             update=dict.fromkeys(("title", "model", "command", "machine"), HOSTILE)
             | {"rows": [row.model_copy(update={"notes": [HOSTILE]}) for row in report.ledger.rows]}
         ),
         "operating_points": [point.model_copy(update={"name": HOSTILE}) for point in report.operating_points],
-        "static": Network(name=HOSTILE, macs=1e8, accuracy=0.9),
-        "gallery": [Gallery(exit=2, name=HOSTILE, first=[image])],
-        "class_names": [HOSTILE],
-        "latency_label": HOSTILE,
+        "standings": [one.model_copy(update=hurt) for one in report.standings],
+        "metrics": [row | {"step": HOSTILE} for row in report.metrics],
+        **{name: getattr(report, name) for name in ("sections", "pictures", "classes", "images", "answerers")},
+        "class_names": [HOSTILE] * 10,
+        "recipe": HOSTILE,
+        "folder": HOSTILE,
+        "versions": {HOSTILE: HOSTILE},
         "notes": [HOSTILE],
     }
     driver = opened(ReportData(**hostile))
     assert driver.execute_script("return window.broken") is None
-    assert text(driver, "point-name") == HOSTILE
+    assert [one.text for one in shown(driver, ".slide output b")] == [HOSTILE]
     assert driver.get_log("browser") == []
 
 
 def test_who_answers(report: ReportData, opened: Opened) -> None:
-    names = ["small", HOSTILE, "main"]
-    alike = ([1, 0.9, 0.5], [0.9, 1, 0.75], [0.5, 0.75, 1])
-    rights = (0.95, None, 0.5)
-    found = [
-        Answerer(name=name, share=share, right=right, alone=0.9, alike=list(row))
-        for name, share, right, row in zip(names, (0.75, 0, 0.25), rights, alike, strict=True)
-    ]
-    wrong = report.gallery[0].model_copy(update={"wrong": report.gallery[0].last[:1], "last": []})
-    driver = opened(report.model_copy(update={"answerers": found, "gallery": [wrong]}))
+    stand = report.stands[4]
+    wrong = stand.gallery[0].model_copy(update={"wrong": stand.gallery[0].last[:1], "last": []})
+    one = stand.model_copy(update={"right": [0.95, None, 0.5], "gallery": [wrong]})
+    driver = opened(report.model_copy(update={"standings": [one]}))
     rows = driver.find_elements(By.CSS_SELECTOR, "#answerers tbody tr")
-    cells = [[cell.text for cell in row.find_elements(By.CSS_SELECTOR, "th, td")] for row in rows]
-    assert cells == [
-        ["small", "75.0", "95.00", "90.00", "–", "90.0", "50.0"],
-        [HOSTILE, "0.0", "–", "90.00", "90.0", "–", "75.0"],
-        ["main", "25.0", "50.00", "90.00", "50.0", "75.0", "–"],
+    names = [row.find_element(By.TAG_NAME, "th").text for row in rows]
+    assert names == report.exit_names()
+    assert [[cell.text for cell in row.find_elements(By.TAG_NAME, "td")] for row in rows] == [
+        ["42.9", "95.00", "90.00", "-", "90.00", "50.00"],
+        ["46.1", "-", "90.00", "90.00", "-", "75.00"],
+        ["11.0", "50.00", "90.00", "50.00", "75.00", "-"],
     ]
     shades = [cell.value_of_css_property("background-color") for cell in rows[0].find_elements(By.CLASS_NAME, "alike")]
     assert len(set(shades)) == 3
     headings = [one.text for one in driver.find_elements(By.CSS_SELECTOR, ".gallery h4")]
     assert headings == ["first to leave: the surest", "wrong, the surest first"]
     assert driver.get_log("browser") == []
+
+
+def test_classes_are_told_static_beside_dynamic(opened: Opened, report: ReportData) -> None:
+    driver = opened(report)
+    first = shown(driver, "#classes tbody tr")[0]
+    assert first.text.split() == ["airplane", "1000", "93.6", "92.6", "-1.0"]
+    static, dynamic = (
+        [cell.text for cell in table.find_elements(By.TAG_NAME, "td")[:10]] for table in shown(driver, ".confusion")
+    )
+    assert [static[0], static[3], dynamic[0], dynamic[3]] == ["936", "64", "926", "74"]
+
+
+def test_of_many_classes_those_that_change_most_are_told(report: ReportData) -> None:
+    confused = [(3, 4, 9)]
+    static = Classes(count=[10] * 40, right=[9] * 40, confused=confused)
+    dynamic = Classes(count=[10] * 40, right=[9] * 30 + [5] + [9] * 9, confused=[(30, 1, 5), *confused])
+    many = {"classes": static, "class_names": [f"class {k}" for k in range(40)]}
+    stands = [one.model_copy(update={"classes": dynamic}) for one in report.standings]
+    page = html.render(report.model_copy(update=many | {"standings": stands}))
+    assert 'class="confusion"' not in page
+    assert "changed most" in page
+    assert page.index('class="left">class 30<') < page.index('class="left">class 0<')
+    assert re.search(r'class="left">class 3</th><td class="left">class 4</td><td>9</td><td>9</td>', page)
+
+
+def test_training_curves_are_those_of_the_metrics(opened: Opened, report: ReportData) -> None:
+    driver = opened(report)
+    titles = [one.text for one in driver.find_elements(By.CSS_SELECTOR, "#training figcaption")]
+    assert titles == ["distill\naccuracy on calibration images, %", "distill\nloss"]
+    lines = driver.find_elements(By.CSS_SELECTOR, "#training polyline")
+    assert len(lines) == 4
+    assert lines[-1].get_attribute("points") == "0.00,0.00 33.33,66.67 66.67,88.89 100.00,100.00"
 
 
 def test_page_names_no_address(report: ReportData) -> None:
@@ -365,30 +517,24 @@ def view_of(report: ReportData) -> dict[str, Any]:
     return view
 
 
-def test_thresholds_stand_in_the_order_of_the_exits(report: ReportData) -> None:
-    thresholds = [{"exit.2": 0.9, "exit.1": EVERYONE}, {"exit.2": None, "exit.1": 0.5}]
-    points = [
-        point.model_copy(update={"thresholds": one})
-        for point, one in zip(report.operating_points, thresholds, strict=False)
-    ]
-    view = view_of(report.model_copy(update={"operating_points": points}))
-    assert [point["thresholds"] for point in view["points"]] == [[EVERYONE, 0.9], [0.5, None]]
-    assert view["exits"] == ["exit 1 (stage 1)", "exit 2 (stage 2)", "own classifier"]
-
-
 def test_exits_are_called_by_their_decisions(report: ReportData) -> None:
     names = {"exit.1": "member.small", "exit.2": "focus.2"}
     last = report.ledger.rows[-1]
-    decisions = {names[name]: shares for name, shares in last.decisions.items()}
+    decisions = {names[name]: last.decisions[name] for name in names}
     row = last.model_copy(update={"decisions": decisions, "leaving": [*decisions]})
-    view = view_of(ReportData(ledger=Ledger(rows=[report.ledger.rows[0], row])))
-    assert view["exits"] == ["member small", "focus 2", "last exit"]
-    assert view["points"][0]["exits"] == pytest.approx([0.4321, 0.3111, 0.2568])
-    assert view["points"][0]["thresholds"] == []
+    found = ReportData(ledger=Ledger(rows=[report.ledger.rows[0], row]))
+    assert found.exit_names() == ["member small", "focus 2", "last exit"]
+    assert "<b>focus 2</b>" in html.render(found)
+
+
+def test_nothing_endless_is_said(report: ReportData) -> None:
+    page = html.render(report.model_copy(update={"pictures": ["iVBO"] * len(report.pictures)}))
+    for text in ("Infinity", "NaN", "e+308", "surer"):
+        assert text not in page
 
 
 def test_dearer_options_are_darker(report: ReportData) -> None:
-    page = html.render(report)
+    page = html.render(report.model_copy(update={"standings": report.standings[6:7]}))
     legend = re.findall(r'<li><i class="([a-z ]+)"(?: style="background: hsl\(225 \d+% (\d+)%\)")?></i>', page)
     legend = [one for one in legend if one[0] in ("path", "gone")]
     assert legend[0] == ("path", "")  # what is skipped has no blue
@@ -401,9 +547,13 @@ def test_dearer_options_are_darker(report: ReportData) -> None:
     assert {title for look, title in pieces if look == "gone pale"} == {"left before"}
 
 
-def test_picture_must_be_base64() -> None:
-    with pytest.raises(ValidationError, match="png_base64"):
-        GalleryImage(png_base64='x" onerror="alert(1)', label=0, answer=0, confidence=1.0)
+def test_picture_must_be_base64_and_there(report: ReportData) -> None:
+    with pytest.raises(ValidationError, match="pictures"):
+        ReportData(ledger=report.ledger, pictures=['x" onerror="alert(1)'])
+    with pytest.raises(ValidationError, match="a picture that is not there"):
+        ReportData(ledger=report.ledger, standings=report.standings, sections=report.sections)
+    image = GalleryImage(picture=0, label=0, answer=0, confidence=1.0)
+    assert image.macs is None
 
 
 def test_empty_ledger_is_refused() -> None:

@@ -83,24 +83,17 @@ def test_an_exit_that_is_off_is_passed_unasked(ledger: Ledger) -> None:
     assert row.exits == [0.0, 0.25, 0.75]
 
 
-def test_reports_of_older_versions_know_widths_of_gates(ledger: Ledger) -> None:
-    facts = [[0.0, 0, 0.1], [0.26, 26, 0.2], [1, 100, 0.7]]
-    paths = [dict(zip(("width", "macs", "share"), one, strict=True)) for one in facts]
-    gates = {"units": [{"label": "a", "paths": paths}, {"label": "b", "paths": paths[1:]}], "images": 9, "routings": 2}
-    usage = ReportData.model_validate({"ledger": ledger, "gates": gates}).usage
-    assert usage is not None
-    assert [[option.label for option in use.options] for use in usage.changing] == [
-        ["skipped", "26 % wide", "whole"],
-        ["26 % wide", "whole"],
-    ]
-    assert [(use.name, use.kind, use.always) for use in usage.decisions] == [
-        ("a", "skip", None),
-        ("b", "channels", None),
-    ]
-    assert usage.changing[0].executed == pytest.approx(0.2 * 0.26 + 0.7)
-    assert (usage.images, usage.routings) == (9, 2)
-    assert ReportData.model_validate({"ledger": ledger, "gates": None}).usage is None
-    assert ReportData.model_validate({"ledger": ledger, "gates": gates, "usage": None}).usage is None
+def test_reports_of_older_versions_keep_what_still_has_a_place(ledger: Ledger) -> None:
+    mark = {"name": "exit 1", "macs": 1e6, "accuracy": 0.9, "accuracy_ci": None, "latency_ms": None}
+    answerer = {"name": "small", "share": 1.0, "right": 0.9, "alone": 0.9, "alike": [1, 0.5]}
+    given = {"ledger": ledger, "anytime": [mark], "answerers": [answerer], "gates": None, "usage": None, "gallery": []}
+    report = ReportData.model_validate(given)
+    assert [one.accuracy for one in report.anytime] == [0.9]
+    assert report.answerers[0].alike == [1, 0.5]
+    assert "--resume" in report.notes[0]
+    assert [one.point for one in report.stands] == ["step 4, calibrate"]
+    with pytest.raises(ValidationError, match="nonsense"):
+        ReportData.model_validate({**given, "nonsense": 1})
 
 
 def test_failed_write_keeps_the_old_file(ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

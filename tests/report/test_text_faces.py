@@ -10,7 +10,7 @@ from rich.console import Console
 
 from dynamize.calibration.operating import OperatingPoint
 from dynamize.errors import DynamizeError
-from dynamize.report import Answerer, DecisionUse, Ledger, OptionUse, ReportData, Row, Usage, markdown, terminal
+from dynamize.report import Answerer, Ledger, Place, ReportData, Row, Section, Standing, markdown, terminal
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -78,6 +78,15 @@ def test_static_ledger_has_no_exit_column_and_no_points(ledger: Ledger) -> None:
         assert "93.57" in text
 
 
+def test_measured_points_stand_in_the_place_of_expected_ones(report: ReportData) -> None:
+    for face in (on_terminal, markdown.render):
+        measured, expected = face(report), face(report.model_copy(update={"standings": []}))
+        assert "Measured on the test images" in " ".join(measured.split())
+        assert "Expected values, from calibration images" in " ".join(expected.split())
+        assert re.search(r"macs-0\.57.*93\.00", measured)
+        assert re.search(r"macs-0\.57.*92\.90", expected)
+
+
 def test_points_of_gates_without_exits_have_no_exit_column(ledger: Ledger, points: list[OperatingPoint]) -> None:
     alone = [point.model_copy(update={"exits": [1.0], "thresholds": {}}) for point in points]
     report = ReportData(ledger=Ledger(rows=ledger.rows[:1]), operating_points=alone)
@@ -88,28 +97,23 @@ def test_points_of_gates_without_exits_have_no_exit_column(ledger: Ledger, point
 
 def table_of_gates(ledger: Ledger, *gates: dict[str, tuple[float, float]]) -> list[list[str]]:
     """Cells of the Markdown table on gates, given as label -> (MACs, share of the images)."""
-    decisions = [
-        DecisionUse(
-            name=f"a|{number}",
-            kind="any",
-            effect="changes",
-            options=[OptionUse(label=label, macs=macs, share=share) for label, (macs, share) in gate.items()],
-            always=1.0,
-        )
-        for number, gate in enumerate(gates)
-    ]
-    text = markdown.render(ReportData(ledger=ledger, usage=Usage(decisions=decisions, images=10, routings=1)))
+    sections, decisions = [], {}
+    for number, gate in enumerate(gates):
+        name, macs = f"a|{number}", [macs for macs, _ in gate.values()]
+        place = Place(name=name, kind="any", effect="changes", options=[*gate], macs=macs, always=1.0)
+        sections.append(Section(name=name, member="main", place=place))
+        decisions[name] = [share for _, share in gate.values()]
+    stand = Standing(**dict(ledger.rows[-1]) | {"decisions": decisions, "leaving": []}, point="here", routings=1)
+    text = markdown.render(ReportData(ledger=ledger, standings=[stand], sections=sections, images=10))
     assert "took 1 way through the network." in text
     header, _, *rows = (line for line in text.split("## Gates")[1].splitlines() if line.startswith("|"))
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in (header, *rows)]
 
 
 def test_who_answers(ledger: Ledger) -> None:
-    answerers = [
-        Answerer(name="small", share=0.75, right=0.9, alone=0.8, alike=[1, 0.85]),
-        Answerer(name="main", share=0.25, right=None, alone=0.9, alike=[0.85, 1]),
-    ]
-    told = markdown.render(ReportData(ledger=ledger, answerers=answerers)).split("## Who answers")[1]
+    answerers = [Answerer(name="small", alone=0.8, alike=[1, 0.85]), Answerer(name="main", alone=0.9, alike=[0.85, 1])]
+    stand = Standing(**dict(ledger.rows[-1]) | leaving(0.75), point="here", right=[0.9, None])
+    told = markdown.render(ReportData(ledger=ledger, standings=[stand], answerers=answerers)).split("## Who answers")[1]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in told.splitlines() if line[:1] == "|"]
     assert cells[0] == ["", "answered %", "of these right %", "alone right %", "as small %", "as main %"]
     assert cells[2:4] == [

@@ -1,6 +1,7 @@
 """What a report says about exits and gates, counted again image by image."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,14 +16,15 @@ from dynamize.calibration.protocols import budgeted_batch
 from dynamize.conversion import convert, wrap
 from dynamize.data import LoaderSet
 from dynamize.evaluation import Evaluator
+from dynamize.final import measure
 from dynamize.measure.accuracy import everything
 from dynamize.measure.costs import exit_costs
 from dynamize.models import create
 from dynamize.nn.network import DynamicNetwork, record_routing
 from dynamize.nn.piece import LEAVES, Setting
-from dynamize.report import Ledger, ReportData, Usage, markdown
+from dynamize.report import Gallery, Ledger, ReportData, Standing, markdown
 from dynamize.transforms import Cascade, ChannelGates, Exits, SkipGates
-from dynamize.verbs.pictures import report_data
+from dynamize.verbs.telling import report_data
 
 EXITS = Exits(at=["layer1.1", "layer2.1"], head="conv", share=1.0, size=[16, 16])
 SKIPS = SkipGates(blocks=[["layer1.1"], ["layer2.0"], ["layer3.1"]])
@@ -46,13 +48,19 @@ class Told:
         )
 
     def report(self) -> ReportData:
-        ledger = Ledger(rows=[self.evaluator.row(0, "static", self.evaluator.static, 0.0, [])])
-        return report_data(ledger, self.network, self.evaluator, self.splits)
+        rows = [self.evaluator.row(0, "static", self.evaluator.static, 0.0, [])]
+        if self.network.decisions():
+            rows.append(self.evaluator.row(1, "some", self.network, 0.0, []))
+        final = measure(self.network, rows, self.evaluator)
+        return report_data(Ledger(rows=final.rows), final, self.network, self.evaluator, self.splits)
 
-    def usage(self) -> Usage:
-        usage = self.report().usage
-        assert usage is not None
-        return usage
+    def here(self) -> Standing:
+        """As the network stands."""
+        report = self.report()
+        return report.stands[report.here]
+
+    def gallery(self) -> list[Gallery]:
+        return self.here().gallery
 
     def one_by_one(self) -> tuple[list[int], dict[str, list[int]]]:
         """Exit of each image, run alone, and its option in each decision; -1 where it had left."""
@@ -79,41 +87,59 @@ def leaving(told: Told) -> Told:
 @pytest.mark.parametrize("exits", [False, True])
 def test_decisions_are_told_as_images_go(exits: bool) -> None:
     told = leaving(Told(EXITS, SKIPS, CHANNELS)) if exits else Told(SKIPS, CHANNELS)
-    usage = told.usage()
+    report = told.report()
+    (stand,) = report.stands
     left, taken = told.one_by_one()
-    assert usage.images == 100
-    assert usage.routings == len(set(zip(left, *taken.values(), strict=True))) > 2
-    for use, decision in zip(usage.decisions, told.network.decisions(), strict=True):
-        facts = (use.name, use.kind, use.effect, use.always)
-        assert facts == (decision.name, decision.kind, decision.effect, decision.always)
-        assert [(one.label, one.macs) for one in use.options] == list(zip(decision.options, decision.macs, strict=True))
-        options = taken[use.name]
+    assert report.images == 100
+    assert stand.routings == len(set(zip(left, *taken.values(), strict=True))) > 2
+    for place, decision in zip(report.places, told.network.decisions(), strict=True):
+        facts = (place.name, place.kind, place.effect, place.always, tuple(place.options), tuple(place.macs))
+        assert facts == tuple(
+            getattr(decision, name) for name in ("name", "kind", "effect", "always", "options", "macs")
+        )
+        use, options = stand.use(place), taken[place.name]
         assert [one.share for one in use.options] == pytest.approx(
             [options.count(p) / 100 for p in range(len(use.options))]
         )
         assert use.left == pytest.approx(options.count(-1) / 100)
-    assert [use.effect for use in usage.decisions].count("leaves") == (2 if exits else 0)
-    assert [[one.label for one in use.options] for use in usage.decisions if use.kind == "channels"] == [
+    assert [place.effect for place in report.places].count("leaves") == (2 if exits else 0)
+    assert [place.options for place in report.places if place.kind == "channels"] == [
         ["25 % wide", "50 % wide", "75 % wide", "whole"]
     ] * 2
-    assert any(use.left for use in usage.changing) is exits
-    for k, use in enumerate(use for use in usage.decisions if use.effect == "leaves"):
-        assert use.options[LEAVES].share == pytest.approx(left.count(k) / 100)
+    assert any(stand.use(place).left for place in report.changing) is exits
+    for k, place in enumerate(place for place in report.places if place.effect == "leaves"):
+        assert stand.use(place).options[LEAVES].share == pytest.approx(left.count(k) / 100)
+
+
+@pytest.mark.parametrize("steps", [(EXITS, SKIPS, CHANNELS), (EXITS,), (SKIPS,), (Cascade(first=[SMALL]),)])
+def test_what_is_drawn_adds_up_to_what_was_executed(steps: tuple[Any, ...]) -> None:
+    told = Told(*steps)
+    report = (leaving(told) if len(told.network.leaving) == 2 else told).report()
+    (stand,) = report.stands
+    spent = 0.0
+    for section, reached in zip(report.sections, stand.reached, strict=True):
+        place = section.place
+        spent += reached * (section.macs if place is None else place.always)
+        if place is not None:
+            shares = stand.decisions[place.name]
+            spent += sum(share * macs for share, macs in zip(shares, place.macs, strict=True))
+    assert spent == pytest.approx(stand.macs)
+    assert all(stand.words[name] for name in stand.leaving)
 
 
 @pytest.mark.parametrize("exits", [False, True])
 def test_cheapest_and_dearest_images(exits: bool) -> None:
     told = leaving(Told(EXITS, SKIPS)) if exits else Told(SKIPS)
-    report = told.report()
-    assert [shown.exit for shown in report.gallery] == ([0, 1, 2, None] if exits else [None])
+    gallery = told.gallery()
+    assert [shown.exit for shown in gallery] == ([0, 1, 2, None] if exits else [None])
     _, taken = told.one_by_one()
     macs = exit_costs(told.network).executed({name: torch.tensor(one) for name, one in taken.items()}, 100)
     ranked = sorted(macs.tolist())
-    shown = report.gallery[-1]
-    assert [image.macs for image in shown.first] == ranked[:12]
-    assert [image.macs for image in shown.last] == ranked[:-13:-1]
+    shown = gallery[-1]
+    assert [image.macs for image in shown.first] == ranked[:8]
+    assert [image.macs for image in shown.last] == ranked[:-9:-1]
     assert ranked[0] < ranked[-1]
-    assert all(image.macs is None for gallery in report.gallery[:-1] for image in gallery.first + gallery.last)
+    assert all(image.macs is None for one in gallery[:-1] for image in one.first + one.last)
 
 
 def test_marks_of_exits_count_what_gates_save() -> None:
@@ -178,19 +204,20 @@ def cascaded(request: pytest.FixtureRequest) -> Told:
 
 
 def test_who_answers_what_and_what_each_would_answer_alone(cascaded: Told) -> None:
-    found = cascaded.report().answerers
+    report = cascaded.report()
+    found, stand = report.answerers, report.stands[report.here]
     left, _ = cascaded.one_by_one()
     with torch.no_grad():
         every = [logits.argmax(1) for logits in cascaded.network.eval().all_exits(cascaded.images)]
         given = cascaded.network(cascaded.images).argmax(1)
     labels = torch.cat([truth for _, truth in cascaded.splits.test.batches(100)])
     assert [one.name for one in found] == ["digits_resnet_small", "main-6", "main"]
-    assert [one.share for one in found] == pytest.approx([left.count(k) / 100 for k in range(3)])
-    assert found[1].share == 0
-    assert found[1].right is None
+    assert stand.exits == pytest.approx([left.count(k) / 100 for k in range(3)])
+    assert stand.exits[1] == 0
+    assert stand.right[1] is None
     for k in (0, 2):
         here = torch.tensor(left) == k
-        assert found[k].right == pytest.approx(float((given == labels)[here].double().mean()))
+        assert stand.right[k] == pytest.approx(float((given == labels)[here].double().mean()))
     for one, answers in zip(found, every, strict=True):
         assert one.alone == pytest.approx(float((answers == labels).double().mean()))
         assert one.alike == pytest.approx([float((answers == other).double().mean()) for other in every])
@@ -207,19 +234,21 @@ def test_a_cascade_is_shown_as_it_answers(cascaded: Told) -> None:
         network.setting = told
         assert mark.accuracy == pytest.approx(judged.accuracy)
         assert mark.macs == pytest.approx(float(judged.macs.mean()))
-    for gallery in report.gallery:
+    galleries = report.stands[report.here].gallery
+    for gallery in galleries:
         sure = [image.confidence for image in gallery.wrong]
         assert sure == sorted(sure, reverse=True)
         assert all(image.label != image.answer for image in gallery.wrong)
-    assert not report.gallery[1].rows
+    assert not galleries[1].rows
     left = torch.tensor(cascaded.one_by_one()[0])
     joined = network.setting.combine == "mean"
-    for gallery, k, temperature in ((report.gallery[0], 0, 2.0), (report.gallery[2], 2, 1.5)):
+    for gallery, k, temperature in ((galleries[0], 0, 2.0), (galleries[2], 2, 1.5)):
         with torch.no_grad():
             logits = network(cascaded.images)[left == k] / (1 if joined else temperature)
-        surest = logits.softmax(1).amax(1).sort(descending=True).values[:12]
+        surest = logits.softmax(1).amax(1).sort(descending=True).values[:8]
         assert [image.confidence for image in gallery.first] == pytest.approx(surest.tolist(), rel=1e-4)
-    rights = sum(one.share * (one.right or 0) for one in report.answerers)
+    stand = report.stands[report.here]
+    rights = sum(share * (right or 0) for share, right in zip(stand.exits, stand.right, strict=True))
     assert rights == pytest.approx(cascaded.evaluator.judge(network).accuracy)
 
 
@@ -251,19 +280,19 @@ def replace_threshold(network: DynamicNetwork, threshold: float | None) -> Setti
 def test_nobody_comes_to_the_last_gates() -> None:
     told = Told(EXITS, SKIPS)
     told.network.setting = Setting({told.network.decision_names[0][0]: -1e9})
-    gates = told.usage().changing
+    report = told.report()
+    gates = [report.stands[0].use(place) for place in report.changing]
     assert [use.left for use in gates] == [0, 1, 1]
     assert gates[-1].executed == 0
 
 
 def test_exits_alone_and_a_static_network_have_no_gates() -> None:
     with_exits = leaving(Told(EXITS)).report()
-    assert with_exits.usage is not None
-    assert with_exits.usage.changing == []
+    assert with_exits.changing == []
     assert "## Gates" not in markdown.render(with_exits)
-    assert [shown.exit for shown in with_exits.gallery] == [0, 1, 2]
+    assert [shown.exit for shown in with_exits.stands[0].gallery] == [0, 1, 2]
     alone = Told().report()
-    assert (alone.usage, alone.gallery, alone.anytime) == (None, [], [])
+    assert (alone.places, alone.stands[0].gallery, alone.anytime) == ([], [], [])
 
 
 def test_costs_are_those_of_the_whole_network_the_first_time_too() -> None:
