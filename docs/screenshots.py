@@ -20,7 +20,7 @@ from PIL import Image
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 
-COLORS = 128  # of a picture's palette
+COLORS = 256  # of a picture's palette
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -49,16 +49,15 @@ def browser() -> Iterator[webdriver.Chrome]:
             found.quit()
 
 
-def picture(driver: webdriver.Chrome, page: Path, scheme: str, width: int, height: int | None) -> Image.Image:
-    """The page from its top, ``width`` pixels wide; all of it without a height."""
+def picture(driver: webdriver.Chrome, page: Path, scheme: str, width: int, height: int) -> Image.Image:
+    """The page from its top, in pixels."""
     media = [{"name": "prefers-color-scheme", "value": scheme}]
     driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": media})
-    size = {"width": width, "height": height or 900, "deviceScaleFactor": 1, "mobile": False}
+    size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
     driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     driver.get(page.resolve().as_uri())
     time.sleep(0.5)  # until marks have come to rest
-    whole = driver.execute_script("return document.documentElement.scrollHeight")
-    clip = {"x": 0, "y": 0, "width": width, "height": height or whole, "scale": 1}
+    clip = {"x": 0, "y": 0, "width": width, "height": height, "scale": 1}
     shot = driver.execute_cdp_cmd("Page.captureScreenshot", {"clip": clip, "captureBeyondViewport": True})
     return Image.open(io.BytesIO(base64.b64decode(shot["data"]))).convert("RGB")
 
@@ -69,14 +68,14 @@ def main() -> None:
     parser.add_argument("page", type=Path, help="report.html of a run")
     parser.add_argument("--to", type=Path, default=Path("docs/images"), help="folder to write")
     parser.add_argument("--width", type=int, default=1000, help="pixels")
-    parser.add_argument("--height", type=int, default=None, help="pixels; by default the whole page")
+    parser.add_argument("--height", type=int, default=1250, help="pixels from the top of the page")
     given = parser.parse_args()
     given.to.mkdir(parents=True, exist_ok=True)
     with browser() as driver:
         for scheme in ("light", "dark"):
             shot = picture(driver, given.page, scheme, given.width, given.height)
             file = given.to / f"report-{scheme}.png"
-            shot.quantize(COLORS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(file, optimize=True)
+            shot.quantize(COLORS, dither=Image.Dither.NONE).save(file, optimize=True)
             print(f"{file}  {file.stat().st_size / 1000:.0f} kB")
 
 

@@ -3,8 +3,6 @@
 import json
 from pathlib import Path
 
-import pytest
-
 from dynamize.report.folder import read_report
 from dynamize.report.html import render
 
@@ -19,22 +17,10 @@ def test_ledger_points_and_page_have_one_number_for_one_point(finished_run: Path
     )
     shared = {name: getattr(last, name) for name in type(last).model_fields if name != "notes"}
     assert {name: getattr(here, name) for name in shared} == shared
-    assert [one.point for one in sorted(report.operating_points, key=lambda one: one.macs)] == [
-        one.point
-        for one in sorted(report.standings, key=lambda one: report.expected(one.point).macs)  # type: ignore[union-attr]
-    ]
+    assert {one.name for one in report.operating_points} == {one.point for one in report.standings}
     assert all(one.latency.keys() == last.latency.keys() for one in report.stands)
     view = json.loads(render(report).split('id="data">')[1].split("</script>")[0])
     ((_, timings),) = last.latency.items()
     for batch, timing in timings.items():
         assert view["points"][report.here][batch] == timing.median_ms
         assert view["static"][batch] == report.ledger.rows[0].latency[report.ledger.backend][batch].median_ms
-
-
-def test_ratios_are_those_of_the_rounds_of_the_static_row(finished_run: Path) -> None:
-    report = read_report(finished_run)
-    first = report.ledger.rows[0].latency[report.ledger.backend]
-    for stand in report.stands:
-        for batch, gain in stand.speedup[report.ledger.backend].items():
-            ratio = first[batch].median_ms / stand.latency[report.ledger.backend][batch].median_ms
-            assert gain == pytest.approx(ratio, rel=0.7)  # medians of ratios and ratios of medians, on a busy machine
