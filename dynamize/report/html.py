@@ -93,10 +93,7 @@ def _charts(report: ReportData) -> list[dict[str, str]]:
     found = [{"key": "macs", "title": "Accuracy against MACs", "about": "mean per image"}]
     for backend in report.ledger.backends()[:1]:
         for batch in report.ledger.batches(backend):
-            what = "one image" if batch == "1" else f"{batch} images"
-            found.append(
-                {"key": batch, "title": f"Accuracy against time, batch {batch}", "about": f"{what}, {backend}"}
-            )
+            found.append({"key": batch, "title": "Accuracy against time", "about": f"batch {batch}, {backend}"})
     return found
 
 

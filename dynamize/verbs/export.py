@@ -7,7 +7,7 @@ from dynamize import artifact
 from dynamize.artifact import Manifest
 from dynamize.data.image_files import files_as_images
 from dynamize.runtime.export import export
-from dynamize.verbs.pictures import answerer_names
+from dynamize.verbs.telling import answerer_names
 
 
 def export_artifact(path: Path, to: Path, *, overwrite: bool = False, trust_code: bool = False) -> list[Path]:
