@@ -37,12 +37,14 @@ def curves(metrics: Sequence[dict[str, Any]], exits: Sequence[str]) -> list[Curv
     """Accuracy on calibration images and loss, for each step that trained.
 
     Args:
-        metrics: a row for each epoch: step, epoch, loss and calibration_accuracy by exit, if it has these.
+        metrics: a row for each epoch: step, epoch, loss and calibration_accuracy by exit, if it has these; and the
+            member of a row of networks that it is of.
         exits: names of the exits.
     """
     found = []
     for rows in _by_step(metrics):
         step, epochs = str(rows[0].get("step", "training")), len(rows)
+        step += f" of {rows[0]['member']}" if "member" in rows[0] else ""
         right = [row["calibration_accuracy"] for row in rows if row.get("calibration_accuracy")]
         if right:
             every = list(zip(*right, strict=False))
