@@ -20,8 +20,9 @@ from typing import Annotated
 import typer
 from PIL import Image, ImageDraw, ImageFont
 
-from dynamize.report.data import Answerer, Gallery, ReportData
+from dynamize.report.data import Answerer, ReportData
 from dynamize.report.folder import read_report
+from dynamize.report.standing import Gallery
 
 SIZE = (1680, 720)
 PLOT = (110, 60, 870, 610)  # left, top, right, bottom
@@ -85,10 +86,11 @@ def gallery(picture: Image.Image, pen: ImageDraw.ImageDraw, report: ReportData) 
     """A row of images for each network that answers, with the share that it answered."""
     left, y = STRIP
     pen.text((left, y - 40), "who answers", fill=INK, anchor="lm", font=font(26))
-    shown = {one.exit: one for one in report.gallery}
-    for index, answerer in enumerate(report.answerers):
-        right = "" if answerer.right is None else f", {100 * answerer.right:.0f} % of them rightly"
-        told = f"{called(answerer)}: {100 * answerer.share:.1f} % of the images{right}"
+    here = report.stands[report.here]
+    shown = {one.exit: one for one in here.gallery}
+    for index, (answerer, share, rightly) in enumerate(zip(report.answerers, here.exits, here.right, strict=False)):
+        right = "" if rightly is None else f", {100 * rightly:.0f} % of them rightly"
+        told = f"{called(answerer)}: {100 * share:.1f} % of the images{right}"
         pen.text((left, y + 16), told, fill=INK, anchor="lm", font=font(24))
         for column, tile in enumerate(tiles(shown.get(index), report)):
             x = left + column * (TILE + GAP)
@@ -105,10 +107,9 @@ def tiles(shown: Gallery | None, report: ReportData) -> list[tuple[Image.Image, 
     """Images with the answer, which is of another colour where it is wrong."""
     found = []
     images = [] if shown is None else [*shown.first[: SHOWN - 3], *shown.last[:2], *shown.wrong]
-    for one in {one.png_base64: one for one in images}.values():
-        image = (
-            Image.open(BytesIO(b64decode(one.png_base64))).convert("RGB").resize((TILE, TILE), Image.Resampling.NEAREST)
-        )
+    for one in {one.picture: one for one in images}.values():
+        image = Image.open(BytesIO(b64decode(report.pictures[one.picture]))).convert("RGB")
+        image = image.resize((TILE, TILE), Image.Resampling.NEAREST)
         found.append((image, report.class_name(one.answer), FAINT if one.answer == one.label else "#c02020"))
     return found[:SHOWN]
 

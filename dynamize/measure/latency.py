@@ -17,7 +17,7 @@ _FEWEST_ROUNDS = 5
 LEAST_ROUNDS = _FEWEST_ROUNDS + 1  # with the one that is not counted
 _TURN = 16  # short against the seconds over which a clock or a neighbour changes
 REST = 0.05  # seconds: ONNX Runtime's threads spin for 0.04 after a call, against those of another backend
-DISTURBED = "while latency was measured: repeat it alone"
+DISTURBED = "while latency was measured"  # said in each warning of a disturbed measurement
 _BUSY = 0.15  # cores that other processes may use before timings are called unreliable
 
 
@@ -44,7 +44,7 @@ class Times:
         """A sentence if other processes disturbed the measurement."""
         if self.busy_elsewhere < _BUSY:
             return []
-        return [f"other processes used {self.busy_elsewhere:.1f} cores {DISTURBED}"]
+        return [f"other processes used {self.busy_elsewhere:.1f} cores while latency was measured: repeat it alone"]
 
 
 def interleave(
