@@ -13,7 +13,7 @@ AGAINST_BASELINE = ("slowdown", "macs_growth")  # figures that mean nothing with
 class Bound(BaseModel):
     """A smallest and a largest value that a figure of the last row may have."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, json_schema_extra={"minProperties": 1})
 
     min: float | None = None
     max: float | None = None
@@ -44,7 +44,11 @@ class Expect(BaseModel):
     The others are of this run alone.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        json_schema_extra={"dependentRequired": {name: ["baseline"] for name in AGAINST_BASELINE}},
+    )
 
     baseline: Path | None = Field(
         None,

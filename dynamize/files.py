@@ -54,7 +54,8 @@ def folder_at_once(folder: Path) -> Iterator[Path]:
         try:
             os.replace(new, target)
         except OSError:
-            os.replace(old, target)
+            if old.exists():
+                os.replace(old, target)
             raise
     except OSError as error:
         raise DynamizeError(

@@ -197,8 +197,8 @@ def headline(ledger: Ledger) -> str:
     first, last = ledger.rows[0], ledger.rows[-1]
     if last is first:
         return f"The static network: accuracy {100 * first.accuracy:.2f} %; no step has been taken."
-    saved = 100 * (1 - last.macs_ratio)
-    parts = [f"{abs(saved):.0f} % {'fewer' if saved >= 0 else 'more'} MACs"]
+    saved = round(100 * (1 - last.macs_ratio))
+    parts = [f"{abs(saved)} % {'fewer' if saved > 0 else 'more'} MACs" if saved else "As many MACs"]
     for backend in ledger.backends()[:1]:
         speedups = last.speedup.get(backend, {})
         times = [f"{speedups[batch]:.2f}x at batch {batch}" for batch in sorted(speedups, key=int)]

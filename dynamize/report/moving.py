@@ -63,7 +63,7 @@ class Moving:
     gallery: list[Gallery] = field(default_factory=list)
     by_class: list[ByClass] = field(default_factory=list)
     matrix: list[list[int]] = field(default_factory=list)
-    confused: list[tuple[str, str, int, int]] = field(default_factory=list)
+    confused: list[tuple[str, str, int, str]] = field(default_factory=list)
     commands: list[str] = field(default_factory=list)
 
 
@@ -192,14 +192,15 @@ def _by_class(report: ReportData, classes: Classes | None) -> list[ByClass]:
     return every if len(every) <= FEW_CLASSES else sorted(every, key=lambda one: -abs(one.change))[:FEW_CLASSES]
 
 
-def _confused(report: ReportData, classes: Classes | None) -> list[tuple[str, str, int, int]]:
-    """Where there are many classes, the pairs most often confused: class, answer, images here and of the static
-    network."""
+def _confused(report: ReportData, classes: Classes | None) -> list[tuple[str, str, int, str]]:
+    """Where there are many classes, the pairs most often confused: class, answer, images here, and as text of the
+    static network, of whose pairs not all are known."""
     if classes is None or report.classes is None or len(classes.count) <= FEW_CLASSES:
         return []
-    static = {(label, answer): images for label, answer, images in report.classes.confused}
+    static = {(label, answer): str(images) for label, answer, images in report.classes.confused}
+    rarer = "0" if report.classes.complete else f"≤ {report.classes.confused[-1][2]}"
     return [
-        (report.class_name(label), report.class_name(answer), images, static.get((label, answer), 0))
+        (report.class_name(label), report.class_name(answer), images, static.get((label, answer), rarer))
         for label, answer, images in classes.confused[:FEW_CLASSES]
     ]
 

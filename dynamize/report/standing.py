@@ -140,6 +140,11 @@ class Classes(BaseModel):
         """Of one class; None if there is no image of it."""
         return self.right[label] / self.count[label] if self.count[label] else None
 
+    @property
+    def complete(self) -> bool:
+        """Whether all pairs that were confused are listed, and not only the most frequent ones."""
+        return sum(self.right) + sum(images for *_, images in self.confused) == sum(self.count)
+
 
 class Standing(Row):
     """The network at an operating point, judged on the test images and timed in the same rounds as everything else that

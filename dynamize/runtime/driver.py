@@ -278,12 +278,19 @@ def session_options() -> ort.SessionOptions:
 
 
 def read_image(path: str) -> Array:
-    """An image file as the network wants it: cut, sized and normalised, (C, H, W)."""
+    """An image file as the network wants it: cut, sized and normalised, (C, H, W).
+
+    Raises:
+        OSError, ValueError, SyntaxError: it cannot be read.
+    """
     from PIL import Image
 
     wanted = PLAN["images"]
-    with Image.open(path) as opened:
-        image = eight_bits(opened).convert("L" if wanted["channels"] == 1 else "RGB")
+    try:
+        with Image.open(path) as opened:
+            image = eight_bits(opened).convert("L" if wanted["channels"] == 1 else "RGB")
+    except Image.DecompressionBombError as error:
+        raise ValueError(str(error)) from error
     height, width = to = tuple(wanted["size"])
     if wanted["cover"]:  # is covered by the image, of which the middle is cut out
         rows, columns = wanted["cover"]
@@ -337,7 +344,8 @@ def chosen_point(name: str | None, budget: float | None) -> str:
     if name is None and budget is None:
         return str(PLAN["operating_point"])
     if budget is not None:
-        found = [one for one, point in points.items() if (point["macs_ratio"] or np.inf) <= budget * (1 + 1e-9)]
+        known = [one for one, point in points.items() if point["macs_ratio"] is not None]
+        found = [one for one in known if points[one]["macs_ratio"] <= budget * (1 + 1e-9)]
         found = sorted(found, key=lambda one: (-points[one]["accuracy"], points[one]["macs_ratio"]))[:1]
     else:
         found = [one for one in points if one == name] or [one for one in points if one.partition("-")[0] == name]

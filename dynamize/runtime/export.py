@@ -5,7 +5,9 @@ what happens in between is what the pieces say of it (:mod:`dynamize.nn.instruct
 """
 
 import json
+import math
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -75,6 +77,7 @@ def export(
             place["name"] = name
         shutil.copyfile(Path(__file__).with_name("driver.py"), new / DRIVER)
         (new / PLAN).write_text(json.dumps(plan, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        _check_target(folder, overwrite)  # again: another export may have ended meanwhile
     return sorted(folder.iterdir())
 
 
@@ -104,7 +107,7 @@ class _Writer:
         for name, setting in settings.items():
             macs_ratio, accuracy = stated.get(name, (None, None))
             points[name] = {
-                "thresholds": {piece.name: setting.thresholds.get(piece.name) for piece in network.leaving},
+                "thresholds": {piece.name: _plainly(setting.thresholds.get(piece.name)) for piece in network.leaving},
                 "offset": setting.offset,
                 "combine": setting.combine,
                 "runs": self._runs(setting, steps),
@@ -237,6 +240,13 @@ def _check_target(folder: Path, overwrite: bool) -> None:
             f"{folder} holds an earlier export: add --overwrite to replace it (in Python: overwrite=True), or export "
             "to a new folder. Nothing was changed."
         )
+
+
+def _plainly(threshold: float | None) -> float | None:
+    """A threshold as JSON has it: None is out of reach, and the least number is reached by all scores."""
+    if threshold is None or math.isnan(threshold) or threshold == math.inf:
+        return None
+    return max(threshold, -sys.float_info.max)
 
 
 def _ours(file: Path) -> bool:

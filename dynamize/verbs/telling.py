@@ -31,7 +31,8 @@ def report_data(
 ) -> ReportData:
     """Everything the HTML page needs of a network and the test split."""
     names = answerer_names(network)
-    classes = max(len(data.classes), *(int(one.judged.answers.max()) + 1 for one in final.points))
+    judged = [evaluator.reference, *(one.judged for one in final.points)]
+    classes = max(len(data.classes), *(int(one.answers.max()) + 1 for one in judged))
     pictures = Pictures(data.test) if isinstance(data.test, ImageSet) else None
     report = ReportData(
         ledger=ledger,

@@ -199,10 +199,12 @@ def test_what_the_driver_cannot_answer(finished_run: Path, pictures: Path, tmp_p
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"no image")
     python = Path(sys.executable)
-    done = printed_by(python, to, bad, good, tmp_path / "absent.png", "--json")
+    huge = tmp_path / "huge.pgm"
+    huge.write_bytes(b"P5 20000 20000 255\n")
+    done = printed_by(python, to, bad, good, tmp_path / "absent.png", huge, "--json")
     assert done.returncode == 2
-    assert [one["error"] is None for one in json.loads(done.stdout)] == [False, True, False]
-    assert [line.partition(":")[0] for line in done.stderr.splitlines()] == ["error", "error"]
+    assert [one["error"] is None for one in json.loads(done.stdout)] == [False, True, False, False]
+    assert [line.partition(":")[0] for line in done.stderr.splitlines()] == ["error"] * 3
     for flags, told in ([["--point", "none"], "no operating point none"], [["--budget", "0.01"], "within 0.01"]):
         done = printed_by(python, to, good, *flags)
         assert done.returncode == 2

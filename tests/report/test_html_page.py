@@ -331,11 +331,12 @@ def test_page_forbids_requests_by_itself(opened: Opened, report: ReportData) -> 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_no_screen_scrolls_sideways(opened: Opened, report: ReportData, scheme: str) -> None:
-    driver = opened(report)
+    ledger = report.ledger.model_copy(update={"title": "torchvision:mobilenet_v3_large, converted"})
+    driver = opened(report.model_copy(update={"ledger": ledger}))
     media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
     driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
     try:
-        for width in (420, 500, 820, 1000, 1600):
+        for width in (320, 500, 820, 1000, 1600):
             size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
             driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
             time.sleep(0.1)
@@ -482,7 +483,7 @@ def test_classes_are_told_static_beside_dynamic(opened: Opened, report: ReportDa
 
 def test_of_many_classes_those_that_change_most_are_told(report: ReportData) -> None:
     confused = [(3, 4, 9)]
-    static = Classes(count=[10] * 40, right=[9] * 40, confused=confused)
+    static = Classes(count=[10] * 40, right=[9] * 40, confused=confused)  # the others are not listed
     dynamic = Classes(count=[10] * 40, right=[9] * 30 + [5] + [9] * 9, confused=[(30, 1, 5), *confused])
     many = {"classes": static, "class_names": [f"class {k}" for k in range(40)]}
     stands = [one.model_copy(update={"classes": dynamic}) for one in report.standings]
@@ -491,6 +492,7 @@ def test_of_many_classes_those_that_change_most_are_told(report: ReportData) -> 
     assert "changed most" in page
     assert page.index('class="left">class 30<') < page.index('class="left">class 0<')
     assert re.search(r'class="left">class 3</th><td class="left">class 4</td><td>9</td><td>9</td>', page)
+    assert re.search(r'class="left">class 30</th><td class="left">class 1</td><td>≤ 9</td><td>5</td>', page)
 
 
 def test_training_curves_are_those_of_the_metrics(opened: Opened, report: ReportData) -> None:

@@ -177,6 +177,8 @@ def test_headline(ledger: Ledger) -> None:
     assert headline(ledger) == (
         "43 % fewer MACs; speed 1.49x at batch 1 and 1.63x at batch 64 in onnxruntime; accuracy 93.57 % to 93.27 %."
     )
+    same = ledger.rows[-1].model_copy(update={"macs_ratio": 1.001})
+    assert headline(Ledger(rows=[ledger.rows[0], same])).startswith("As many MACs; ")
     alone = Ledger(rows=ledger.rows[:1])
     assert headline(alone) == "The static network: accuracy 93.57 %; no step has been taken."
     with pytest.raises(DynamizeError, match="no rows"):

@@ -1,5 +1,7 @@
 """What is exported answers as the compiled network does, image by image, where there is no torch."""
 
+import math
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -185,6 +187,36 @@ def test_the_work_that_an_image_does_not_need_is_not_done(tmp_path: Path, monkey
             assert ways == [(taken == 0).sum() * computes, (taken == 1).sum()]
         else:
             assert sum(ran[file] for file in ran if file.startswith(f"{decision.name}-")) == (taken >= 0).sum()
+
+
+def test_thresholds_without_a_number_in_json(tmp_path: Path) -> None:
+    made = dz.convert(dz.source("dynamize:digits_resnet"), [Exits(at=["layer1.1"])], DIGITS).eval()
+    (exit_name,) = made.decision_names[0]
+    images = torch.randn(2, *DIGITS)
+    for number, (threshold, place) in enumerate(
+        [(math.inf, export.END), (-math.inf, exit_name), (math.nan, export.END)]
+    ):
+        made.setting = Setting({exit_name: threshold})
+        folder = tmp_path / str(number) / "deploy"
+        export.export(made, folder)
+        driver = driver_of(folder)
+        assert driver.Network().run(images.numpy()).places == [place, place]
+    with pytest.raises(ValueError, match="no operating point within inf"):
+        driver.chosen_point(None, math.inf)
+
+
+def test_what_came_into_the_folder_meanwhile_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine, copyfile = tmp_path / "deploy" / "mine.txt", shutil.copyfile
+
+    def copied(source: Path, to: Path) -> None:
+        mine.parent.mkdir()
+        mine.write_text("keep")
+        copyfile(source, to)
+
+    monkeypatch.setattr(export.shutil, "copyfile", copied)
+    with pytest.raises(DynamizeError, match="is no empty folder"):
+        export.export(wrap(network(nn.Identity()), SHAPE), mine.parent)
+    assert [*tmp_path.rglob("*")] == [mine.parent, mine]
 
 
 @pytest.mark.parametrize("layer", [nn.CrossMapLRN2d(3), nn.Softplus(threshold=0.1)])

@@ -295,6 +295,16 @@ def test_exits_alone_and_a_static_network_have_no_gates() -> None:
     assert (alone.places, alone.stands[0].gallery, alone.anytime) == ([], [], [])
 
 
+def test_a_class_that_only_the_static_network_answers() -> None:
+    told = Told(EXITS)
+    reference = told.evaluator.reference
+    told.evaluator.reference = replace(reference, answers=torch.full_like(reference.answers, 12))
+    report = told.report()
+    assert report.classes is not None
+    assert len(report.classes.count) == 13
+    assert sum(images for _, answer, images in report.classes.confused if answer == 12) == 100
+
+
 def test_costs_are_those_of_the_whole_network_the_first_time_too() -> None:
     network = convert(create("digits_resnet", pretrained=True).eval(), [SKIPS, CHANNELS], SHAPE)
     whole = float(exit_costs(wrap(create("digits_resnet"), SHAPE)).cumulative()[-1])
