@@ -57,6 +57,8 @@ def _why(one: Mapping[str, Any], model: type[BaseModel]) -> str:
     if one["type"] in ("model_type", "dict_type") and (found := _sections(model, one["loc"])) != [model]:
         names = [name for cls in found for name in _fields(cls)]
         return f"one value stands where fields are expected: {', '.join(names)} (given: {one['input']!r})"
+    if one["type"] == "too_short":
+        return f"give at least {context['min_length']} (given: {one['input']!r})"
     if one["type"] == "path_type":
         return f"a path is expected (given: {one['input']!r})"
     if one["type"] == "missing":

@@ -97,6 +97,7 @@ def test_a_recipe_answers_as_python_does() -> None:
         ("steps.0=exits", "steps.0: 'exits' is no step: write `pass: NAME`, "),
         ("steps.0={at: [a]}", "steps.0: `pass` is missing, "),
         ("code=x", "code: Input should be a valid list (given: 'x')"),
+        ("steps.0={pass: cascade, first: []}", "steps.0.cascade.first: give at least 1 (given: [])"),
     ],
 )
 def test_fields_are_those_of_the_section(override: str, line: str) -> None:

@@ -14,6 +14,7 @@ from torch import fx, nn
 from dynamize.arguments import given_network, trained_network
 from dynamize.compression.layers import resize
 from dynamize.compression.shrink import blocks_to_leave_out, leave_out
+from dynamize.data.spec import check_normalisation
 from dynamize.errors import DynamizeError
 from dynamize.graph.given import own_copy, unwrapped
 from dynamize.graph.macs import annotated_macs
@@ -95,6 +96,8 @@ class Member(BaseModel):
                 self.spec()
             except ValidationError as error:
                 raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from error
+        if self.normalize is not None:
+            check_normalisation(self.normalize)
         if self.name is not None and (not _NAME.fullmatch(self.name) or self.name in _RESERVED):
             raise ValueError(
                 f"name: {self.name!r} cannot be used: write letters, digits, _ and -, but none of "
@@ -182,6 +185,7 @@ def build(member: Member, network: DynamicNetwork, context: Context) -> tuple[Me
     if member.source is None and member.resolution is None:
         net = _from_python(member, context)
     else:
+        _check_resolution(member, network)
         named = member.source is not None
         net = load_source(member.spec(), context.trust_code) if named else copy.deepcopy(network.plain)
     member = _decide_steps(member, net, network, context)
@@ -189,6 +193,16 @@ def build(member: Member, network: DynamicNetwork, context: Context) -> tuple[Me
     kept = None if member.source is None else member.spec().structure()
     origin = {} if kept is None else {"source": kept.source, "kwargs": kept.kwargs, "checkpoint": None}
     return member.model_copy(update=origin), traced
+
+
+def _check_resolution(member: Member, network: DynamicNetwork) -> None:
+    """Before the network runs on images that may not fit into memory."""
+    _, height, width = network.input_shape
+    if member.resolution is not None and member.resolution**2 > height * width:
+        raise DynamizeError(
+            f"cascade: resolution: {member.resolution} is larger than the {height} x {width} of the recipe's images, "
+            "and that network would cost more than the recipe's own: give a smaller one"
+        )
 
 
 def _from_python(member: Member, context: Context) -> nn.Module:
@@ -219,6 +233,11 @@ def _decide_steps(member: Member, net: nn.Module, network: DynamicNetwork, conte
             raise DynamizeError(
                 f"cascade: {member.called()} is given a normalisation, but that of the images is not known: say "
                 "`normalize` under data, or leave both out if they are the same"
+            )
+        if (many := len(member.normalize[0])) != (channels := len(given.normalize[0])):
+            raise DynamizeError(
+                f"cascade: {member.called()}: normalize has {many} channels and the images {channels}; give {channels} "
+                "means and deviations"
             )
         wanted = wanted.model_copy(update={"normalize": member.normalize})
     return member.model_copy(update={"preprocess": steps_between(given, wanted)})
@@ -340,6 +359,8 @@ def _accuracy_notes(network: DynamicNetwork, context: Context) -> list[str]:
     names = [piece.name for piece in network.leaving]
     found = {name: accuracy(logits, seen.labels) for name, logits in zip([*names, MAIN], seen.logits, strict=True)}
     notes = [f"alone on the calibration images: {', '.join(f'{name} {one:.1%}' for name, one in found.items())}"]
+    if network.made:
+        notes.append(f"not trained yet, until a `distill` step behind does it: {', '.join(network.made)}")
     guessing = _CHANCE / seen.logits[0].shape[1]
     for name in network.members:
         if name not in network.made and found[name] < guessing <= found[MAIN]:

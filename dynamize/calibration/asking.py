@@ -85,11 +85,15 @@ class Asking:
         return replace(seen, logits=logits, scores=scores)
 
     def put(self, network: DynamicNetwork, point: OperatingPoint) -> OperatingPoint:
-        """A point that was found on the table, for the whole network: the networks that are not asked are off."""
+        """A point that was found on the table, for the whole network: the networks that are not asked are off, and
+        no image leaves there."""
         if not network.members:
             return point
-        thresholds = {piece.name: point.thresholds.get(piece.name) for piece in network.leaving}
-        return point.model_copy(update={"thresholds": thresholds, "combine": self.combine})
+        names = [piece.name for piece in network.leaving]
+        shares = dict(zip(point.thresholds, point.exits, strict=False))  # the last share is the end's
+        exits = [*(shares.get(name, 0.0) for name in names), point.exits[-1]]
+        thresholds = {name: point.thresholds.get(name) for name in names}
+        return point.model_copy(update={"thresholds": thresholds, "exits": exits, "combine": self.combine})
 
 
 EVERYONE_ASKED = Asking()

@@ -23,6 +23,21 @@ Share = Annotated[float, Field(strict=True, gt=0, lt=1)]
 Count = Annotated[int, Field(strict=True, ge=1)]
 
 
+def check_normalisation(normalize: tuple[tuple[float, ...], tuple[float, ...]]) -> None:
+    """Refuse means and deviations that are not of the channels of pixels in 0..1, with a ValueError."""
+    mean, std = normalize
+    if len(mean) != len(std) or len(mean) not in (1, 3):
+        raise ValueError(
+            f"{len(mean)} means and {len(std)} deviations: give one of each per channel, 1 or 3, "
+            "as in [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]"
+        )
+    if min(std) <= 0 or max(mean) > 1 or min(mean) < 0 or max(std) > 1:
+        raise ValueError(
+            f"mean {list(mean)} and std {list(std)} must be of pixels in 0..1, std above 0: "
+            "divide values meant for 0..255 by 255"
+        )
+
+
 class DataSpec(BaseModel, metaclass=InWords):
     """What a recipe says about its images; the same object from YAML and from Python.
 
@@ -72,17 +87,7 @@ class DataSpec(BaseModel, metaclass=InWords):
         cls, normalize: tuple[tuple[float, ...], tuple[float, ...]] | None
     ) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
         if normalize is not None:
-            mean, std = normalize
-            if len(mean) != len(std) or len(mean) not in (1, 3):
-                raise ValueError(
-                    f"{len(mean)} means and {len(std)} deviations: give one of each per channel, 1 or 3, "
-                    "as in [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]"
-                )
-            if min(std) <= 0 or max(mean) > 1 or min(mean) < 0 or max(std) > 1:
-                raise ValueError(
-                    f"mean {list(mean)} and std {list(std)} must be of pixels in 0..1, std above 0: "
-                    "divide values meant for 0..255 by 255"
-                )
+            check_normalisation(normalize)
         return normalize
 
     @model_validator(mode="after")

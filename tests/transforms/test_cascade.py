@@ -132,12 +132,14 @@ def test_networks_from_python_are_given_again(net: torch.nn.Module, tmp_path: Pa
     ("first", "told"),
     [
         ([{"source": "dynamize:digits_resnet_small,num_classes=7"}], "different numbers of classes.*7, main 10"),
-        ([{"resolution": 20}], "not in the order of their costs"),
+        ([{"resolution": 9}], "9 is larger than the 8 x 8 of the recipe's images"),
+        ([{"resolution": 100_000}], "100000 is larger"),
+        ([{**SMALL, "size": 60}], "not in the order of their costs"),
         ([{"resolution": 7}, SMALL], "not in the order of their costs"),
         ([{**SMALL, "name": "a"}, {"resolution": 7, "name": "a"}], "'a' is the name of two"),
         ([{"source": "dynamize:digits_resnt"}], "no classification network"),
         ([{**SMALL, "kwargs": {}, "checkpoint": "nowhere.pt"}], "nowhere.pt"),
-        ([{"shrink": 0.001}], "ask for a larger share"),
+        ([{"shrink": 0.0001}], "ask for a larger share"),
         ([{"name": "mine"}], "no network of that name was passed"),
         ([{**SMALL, "normalize": [[0.5], [0.5]]}], "that of the images is not known"),
     ],
@@ -157,6 +159,9 @@ def test_what_cannot_be_a_cascade(net: torch.nn.Module, first: list[dict[str, An
         ({"checkpoint": "x.pt", "resolution": 6}, "belong to a source"),
         ({"source": "resnet50"}, "is not a source"),
         ({"shrink": 1.0}, "less than 1"),
+        ({**SMALL, "normalize": [[0.3], [0.0]]}, "std above 0"),
+        ({**SMALL, "normalize": [[30.0], [70.0]]}, "divide values meant for 0..255 by 255"),
+        ({**SMALL, "normalize": [[0.3, 0.3], [0.3]]}, "2 means and 1 deviations"),
     ],
 )
 def test_members_that_say_nothing_or_too_much(member: dict[str, Any], told: str) -> None:
@@ -178,6 +183,29 @@ def test_a_network_at_chance_level_is_named(net: torch.nn.Module, context: Conte
     torch.manual_seed(0)
     applied = dz.Cascade(first=[{"source": "dynamize:digits_resnet_small"}]).apply(dz.convert(net, [], SHAPE), context)
     assert any("as by chance" in note for note in applied.notes)
+
+
+def test_a_normalisation_for_other_channels(net: torch.nn.Module, context: Context) -> None:
+    colour = {**SMALL, "normalize": [[0.3] * 3, [0.3] * 3]}
+    with pytest.raises(dz.DynamizeError, match="normalize has 3 channels and the images 1"):
+        dz.convert(net, [dz.Cascade(first=[colour])], SHAPE, context)
+
+
+def test_points_that_ask_some_networks_say_where_all_images_leave(net: torch.nn.Module, context: Context) -> None:
+    """Nobody at networks that are not asked: `dz.Controller` adds up the shares of different points."""
+    steps = [dz.Cascade(first=[SMALL, {"resolution": 7}]), dz.Calibrate(macs_ratio=0.9, points=12)]
+    network = dz.convert(net, steps, SHAPE, context).eval()
+    assert any(None in point.thresholds.values() for point in network.operating_points)
+    for point in network.operating_points:
+        assert len(point.exits) == 3
+        assert sum(point.exits) == pytest.approx(1)
+        names = [*point.thresholds]
+        assert all(point.exits[names.index(name)] == 0 for name in names if point.thresholds[name] is None)
+
+
+def test_copies_are_said_to_be_untrained(net: torch.nn.Module, context: Context) -> None:
+    applied = dz.Cascade(first=[{"shrink": 0.3, "name": "few"}]).apply(dz.convert(net, [], SHAPE), context)
+    assert any("not trained yet" in note and "few" in note for note in applied.notes)
 
 
 def test_resolved_steps_are_plain_data() -> None:
