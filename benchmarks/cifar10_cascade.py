@@ -2,7 +2,7 @@
 other.
 
     python benchmarks/cifar10_cascade.py --data cifar10 --given DIR
-    python benchmarks/cifar10_cascade.py --data cifar10 --given DIR --bytes --backend openvino --first 20,32
+    python benchmarks/cifar10_cascade.py --data cifar10 --given DIR --bytes --backend openvino --networks 20,32
     python benchmarks/cifar10_cascade.py --data cifar10 --given DIR --artifact runs/shrink
 
 DIR holds the three resnet*-cifar10-jpeg.pt. ``--artifact`` judges what a recipe made of the ResNet-56 instead, such as
@@ -23,7 +23,7 @@ from cifar10_images import CPU, JUDGING, SHAPE, halves
 
 import dynamize as dz
 from dynamize.calibration.collect import TableMaker
-from dynamize.calibration.offsets import OffsetTables, best_of_all, every_asking
+from dynamize.calibration.offsets import best_of_all, every_asking
 from dynamize.calibration.operating import OperatingPoint
 from dynamize.calibration.points import point_for_budget, point_for_drop
 from dynamize.conversion import convert, wrap
@@ -31,6 +31,7 @@ from dynamize.data import Splits
 from dynamize.errors import InfeasibleError
 from dynamize.evaluation import Evaluator, gather, representative
 from dynamize.files import write_text
+from dynamize.graph.macs import annotated_macs
 from dynamize.measure.latency import interleave
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.piece import Setting
@@ -48,7 +49,7 @@ def main(
     given: Annotated[Path, typer.Option(help="folder with the resnet*-cifar10-jpeg.pt")],
     out: Annotated[Path, typer.Option(help="where the results are written")] = Path("runs/figures"),
     backend: str = "onnxruntime",
-    first: Annotated[str, typer.Option(help="depths in front of the ResNet-56")] = "20,32",
+    networks: Annotated[str, typer.Option(help="depths of the networks, the cheapest first")] = "20,32,56",
     in_bytes: Annotated[bool, typer.Option("--bytes", help="quantise all networks")] = False,
     artifact: Annotated[Path | None, typer.Option(help="judge this instead; it was made of the ResNet-56")] = None,
     seconds: Annotated[float, typer.Option(help="for each comparison of times")] = 8.0,
@@ -57,7 +58,7 @@ def main(
     statics = {
         n: dz.source(f"dynamize:cifar_resnet{n}", checkpoint=given / f"resnet{n}-cifar10-jpeg.pt") for n in DEPTHS
     }
-    depths = [] if artifact else [int(depth) for depth in first.split(",")]
+    depths = [int(depth) for depth in networks.split(",")]
     folds = [Fold(statics, depths, data, fold, backend, in_bytes, artifact) for fold in (0, 1)]
     rows = [row for budget in BUDGETS if (row := summary(folds, f"{budget:.2f} of the MACs", budget=budget))]
     rows += [row for drop in DROPS if (row := summary(folds, f"drop of {drop:g} points", drop=drop))]
@@ -66,10 +67,10 @@ def main(
     for number, row in enumerate(rows):
         row["speedup"] = {batch: times[batch][str(number)] for batch in BATCHES}
     of_static = {name: {batch: times[batch][name] for batch in BATCHES} for name in times[BATCHES[0]] if name[0] == "R"}
-    title = artifact.name if artifact else "Cascade of " + ", ".join(f"ResNet-{depth}" for depth in [*depths, 56])
+    title = artifact.name if artifact else "Cascade of " + ", ".join(f"ResNet-{depth}" for depth in depths)
     text = render(title, rows, static, of_static, backend, in_bytes)
     kept = [{name: value for name, value in row.items() if name != "points"} for row in rows]
-    kind = f"-{artifact.name}" if artifact else f"-{first.replace(',', '-')}"
+    kind = f"-{artifact.name}" if artifact else f"-{networks.replace(',', '-')}"
     name = f"cascade{kind}-{backend}{'-bytes' if in_bytes else ''}"
     write_text(out / f"{name}.json", json.dumps({"static": static, "speedup": of_static, "rows": kept}, indent=1))
     write_text(out / f"{name}.md", text)
@@ -91,14 +92,14 @@ class Fold:
     ) -> None:
         self.splits: Splits = halves(data, fold=fold, train_limit=JUDGING)
         self.backend, self.in_bytes = backend, in_bytes
-        context = Context(data=self.splits, teacher=statics[56], backend=backend, members=named(statics, depths))
+        context = Context(data=self.splits, teacher=statics[56], backend=backend, members=named(statics, depths[:-1]))
         more: list[Transform] = [dz.Quantize()] if in_bytes else []
         if artifact:
             made = dz.load(artifact)
             self.network = dz.apply(made, more[0], context)[0].eval() if more else made.eval()
         else:
-            first = [{"name": f"resnet{depth}"} for depth in depths]
-            self.network = convert(statics[56], [dz.Cascade(first=first), *more], SHAPE, context).eval()
+            first = [{"name": f"resnet{depth}"} for depth in depths[:-1]]
+            self.network = convert(statics[depths[-1]], [dz.Cascade(first=first), *more], SHAPE, context).eval()
         self.float56 = wrap(statics[56], SHAPE)
         self.statics = {n: convert(net, more, SHAPE, context).eval() for n, net in statics.items()}
         self.alone = {n: self.judge(net).accuracy for n, net in self.statics.items()}
@@ -114,9 +115,7 @@ class Fold:
         if drop is not None:
             return best_of_all(self.every, lambda table: point_for_drop(table, drop), cheapest=True)[0]
         assert budget is not None
-        return best_of_all(
-            self.every, lambda table: point_for_budget(table, budget * table.static_cost["macs"]), False
-        )[0]
+        return best_of_all(self.every, lambda table: point_for_budget(table, budget * self.static_macs), False)[0]
 
     def judged(self, point: OperatingPoint) -> tuple[float, float, torch.Tensor]:
         """Accuracy, MACs as a share of the ResNet-56's, and MACs of each image, on the judging half."""
@@ -126,8 +125,7 @@ class Fold:
 
     @property
     def static_macs(self) -> float:
-        tables: OffsetTables = self.every[0]
-        return tables.at(0.0).static_cost["macs"]
+        return annotated_macs(self.float56.plain)
 
     def speedups(self, points: list[OperatingPoint], batch: int, seconds: float) -> dict[str, float]:
         """Over the static ResNet-56, of the cascade at each point by its number, and of all static networks."""

@@ -6,7 +6,7 @@
         --set steps.1.max_drop=null --set steps.1.macs_ratio=0.53 \
         --set "steps.0.first=[{source: 'dynamize:cifar_resnet20', checkpoint: DIR/resnet20-cifar10-jpeg.pt}, \
             {source: 'dynamize:cifar_resnet32', checkpoint: DIR/resnet32-cifar10-jpeg.pt}]"
-    python docs/picture.py --figures runs/figures/cascade-20-32-onnxruntime.json --run runs/cifar10_cascade
+    python docs/picture.py --figures runs/figures/cascade-20-32-56-onnxruntime.json --run runs/cifar10_cascade
 
 Times are those of one image (batch 1), as shares of the largest network's.
 """
