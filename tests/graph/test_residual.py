@@ -8,6 +8,7 @@ import torchvision
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from networks import SmallResNet, ThreeLayer, close, conv_block, randomise_norms, small_resnet
+from quick import only
 from residual_networks import CONV, Forward, Pieces, network_of, only_block, silence, skipped, traced_net
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -248,7 +249,10 @@ NETWORKS: dict[str, tuple[int, int, int]] = {  # blocks, identities, blocks with
 }
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+FAST = ["torchvision:resnet18", "torchvision:mobilenet_v3_small", "timm:resnetv2_50", "dynamize:cifar_resnet20"]
+
+
+@pytest.mark.parametrize("name", only(FAST, NETWORKS))
 def test_known_architectures(name: str) -> None:
     traced = trace(network_of(name), (3, 64, 64))
     blocks = residual_blocks(traced)

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from backends import FLOAT32
+from backends import FLOAT32, quick_openvino
 from gated_networks import gated_resnet, masked, scatter, split_exits, split_forced
 from networks import SmallResNet, close, force, set_offset, set_thresholds, small_resnet, torchvision_network
+from quick import only
 from torch import Tensor, nn
 
 from dynamize.conversion import convert
@@ -34,11 +35,10 @@ def images(count: int) -> Tensor:
 
 
 def every_combination(exits: Sequence[dict | None], fast: tuple[dict | None, dict]) -> Iterator[Any]:
-    """OpenVINO takes seconds for each, to compile: one in the fast set."""
+    """OpenVINO with one of them in the fast set."""
     for backend, one, fields in product(FLOAT32, exits, GATES):
-        slow = backend.values == ("openvino",) and (one, fields) != fast
-        marks = [*backend.marks, pytest.mark.slow] if slow else backend.marks
-        yield pytest.param(*backend.values, one, fields, marks=marks)
+        quick = backend.values == quick_openvino.values and (one, fields) == fast
+        yield pytest.param(*backend.values, one, fields, marks=quick_openvino.marks if quick else backend.marks)
 
 
 @pytest.mark.parametrize(("backend", "exits", "fields"), every_combination(EXITS, (EXITS[-1], GATES[0])))
@@ -99,7 +99,7 @@ def test_onnxruntime_runs_each_way_for_those_that_chose_it(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("backend", FLOAT32)
-@pytest.mark.parametrize("gate", ["linear", "conv"])
+@pytest.mark.parametrize("gate", only(["conv"], ["linear", "conv"]))
 def test_a_torchvision_network(backend: str, gate: str) -> None:
     network, batch = torchvision_network("mobilenet_v3_small"), torch.randn(6, 3, 32, 32)
     dynamic = convert(network, [SkipGates.model_validate({"gate": gate, "group": 1})], (3, 32, 32))
