@@ -14,6 +14,7 @@ from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import WebDriverWait
 
 from dynamize.errors import DynamizeError
 from dynamize.report import Classes, Gallery, GalleryImage, Ledger, ReportData, Standing, cells, html
@@ -50,7 +51,8 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chr
 
 @pytest.fixture
 def opened(chromium: webdriver.Chrome, tmp_path: Path) -> Opened:
-    """Opens a report from a file, with the logs emptied before."""
+    """Opens a report from a file, with the logs emptied before, and waits until its script has drawn the charts."""
+    drawn = "return [...document.querySelectorAll('.plot')].every((plot) => plot.hasChildNodes())"
 
     def open_page(report: ReportData) -> webdriver.Chrome:
         page = tmp_path / "report.html"
@@ -58,6 +60,7 @@ def opened(chromium: webdriver.Chrome, tmp_path: Path) -> Opened:
         for kind in ("browser", "performance"):
             chromium.get_log(kind)
         chromium.get(page.as_uri())
+        WebDriverWait(chromium, 20).until(lambda driver: driver.execute_script(drawn))
         return chromium
 
     return open_page
