@@ -217,7 +217,7 @@ class _AverageBranch(_Branch):
         if not _depthwise(host):
             self.point = nn.Conv2d(host.in_channels, host.out_channels, 1, groups=host.groups, bias=False)
             self.inner = _norm(host.out_channels, norm)
-        self.stride, self.dilation = tuple(host.stride), tuple(host.dilation)
+        self.stride, self.dilation, self.channels = tuple(host.stride), tuple(host.dilation), host.out_channels
         height, width = host.kernel_size
         taps = torch.full((host.out_channels, 1, height, width), 1 / (height * width))
         self.register_buffer("taps", taps, persistent=False)
@@ -228,13 +228,13 @@ class _AverageBranch(_Branch):
             inner = _padded_with_shift(self.inner(self.point(features)), self.inner, self.pad, self.mode)
         else:
             inner = _padded(features, self.pad, self.mode)
-        mean = F.conv2d(inner, self.taps, None, self.stride, 0, self.dilation, len(self.taps))
+        mean = F.conv2d(inner, self.taps, None, self.stride, 0, self.dilation, self.channels)
         return cast(Tensor, self.norm(mean))
 
     def kernel(self) -> Kernel:
         stride, dilation = cast(Pair, self.stride), cast(Pair, self.dilation)
         size = cast(Pair, tuple(self.taps.shape[2:]))
-        mean = Kernel.average(len(self.taps), size, stride, (0, 0), dilation)
+        mean = Kernel.average(self.channels, size, stride, (0, 0), dilation)
         if self.point is not None and self.inner is not None:
             mean = Kernel.of_conv(self.point).then(_of(self.inner)).then(mean)
         return _moved(mean, self).then(_of(self.norm))
