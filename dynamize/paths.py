@@ -8,11 +8,12 @@ from typing import Any, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
+from dynamize.data.canvas_spec import parted
 from dynamize.data.spec import DataSpec
 from dynamize.transform import Transform, registered
 
 Find = Callable[[str], str]
-_IN_DATA = ("imagefolder:", "npz:")
+_IN_DATA, _CANVAS = ("imagefolder:", "npz:"), "canvas:"
 
 
 def beside(recipe: Path) -> Find:
@@ -56,7 +57,9 @@ def _located_fields(plain: Mapping[str, Any], kind: Any, find: Find) -> dict[str
     fields = {field.alias or name: field.annotation for name, field in cls.model_fields.items()}
     found = {name: located(value, fields.get(name), find) for name, value in plain.items()}
     if "source" in fields and isinstance(found.get("source"), str):
-        found["source"] = _in_data(found, find) if issubclass(cls, DataSpec) else _in_source(found["source"], find)
+        found["source"] = (
+            _in_data(found["source"], find) if issubclass(cls, DataSpec) else _in_source(found["source"], find)
+        )
     return found
 
 
@@ -66,8 +69,10 @@ def _in_source(source: str, find: Find) -> str:
     return find(file + ".py") + ":" + factory if ending else source
 
 
-def _in_data(plain: Mapping[str, Any], find: Find) -> str:
-    source: str = plain["source"]
+def _in_data(source: str, find: Find) -> str:
+    if source.startswith(_CANVAS):
+        inner, options = parted(source.removeprefix(_CANVAS))
+        return ",".join([_CANVAS + _in_data(inner, find), *options])
     kind = next((kind for kind in _IN_DATA if source.startswith(kind)), None)
     if kind is not None and source != kind:
         return kind + find(source.removeprefix(kind))

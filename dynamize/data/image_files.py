@@ -10,7 +10,8 @@ import numpy as np
 
 from dynamize.data.augment import Normalize
 from dynamize.data.images import ImageSet, Together
-from dynamize.data.readers import IMAGE_ENDINGS, Pool, images_below
+from dynamize.data.pools import Pool
+from dynamize.data.readers import IMAGE_ENDINGS, images_below
 from dynamize.data.spec import DataSpec
 from dynamize.data.splits import Splits, decode_what_fits, image_set
 from dynamize.data.storage import FileStorage, Geometry

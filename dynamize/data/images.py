@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dynamize.data.augment import Normalize, augment, random_resized_crop
-from dynamize.data.readers import UNLABELLED
+from dynamize.data.pools import UNLABELLED
 from dynamize.data.storage import Geometry, PixelStorage, Storage, UnreadableImage
 from dynamize.errors import DynamizeError
 
@@ -53,7 +53,9 @@ class ImageSet(Dataset[Batch]):
     """Labelled images of one split, as uint8 in memory or read from their files batch by batch.
 
     `labels` is int64 (N,), `shape` the network's input (C, H, W), `keys` one name per image that no other
-    split may hold. A map-style dataset: `images[i]`, and `__getitems__` for the DataLoader's batches.
+    split may hold. `boxes`, where they are known, say where the object is under the test-time transform: float32
+    (N, 4), left, top, right and bottom in pixels of the network's input. A map-style dataset: `images[i]`, and
+    `__getitems__` for the DataLoader's batches.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class ImageSet(Dataset[Batch]):
         geometry: Geometry,
         size: tuple[int, int],
         augmentation: str = "none",
+        boxes: Tensor | None = None,
     ) -> None:
         self.name = name
         self.storage = storage
@@ -75,6 +78,7 @@ class ImageSet(Dataset[Batch]):
         self.geometry = geometry
         self.shape = (geometry.channels, *size)
         self.augmentation = augmentation
+        self.boxes = boxes
         self.normalize = Normalize((0.0,) * geometry.channels, (1.0,) * geometry.channels)
 
     @property

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
 
 from dynamize.data.images import Batch, EpochSampler, refuse_none
-from dynamize.data.readers import UNLABELLED
+from dynamize.data.pools import UNLABELLED
 from dynamize.errors import DynamizeError
 
 _BATCH = 256  # images read at once where nobody says how many

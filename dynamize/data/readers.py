@@ -1,4 +1,4 @@
-"""The four kinds of source, each read into labelled pools of images, before anything is split or decoded."""
+"""The kinds of source, each read into labelled pools of images, before anything is split or decoded."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import inspect
 import os
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,45 +15,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dynamize.data.canvas import on_canvases
+from dynamize.data.canvas_spec import CanvasSpec
+from dynamize.data.pools import PARTS, UNLABELLED, Pool, Source
 from dynamize.data.spec import DataSpec, split_source
 from dynamize.data.storage import FileStorage, ItemStorage, PixelStorage, Storage
 from dynamize.errors import DynamizeError
 
-PARTS = ("train", "val", "test")
-UNLABELLED = -1
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
-
-
-@dataclass(frozen=True)
-class Pool:
-    """Images that lie together: `place` says where (for messages), `keys` names each image uniquely."""
-
-    place: str
-    storage: Storage
-    labels: np.ndarray
-    keys: Sequence[str]
-
-
-@dataclass(frozen=True)
-class Source:
-    """What a reader found: class names, and either pools called train, test and val or one called "all".
-
-    There may be no train pool; images without labels are labelled -1. `held_out` is the share of a single pool that is
-    test; `standard` fixes its split for every seed. Classes that are not `named` were counted from the labels.
-    `warnings` are sentences for the report.
-    """
-
-    classes: tuple[str, ...]
-    pools: dict[str, Pool]
-    held_out: float = 0.1
-    standard: bool = False
-    named: bool = True
-    warnings: tuple[str, ...] = ()
 
 
 def read_source(spec: DataSpec) -> Source:
     """Find the images and labels that `spec.source` names. Raises DynamizeError naming the file or folder."""
     kind, rest = split_source(spec.source)
+    if kind == "canvas":
+        inner, canvas = CanvasSpec.read(rest)
+        return on_canvases(read_source(spec.model_copy(update={"source": inner})), canvas)
     if kind == "imagefolder":
         return read_imagefolder(Path(rest))
     if kind == "npz":

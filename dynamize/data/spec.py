@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from dynamize.data.canvas_spec import FORM, CanvasSpec
 from dynamize.sections import InWords
 
 SOURCE_FORMS = {
@@ -17,6 +18,7 @@ SOURCE_FORMS = {
     "torchvision": "torchvision:NAME@ROOT",
     "npz": "npz:PATH",
     "digits": "digits",
+    "canvas": FORM,
 }
 
 Share = Annotated[float, Field(strict=True, gt=0, lt=1)]
@@ -49,7 +51,11 @@ class DataSpec(BaseModel, metaclass=InWords):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    source: str = Field(description="imagefolder:PATH, torchvision:NAME@ROOT, npz:PATH or digits")
+    source: str = Field(
+        description="imagefolder:PATH, torchvision:NAME@ROOT, npz:PATH or digits; canvas:SOURCE,size=128 for each "
+        "image of one of these somewhere on a canvas of that many pixels, among fragments of others (options: "
+        "object=32-53, the side of the image on it, clutter=41 fragments, seed=0)"
+    )
     calibration: Count | Share | None = Field(
         None, description="images (5000) or share (0.1); default: 0.1 of train, all of a fold or of val"
     )
@@ -110,4 +116,8 @@ def split_source(source: str) -> tuple[str, str]:
             raise ValueError(f"data source {source!r}: digits takes nothing after it; write 'digits'")
     elif not rest or (kind == "torchvision" and not all(rest.partition("@")[::2])):
         raise ValueError(f"data source {source!r} is incomplete: write {SOURCE_FORMS[kind]}")
+    if kind == "canvas":
+        inner, _ = CanvasSpec.read(rest)
+        if split_source(inner)[0] == "canvas":
+            raise ValueError(f"data source {source!r}: a canvas on canvases; write {FORM} with another source in it")
     return kind, rest

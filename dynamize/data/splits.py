@@ -13,9 +13,10 @@ from torch import Tensor
 
 from dynamize.data.augment import Normalize
 from dynamize.data.images import Images, ImageSet
-from dynamize.data.readers import UNLABELLED, Pool, Source, read_source
+from dynamize.data.pools import UNLABELLED, Pool, Source
+from dynamize.data.readers import read_source
 from dynamize.data.spec import DataSpec
-from dynamize.data.storage import Geometry, PixelStorage, Progress, decode
+from dynamize.data.storage import Geometry, Progress, decode
 from dynamize.errors import DynamizeError
 
 logger = logging.getLogger("dynamize")
@@ -259,20 +260,23 @@ def image_set(
     labels = torch.from_numpy(pool.labels[index])
     keys = [pool.keys[i] for i in index]
     augmentation = spec.augment if name == "train" else "none"
-    return ImageSet(name, storage, labels, classes, keys, geometry, (height, width), augmentation)
+    boxes = None
+    if pool.boxes is not None and pool.storage.size is not None:
+        shown = Geometry(channels, (height, width), resize=geometry.resize)
+        boxes = shown.of_boxes(pool.boxes[index], pool.storage.size)
+    return ImageSet(name, storage, labels, classes, keys, geometry, (height, width), augmentation, boxes)
 
 
 def _geometry(name: str, pool: Pool, spec: DataSpec, channels: int, height: int, width: int) -> Geometry:
     """How the images of a split come to their size.
 
-    Arrays that have the size stay as they are. Large training images are not cropped after the resize, so
+    Images that all have the size stay as they are. Large training images are not cropped after the resize, so
     that random crops have something to cut from.
     """
     shorter = min(height, width)
     if spec.resize is not None and spec.resize < shorter:
         raise DynamizeError(f"data.resize {spec.resize} is below the image size; give {shorter} or more")
-    ready = isinstance(pool.storage, PixelStorage) and pool.storage.shape[1:] == (height, width)
-    if ready or (spec.resize is None and shorter < LARGE):
+    if pool.storage.size == (height, width) or (spec.resize is None and shorter < LARGE):
         return Geometry(channels, (height, width))
     to = resized_side(spec, shorter)
     canvas = (round(height * to / shorter), round(width * to / shorter))

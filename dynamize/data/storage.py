@@ -79,6 +79,15 @@ class Geometry:
         top, left = self._corner(height, width)
         return pixels[:, :, top : top + self.size[0], left : left + self.size[1]]
 
+    def of_boxes(self, boxes_N4: np.ndarray, size: tuple[int, int]) -> Tensor:
+        """Left, top, right and bottom in pixels of images of a ``size`` (H, W) -> where that lies in what becomes of
+        these images, float32 (N, 4); what is cut off is left out."""
+        height, width = self._resized(*size)
+        top, left = self._corner(height, width)
+        scale, corner = np.array([width / size[1], height / size[0]] * 2), np.array([left, top] * 2)
+        inside = np.clip(boxes_N4 * scale - corner, 0, np.array([self.size[1], self.size[0]] * 2))
+        return torch.from_numpy(inside.astype(np.float32))
+
     def _corner(self, height: int, width: int) -> tuple[int, int]:
         return round((height - self.size[0]) / 2), round((width - self.size[1]) / 2)
 
@@ -104,7 +113,11 @@ def _recoloured(pixels_NCHW: Tensor, channels: int) -> Tensor:
 
 
 class Storage(Protocol):
-    """`read` returns uint8 (N, C, H, W) under a geometry; `at` is the same storage with only those images."""
+    """`read` returns uint8 (N, C, H, W) under a geometry; `at` is the same storage with only those images; `size` is
+    the (H, W) that all of them have, or None."""
+
+    @property
+    def size(self) -> tuple[int, int] | None: ...
 
     def __len__(self) -> int: ...
 
@@ -119,6 +132,7 @@ class PixelStorage:
     def __init__(self, pixels_NCHW: Tensor) -> None:
         self.pixels = pixels_NCHW
         self.shape = tuple(pixels_NCHW.shape[1:])
+        self.size = (int(pixels_NCHW.shape[2]), int(pixels_NCHW.shape[3]))
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -134,6 +148,8 @@ class PixelStorage:
 
 class FileStorage:
     """Image files, decoded each time they are read."""
+
+    size = None
 
     def __init__(self, paths: Sequence[str]) -> None:
         self.paths = paths
@@ -161,6 +177,8 @@ class FileStorage:
 
 class ItemStorage:
     """A torchvision dataset whose items are (PIL image, label)."""
+
+    size = None
 
     def __init__(self, dataset: Any, index: Sequence[int]) -> None:
         self.dataset = dataset
