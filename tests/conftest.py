@@ -1,7 +1,19 @@
-"""Every test runs on one thread from the same seed, so that it fails or passes for the same reason everywhere."""
+"""Every test runs on one thread from the same seed, so that it fails or passes for the same reason everywhere, and
+compares times for a moment only: none judges how long something takes."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that a test starts
+
+from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
+
+from dynamize import evaluation
+from dynamize.calibration import collect
+from dynamize.transforms import fuse_gates
 
 torch.set_num_threads(1)  # before fixtures of a whole session, which are made ahead of those of a test
 
@@ -10,3 +22,13 @@ torch.set_num_threads(1)  # before fixtures of a whole session, which are made a
 def same_start() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def short_timing() -> Iterator[None]:
+    """Few images are timed, and calibration times exits and gates for a moment."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "_INPUTS", 2)
+        for module, name in ((collect, "exit_latency"), (collect, "option_latency"), (fuse_gates, "option_latency")):
+            patch.setattr(module, name, partial(getattr(module, name), seconds=0.02))
+        yield

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from built import built_once
 from networks import SmallResNet, excite_heads, exit_scores, set_thresholds, small_resnet, thresholds
 from torch import Tensor, nn
 from torch.nn import functional
@@ -27,6 +28,7 @@ def images(count: int) -> Tensor:
     return torch.randn(count, *SmallResNet.shape, generator=torch.Generator().manual_seed(count))
 
 
+@built_once
 def gated_resnet(exits: dict[str, Any] | None = None, seed: int = 0, **fields: Any) -> DynamicNetwork:
     """The small ResNet with gates that split random images; ``fields`` are those of `SkipGates`."""
     steps: list[Any] = [SkipGates.model_validate({"group": 1} | fields)]

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torchvision
+from built import built_once
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -163,6 +164,7 @@ def force(network: DynamicNetwork, choices_NU: Tensor | None) -> dict[str, Tenso
     return {unit.name: choices_NU[:, u] for u, unit in enumerate(network.changing)}
 
 
+@built_once
 def with_exits(seed: int = 0, **fields: Any) -> DynamicNetwork:
     """The small ResNet with exits that disagree with each other; ``fields`` are those of `Exits`."""
     places = fields.get("at", ["layer1", "layer2"])

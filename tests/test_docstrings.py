@@ -1,14 +1,12 @@
 """Every public name has an example in its docstring that runs as it stands."""
 
 import doctest
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import dynamize as dz
-from dynamize.calibration import collect
 
 
 def example(name: str, names: dict[str, Any]) -> doctest.DocTest:
@@ -34,7 +32,6 @@ def context() -> dz.Context:
 @pytest.mark.parametrize("name", dz.__all__)
 def test_example(name: str, context: dz.Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(collect, "exit_latency", partial(collect.exit_latency, seconds=0.05))
     test = example(name, {"dz": dz, "context": context})
     assert test.examples, f"the docstring of {name} has no example"
     run(test)

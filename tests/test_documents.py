@@ -8,7 +8,6 @@ import runpy
 import shutil
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -25,7 +24,6 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import dynamize as dz
-from dynamize.calibration import collect
 from dynamize.data import DataSpec, load_data
 from dynamize.expect import Expect
 from dynamize.recipe import load_recipe, parse_recipe
@@ -85,7 +83,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Image.fromarray(np.rint(pixels * 255 / 16).astype(np.uint8)).save(folder / "photos" / f"{index}.png")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(collect, "exit_latency", partial(collect.exit_latency, seconds=0.05))
         assert run("dynamize run quickstart") == 0
     return folder
 
@@ -124,7 +121,6 @@ def test_what_is_said_of_commands_is_of_commands_that_there_are() -> None:
 @pytest.mark.parametrize(("page", "line"), [pytest.param(*one, id=one[1][:60]) for one in FAST])
 def test_command(page: Path, line: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
-    monkeypatch.setattr(collect, "exit_latency", partial(collect.exit_latency, seconds=0.05))
     assert run(line) == 0, f"{page.name}: {line}"
 
 
@@ -185,7 +181,6 @@ def test_yaml_is_a_recipe_or_a_part_of_one(page: Path) -> None:
 
 def test_python_blocks_run_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(collect, "exit_latency", partial(collect.exit_latency, seconds=0.05))
     shutil.copy(place / "mine.pt", tmp_path)
     digits = load_data(DataSpec(source="digits", train_limit=64, test_limit=100), (1, 8, 8), 10)
     train, calibration, test = (

@@ -2,23 +2,18 @@
 
 import re
 import runpy
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from dynamize.calibration import collect
-
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 @pytest.fixture(autouse=True)
 def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Times of exits are taken for a moment only."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(collect, "exit_latency", partial(collect.exit_latency, seconds=0.1))
 
 
 def test_measured_script_writes_what_a_run_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

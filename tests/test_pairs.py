@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable
-from functools import partial
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from networks import exit_scores
 from torch import Tensor
 
 from dynamize import artifact
-from dynamize.calibration import collect
 from dynamize.calibration.operating import OperatingPoint, OperatingPoints
 from dynamize.conversion import apply, wrap
 from dynamize.data import DataSpec, load_data
@@ -30,7 +28,6 @@ from dynamize.nn.network import DynamicNetwork, record_routing
 from dynamize.rewrite.exchange import exit_answers
 from dynamize.sources import SourceSpec, build
 from dynamize.transform import Context, Transform, check_order, of_kind, parse_step, registered
-from dynamize.transforms import fuse_gates
 
 SHAPE = (1, 8, 8)
 TRAINED = SourceSpec(source="dynamize:digits_resnet", kwargs={"pretrained": True})
@@ -200,17 +197,14 @@ def outcomes(pairs: Iterable[tuple[str, str]], folder: Path) -> Outcomes:
     """What each chain does before it is saved, and after one fresh process has loaded all of them; or its refusal."""
     torch.set_num_threads(1)
     maker, before, refused = Maker(), dict[tuple[str, str], Found](), dict[tuple[str, str], DynamizeError]()
-    with pytest.MonkeyPatch.context() as patch:
-        for module, name in ((collect, "exit_latency"), (collect, "option_latency"), (fuse_gates, "option_latency")):
-            patch.setattr(module, name, partial(getattr(module, name), seconds=0.01))
-        for pair in pairs:
-            try:
-                network = undecided(maker.network(CHAINS[pair]), maker.images)
-            except DynamizeError as error:
-                refused[pair] = error
-                continue
-            artifact.save(network, folder / "-".join(pair), source=TRAINED)
-            before[pair] = found(network, maker.images)
+    for pair in pairs:
+        try:
+            network = undecided(maker.network(CHAINS[pair]), maker.images)
+        except DynamizeError as error:
+            refused[pair] = error
+            continue
+        artifact.save(network, folder / "-".join(pair), source=TRAINED)
+        before[pair] = found(network, maker.images)
     torch.save(maker.images, folder / "images.pt")
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
     subprocess.run([sys.executable, "-c", LOAD_ALL], cwd=folder, env=environment, check=True)

@@ -1,14 +1,12 @@
 """Networks that a recipe compares with: measured beside the last step, alone and as a cascade, and told of first."""
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from dynamize.calibration import collect
 from dynamize.data import DataSpec, load_data
 from dynamize.errors import DynamizeError
 from dynamize.recipe import Recipe, load_recipe, parse_recipe
@@ -24,11 +22,6 @@ from dynamize.transforms.cascade import Member
 SMALL = {"source": "dynamize:digits_resnet_small,pretrained=true"}
 CALIBRATED = [{"pass": "exits", "count": 1, "head": "linear"}, {"pass": "calibrate", "max_drop": 3}]
 SHAPE = (1, 8, 8)
-
-
-@pytest.fixture(autouse=True)
-def short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collect, "exit_latency", partial(collect.exit_latency, seconds=0.05))
 
 
 def recipe(steps: list[dict[str, Any]], compare: list[dict[str, Any]], **more: Any) -> Recipe:
@@ -58,9 +51,7 @@ def second_paragraph(out: Path) -> str:
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("compared") / "out"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(collect, "exit_latency", partial(collect.exit_latency, seconds=0.05))
-        run(out, CALIBRATED, [SMALL])
+    run(out, CALIBRATED, [SMALL])
     return out
 
 

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import pytest
 import torch
 from ledgers import TINY, ledger_of, without_times
 
-from dynamize.calibration import collect
 from dynamize.checkpoints import read_state_dict
 from dynamize.errors import DynamizeError
 from dynamize.folders import check_folder, clear, holds_run, step_folders
@@ -20,11 +18,6 @@ from dynamize.report.ledger import Row
 from dynamize.run import Outcome, Runner, run_recipe
 from dynamize.subject import Named
 from dynamize.training import loop
-
-
-@pytest.fixture(autouse=True)
-def short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collect, "exit_latency", partial(collect.exit_latency, seconds=0.1))
 
 
 def recipe(*overrides: str) -> Recipe:
@@ -45,9 +38,7 @@ class Killed(Exception):
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("reference") / "out"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(collect, "exit_latency", partial(collect.exit_latency, seconds=0.1))
-        run(out)
+    run(out)
     return out
 
 

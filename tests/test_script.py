@@ -1,7 +1,6 @@
 """Runs of a script's own network and images: measured as a recipe's, gone on with, and refused in words."""
 
 import copy
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ from ledgers import ledger_of
 from torch import nn
 
 import dynamize as dz
-from dynamize.calibration import collect
 from dynamize.data import Splits
 from dynamize.kept import KeptSteps
 from dynamize.report.folder import read_report
@@ -21,11 +19,6 @@ from dynamize.transform import Transform
 
 QUICK: dict[str, Any] = {"backends": ["eager"], "batches": [1], "timing_seconds": 0.05, "device": "cpu"}
 EXIT = dz.Exits(at=["a"], share=1.0, size=[8])
-
-
-@pytest.fixture(autouse=True)
-def short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collect, "exit_latency", partial(collect.exit_latency, seconds=0.05))
 
 
 class Small(nn.Module):

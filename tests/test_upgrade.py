@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dynamize import artifact
-from dynamize.calibration import collect
 from dynamize.checkpoints import read_state_dict
 from dynamize.nn.network import DynamicNetwork, record_routing
 from dynamize.recipe import load_recipe
@@ -98,10 +96,9 @@ def test_compiles(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["half_run", "half_run_training"])
-def test_a_run_that_was_stopped_goes_on(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_was_stopped_goes_on(name: str, tmp_path: Path) -> None:
     """One before its last step; the other in the second epoch of its training, 20 steps in, with its momentum."""
     pytest.importorskip("timm", reason="needs timm, whose network is converted")
-    monkeypatch.setattr(collect, "exit_latency", partial(collect.exit_latency, seconds=0.1))
     out = Path(shutil.copytree(V1 / name, tmp_path / name))
     before = {step: (out / "steps" / step / "weights.safetensors").read_bytes() for step in ("0", "1")}
     steps: list[tuple[str, int]] = []

@@ -1,7 +1,6 @@
 """One small run of the recipe `digits_exits` that all verbs are tried on, and the command line as a user types it."""
 
 import shutil
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,25 +10,14 @@ from ledgers import TINY
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from dynamize.calibration import collect
-
 
 @pytest.fixture
 def cli() -> Cli:
     return call
 
 
-@pytest.fixture(scope="session", autouse=True)
-def short_timing() -> object:
-    """Calibration times exits and gates for a moment only."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("exit_latency", "option_latency"):
-            patch.setattr(collect, name, partial(getattr(collect, name), seconds=0.05))
-        yield
-
-
 @pytest.fixture(scope="session")
-def finished_run(tmp_path_factory: pytest.TempPathFactory, short_timing: object) -> Path:
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "digits_exits"
     result = call("run", "digits_exits", "--out", out, *TINY)
     assert result.exit_code == 0, result.output

@@ -15,7 +15,7 @@ STEPS = {
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, short_timing: object) -> dict[str, Path]:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     made = {name: tmp_path_factory.mktemp("bytes") / name for name in STEPS}
     budgets = {
         "compress_static": ["--set=steps.0.recovery_epochs=1"],

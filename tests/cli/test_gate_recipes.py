@@ -12,7 +12,7 @@ GATES = list(FEW_EPOCHS)
 
 
 @pytest.fixture(scope="module")
-def gated_runs(tmp_path_factory: pytest.TempPathFactory, short_timing: object) -> dict[str, Path]:
+def gated_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     runs = {}
     for name in GATES:
         runs[name] = tmp_path_factory.mktemp("gates") / name

@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 import dynamize as dz
-from dynamize.calibration import collect
 from dynamize.data import DataSpec, Splits, load_data
 from dynamize.errors import DynamizeError
 
@@ -121,10 +119,7 @@ def batches(labels: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 @pytest.mark.parametrize("kind", ["folder", "loaders"])
-def test_steps_do_without_labels_and_train_images(
-    make_folder: Callable[..., Path], kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(collect, "exit_latency", partial(collect.exit_latency, seconds=0.05))
+def test_steps_do_without_labels_and_train_images(make_folder: Callable[..., Path], kind: str) -> None:
     if kind == "folder":
         root = make_folder(test=60)
         flat(root, "test")

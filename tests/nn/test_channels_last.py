@@ -1,7 +1,6 @@
 """Networks that see how a tensor lies in memory go through everything that lays images channels last."""
 
 import copy
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ from layout_networks import NETWORKS, SHAPE, Flattening, Fourier, Standard, buil
 from networks import close
 from torch import nn
 
-from dynamize.calibration import collect
 from dynamize.conversion import apply, convert, wrap
 from dynamize.measure.accuracy import top_answers
 from dynamize.nn.channels_last import images_for, lay_out
@@ -51,8 +49,7 @@ def test_backends(kind: type[Flattening], backend: str) -> None:
 
 
 @EVERY
-def test_learning_from_a_module_and_measuring_it(kind: type[Flattening], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collect, "exit_latency", partial(collect.exit_latency, seconds=0.05))
+def test_learning_from_a_module_and_measuring_it(kind: type[Flattening]) -> None:
     network, splits = build(kind), digit_splits(96)
     context = Context(data=splits, teacher=copy.deepcopy(network), backend="eager")
     step = Distill(epochs=1, batch_size=32, precision="float32", features=0.5)
