@@ -39,7 +39,7 @@ FEW_EPOCHS = {  # for recipes with gates; after so little training the budget th
         *_at_budget(3),
     ],
     "gates_and_exits": [
-        "--set=data.calibration=200",
+        *_FEW,
         "--set=steps.1.group=1",
         "--set=steps.2.epochs=1",
         *_at_budget(3),
