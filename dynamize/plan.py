@@ -129,15 +129,16 @@ class Planner:
         return [*subject.warnings(self.teacher), *guessing(self.evaluator.reference, subject.forgotten())]
 
     def rehearse(self, network: DynamicNetwork, context: Context, first: int) -> list[Rehearsed]:
-        """The steps from ``first`` on, tried on ``network``, which is consumed; where the settings leave it open, how
-        long times are compared follows from how long they take."""
+        """The steps from ``first`` on, tried on ``network``, which is consumed; times are compared for as long as the
+        settings say or, where they leave it open, as follows from how long the steps take."""
         steps = self._try(network, context, first)[1]
-        if self.settings.timing_seconds == "auto":
+        seconds = self.settings.timing_seconds
+        if seconds == "auto":
             training = sum(self._seconds(one) for one in steps)
             rows = len(steps) + 1 + self._contestants() / 2
             comparisons = len(self.evaluator.backends) * len(self.evaluator.batches) * rows
-            seconds = training * _TIMING_SHARE / comparisons
-            self.evaluator.hurry(max(_SHORTEST_TIMING, seconds), self._image_seconds)
+            seconds = max(_SHORTEST_TIMING, training * _TIMING_SHARE / comparisons)
+        self.evaluator.hurry(seconds, self._image_seconds)
         return steps
 
     def plan(self, network: DynamicNetwork, context: Context) -> Plan:

@@ -10,12 +10,18 @@ from functools import partial
 
 import pytest
 import torch
+from quick import slow_besides
 
 from dynamize import evaluation
 from dynamize.calibration import collect
 from dynamize.transforms import fuse_gates
 
 torch.set_num_threads(1)  # before fixtures of a whole session, which are made ahead of those of a test
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    slow_besides(items, whole=not any("[" in argument for argument in config.args))
 
 
 @pytest.fixture(autouse=True)

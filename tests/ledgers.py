@@ -7,6 +7,7 @@ from typing import Any
 TINY = [
     "--set=steps.1.epochs=2",
     "--set=steps.2.max_drop=5",
+    "--set=steps.2.points=3",
     "--set=timing_seconds=0.01",
     "--set=batches=[32]",
     "--set=expect={}",

@@ -182,6 +182,7 @@ def test_weights_of_another_network(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "step", [{"pass": "exitz"}, {"pass": "exits", "colour": 1}, {"pass": "exits", "version": 9}, {}]
 )
+@pytest.mark.fast("step0", "step1")
 def test_history_that_this_version_does_not_know(step: dict[str, object], tmp_path: Path) -> None:
     save_at_its_thresholds(network(), tmp_path)
     manifest = json.loads((tmp_path / "manifest.json").read_text())

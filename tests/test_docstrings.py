@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from quick import only
 
 import dynamize as dz
 
@@ -29,7 +30,10 @@ def context() -> dz.Context:
     return run(example("Context", {"dz": dz}))["context"]
 
 
-@pytest.mark.parametrize("name", dz.__all__)
+LONG = {"Calibrate", "Controller", "FuseGates", "Prune"}
+
+
+@pytest.mark.parametrize("name", only(set(dz.__all__) - LONG, dz.__all__))
 def test_example(name: str, context: dz.Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     test = example(name, {"dz": dz, "context": context})

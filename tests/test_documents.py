@@ -47,6 +47,7 @@ ADDED = {  # options with which a command takes seconds, by how it begins; the f
     "dynamize bench": ["--seconds=0.02"],
 }
 SLOW = (  # how commands begin that take longer, or are near to one that is run anyway
+    "dynamize run cascade",
     "dynamize run digits_exits",
     "dynamize run early_exit",
     "dynamize run mine.yaml",
@@ -179,6 +180,7 @@ def test_yaml_is_a_recipe_or_a_part_of_one(page: Path) -> None:
             assert plain == {"version": 1}
 
 
+@pytest.mark.slow
 def test_python_blocks_run_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: Path) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copy(place / "mine.pt", tmp_path)

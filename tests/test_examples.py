@@ -16,6 +16,7 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.slow
 def test_measured_script_writes_what_a_run_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(EXAMPLES / "measured_script.py"))["main"](epochs=1)
     told = capsys.readouterr().out
@@ -25,6 +26,7 @@ def test_measured_script_writes_what_a_run_writes(tmp_path: Path, capsys: pytest
     assert written >= {"ledger.json", "report.html", "report.md", "manifest.json", "weights.safetensors", "steps"}
 
 
+@pytest.mark.slow
 def test_finetune_script_trains_converts_and_saves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(EXAMPLES / "finetune_script.py"))["main"](epochs=1)
     assert "of the test images right" in capsys.readouterr().out

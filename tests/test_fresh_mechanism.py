@@ -4,7 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.slow
 def test_two_fresh_mechanisms_go_all_the_way() -> None:
     tests = Path(__file__).with_name("fresh_mechanism.py")
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(tests)]

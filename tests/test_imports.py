@@ -35,6 +35,7 @@ def test_no_heavy_import(statement: str) -> None:
     assert not found & HEAVY
 
 
+@pytest.mark.slow
 def test_backends_are_imported_when_they_are_used() -> None:
     assert not imported_by("import dynamize.runtime.compiled") & {"onnxruntime", "openvino"}
     found = imported_by("from dynamize.runtime.engine import engine_class; engine_class('onnxruntime')")
@@ -42,6 +43,7 @@ def test_backends_are_imported_when_they_are_used() -> None:
     assert "openvino" not in found
 
 
+@pytest.mark.slow
 def test_using_a_name_does_import_torch() -> None:
     assert "torch" in imported_by("from dynamize import convert")
 

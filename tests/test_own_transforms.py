@@ -101,6 +101,7 @@ app(["transforms", "late_exit"])
     assert "how late" in fresh(code, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_class_written_again_counts_and_another_of_its_name_does_not(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(OWN)
     code = """
@@ -117,14 +118,8 @@ registered()
     assert told.startswith("two transforms are called `late_exit`: own.LateExit and __main__.Other: give one")
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        'str = "mine"',
-        pytest.param('str = Field("mine", alias="pass")', marks=pytest.mark.slow),
-        pytest.param('Literal["mine"] = "mine"', marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ['str = "mine"', 'str = Field("mine", alias="pass")', 'Literal["mine"] = "mine"'])
 def test_a_name_that_no_recipe_could_give(name: str, tmp_path: Path) -> None:
     code = f"""
 from typing import Literal
@@ -137,15 +132,23 @@ registered()
     assert 'write `pass_name: Literal["mine"] = Field("mine", alias="pass")`' in refusal(code, tmp_path)
 
 
-def test_installed_packages_bring_transforms(tmp_path: Path) -> None:
-    (tmp_path / "own.py").write_text(OWN)
-    info = tmp_path / "own_steps-1.0.dist-info"
+def install(entry_point: str, folder: Path) -> None:
+    info = folder / "own_steps-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: own-steps\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[dynamize.transforms]\nlate = own:LateExit\n")
+    (info / "entry_points.txt").write_text(f"[dynamize.transforms]\n{entry_point}\n")
+
+
+def test_installed_packages_bring_transforms(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(OWN)
+    install("late = own:LateExit", tmp_path)
     code = "from dynamize.transform import registered\nprint(*registered())"
     assert "late_exit" in fresh(code, tmp_path).split()
-    (info / "entry_points.txt").write_text("[dynamize.transforms]\nlate = owl\n")
+
+
+@pytest.mark.slow
+def test_an_installed_package_that_cannot_be_imported(tmp_path: Path) -> None:
+    install("late = owl", tmp_path)
     told = refusal("from dynamize.transform import registered\nregistered()", tmp_path)
     assert "the entry point late = owl of own-steps failed with ModuleNotFoundError" in told
 

@@ -107,7 +107,7 @@ CHAINS = {
     for second in registered()
     if {first, second} <= SETTINGS.keys() and (names := chain(first, second)) is not None
 }
-STRUCTURE = ("exits", "skip_gates", "channel_gates", "expand_branches", "fuse_branches")
+STRUCTURE = ("exits", "skip_gates", "channel_gates")
 QUICK = [pair for pair in CHAINS if set(CHAINS[pair]) <= set(STRUCTURE)]
 
 

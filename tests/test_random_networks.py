@@ -71,6 +71,7 @@ class Forced(Choose):
 
 
 @pytest.mark.parametrize("seed", [0, 1, 8, 38])
+@pytest.mark.fast("1")
 def test_a_few_take_exits_and_skip_gates(seed: int, tmp_path: Path) -> None:
     take(seed, tmp_path)
 

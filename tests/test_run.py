@@ -43,6 +43,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("step", [1, 2, 3])
+@pytest.mark.fast("2")
 def test_run_stopped_after_a_step_goes_on_to_the_same_ledger(
     step: int, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

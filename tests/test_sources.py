@@ -198,6 +198,7 @@ def test_torchvision_weights_are_named() -> None:
     "failure",
     [URLError("no route"), TimeoutError("timed out"), RuntimeError('invalid hash value (expected "f3")')],
 )
+@pytest.mark.fast("failure0-DEFAULT", "failure1-IMAGENET1K_V1", "failure2-ResNet18_Weights.IMAGENET1K_V1")
 def test_failed_torchvision_download_says_what_to_fetch(
     monkeypatch: pytest.MonkeyPatch, weights: str, failure: Exception
 ) -> None:
@@ -234,6 +235,7 @@ def test_timm_reads_no_checkpoint_by_itself(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "heads"), [("googlenet", ("aux1", "aux2")), ("inception_v3", ("AuxLogits",))])
+@pytest.mark.fast("googlenet-heads0")
 def test_auxiliary_heads_are_left_out(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,

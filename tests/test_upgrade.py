@@ -54,6 +54,7 @@ def test_every_kind_of_artifact_is_there() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.fast("chained_exits", "expanded", "factorized", "pruned", "quantized_gates", "recurrent_gates")
 def test_answers_and_routes_as_it_did_and_again_once_saved(name: str, tmp_path: Path) -> None:
     old, expected = load(V1 / name), load_file(V1 / name / "expected.safetensors")
     assert not old.training
@@ -77,6 +78,7 @@ def test_answers_and_routes_as_it_did_and_again_once_saved(name: str, tmp_path: 
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.fast("chained_exits", "fused_gates")
 def test_other_operating_points_are_those_of_then(name: str) -> None:
     old = load(V1 / name)
     for plain in json.loads((V1 / name / "manifest.json").read_text())["operating_points"]:
@@ -87,6 +89,7 @@ def test_other_operating_points_are_those_of_then(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["chained_exits", "fused_gates", "recurrent_gates", "channel_gates"])
+@pytest.mark.fast("chained_exits", "recurrent_gates")
 def test_compiles(name: str) -> None:
     network, expected = load(V1 / name), load_file(V1 / name / "expected.safetensors")
     found = compile_network(network, "onnxruntime").run(expected["images"])
@@ -96,6 +99,7 @@ def test_compiles(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["half_run", "half_run_training"])
+@pytest.mark.fast("half_run")
 def test_a_run_that_was_stopped_goes_on(name: str, tmp_path: Path) -> None:
     """One before its last step; the other in the second epoch of its training, 20 steps in, with its momentum."""
     pytest.importorskip("timm", reason="needs timm, whose network is converted")

@@ -66,6 +66,7 @@ class World:
 
 @pytest.mark.parametrize("batch", [1, 8, 64, 700])
 @pytest.mark.parametrize("wanted", [{"latency_ms": 2.9}, {"macs_ratio": 0.4}, {"last_share": 0.2}])
+@pytest.mark.fast("wanted0-64", "wanted1-8", "wanted2-700", "wanted0-1")
 def test_held_within_five_percent_while_images_become_harder(wanted: dict[str, float], batch: int) -> None:
     hold = Controller(POINTS, **wanted)
     world = World(hold, batch)

@@ -184,6 +184,7 @@ TEACHER = create("digits_resnet", pretrained=True).eval()
 
 @pytest.mark.usefixtures("untimed")
 @pytest.mark.parametrize("exits", [False, True])
+@pytest.mark.fast("True")
 def test_what_a_table_says_is_executed(splits: Splits, exits: bool) -> None:
     network = gated_digits(splits, exits)
     maker = TableMaker(network, splits.calibration, TEACHER, CPU, "eager")
@@ -209,6 +210,7 @@ def test_what_a_table_says_is_executed(splits: Splits, exits: bool) -> None:
 
 @pytest.mark.usefixtures("untimed")
 @pytest.mark.parametrize("exits", [False, True])
+@pytest.mark.fast("False")
 def test_calibrating_moves_the_network_to_a_point_that_keeps_its_promise(splits: Splits, exits: bool) -> None:
     network = gated_digits(splits, exits)
     step, context = Calibrate(macs_ratio=0.6, points=5), Context(data=splits, teacher=TEACHER)
@@ -255,6 +257,7 @@ def test_from_python_with_the_users_own_loader(splits: Splits) -> None:
 
 @pytest.mark.usefixtures("untimed")
 @pytest.mark.parametrize(("exits", "judging"), [(False, 1.0), (True, 0.6)])
+@pytest.mark.fast("False-1.0")
 def test_limits_of_gated_networks_are_certified(splits: Splits, exits: bool, judging: float) -> None:
     network = gated_digits(splits, exits)
     context = Context(data=splits, teacher=TEACHER)

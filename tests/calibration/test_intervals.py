@@ -40,6 +40,7 @@ def test_coverage(simulated, name):
     assert abs(np.mean(realised - expected)) < 0.5 * error
 
 
+@pytest.mark.slow
 def test_the_fitted_accuracy_is_optimistic_and_the_cross_fitted_one_is_not():
     fitted, crossed, fresh = [], [], []
     for seed in range(24):

@@ -174,6 +174,7 @@ def test_predict_names_bad_files_and_answers_the_others(
     assert "holds no image" in cli("predict", finished_run, tmp_path / "empty").stderr
 
 
+@pytest.mark.slow
 def test_the_driver_answers_image_files_as_predict_does(
     finished_run: Path, pictures: Path, tmp_path: Path, cli: Cli
 ) -> None:

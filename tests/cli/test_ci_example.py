@@ -28,6 +28,7 @@ def commands() -> list[str]:
     return [line for step in steps for line in step.get("run", "").splitlines() if not line.startswith(NOT_RUN)]
 
 
+@pytest.mark.slow
 def test_workflow_runs_and_shows_what_changed(checkout: Path) -> None:
     summary = checkout / "summary.md"
     ran = []

@@ -1,6 +1,8 @@
 """The recipes that end in bytes, from end to end on digits."""
 
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,39 +16,46 @@ STEPS = {
 }
 
 
+BUDGETS = {
+    "compress_static": ["--set=steps.0.recovery_epochs=1"],
+    "dynamic_int8": ["--set=steps.2.max_drop=null", "--set=steps.2.macs_ratio=0.9"],
+}
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    made = {name: tmp_path_factory.mktemp("bytes") / name for name in STEPS}
-    budgets = {
-        "compress_static": ["--set=steps.0.recovery_epochs=1"],
-        "dynamic_int8": ["--set=steps.2.max_drop=null", "--set=steps.2.macs_ratio=0.9"],
-    }
-    for name, out in made.items():
-        result = call("run", name, "--out", out, *FEW_IMAGES, *budgets[name])
+def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The finished run of a recipe."""
+
+    @functools.cache
+    def made(name: str) -> Path:
+        out = tmp_path_factory.mktemp("bytes") / name
+        result = call("run", name, "--out", out, *FEW_IMAGES, *BUDGETS[name])
         assert result.exit_code == 0, result.output
+        return out
+
     return made
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_weights_shrink_and_answers_stay(name: str, runs: dict[str, Path]) -> None:
-    rows = ledger_of(runs[name])
+@pytest.mark.fast("dynamic_int8")
+def test_weights_shrink_and_answers_stay(name: str, run: Callable[[str], Path]) -> None:
+    rows = ledger_of(run(name))
     assert [row["transform"] for row in rows] == ["static", *STEPS[name]]
     assert rows[-1]["size"] < 0.7 * rows[-2]["size"]  # so small a network is a third names and scales
     assert abs(rows[-1]["accuracy"] - rows[-2]["accuracy"]) <= 0.05
     assert rows[-1]["macs_ratio"] < 1
+    assert not list(run(name).rglob("checkpoint.pt"))
 
 
-def test_pruned_macs_stay_and_exits_are_solved_again(runs: dict[str, Path]) -> None:
-    static, dynamic = (ledger_of(runs[name]) for name in STEPS)
-    assert static[1]["macs_ratio"] <= 0.6
-    assert static[1]["macs"] == static[2]["macs"] == static[3]["macs"]
-    assert "calibrated again, as `calibrate` was before" in dynamic[-1]["notes"]
-    assert json.loads((runs["dynamic_int8"] / "manifest.json").read_text())["operating_point"]["name"].startswith(
-        "chosen-"
-    )
+@pytest.mark.slow
+def test_pruned_macs_stay(run: Callable[[str], Path]) -> None:
+    rows = ledger_of(run("compress_static"))
+    assert rows[1]["macs_ratio"] <= 0.6
+    assert rows[1]["macs"] == rows[2]["macs"] == rows[3]["macs"]
+    assert (run("compress_static") / "steps" / "1" / "round-1" / "metrics.jsonl").exists()
 
 
-def test_no_training_checkpoint_is_left(runs: dict[str, Path]) -> None:
-    for out in runs.values():
-        assert not list(out.rglob("checkpoint.pt"))
-    assert (runs["compress_static"] / "steps" / "1" / "round-1" / "metrics.jsonl").exists()
+def test_exits_are_solved_again(run: Callable[[str], Path]) -> None:
+    out = run("dynamic_int8")
+    assert "calibrated again, as `calibrate` was before" in ledger_of(out)[-1]["notes"]
+    assert json.loads((out / "manifest.json").read_text())["operating_point"]["name"].startswith("chosen-")

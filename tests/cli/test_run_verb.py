@@ -30,6 +30,7 @@ def test_ledger_is_printed_within_80_columns(finished_run: Path, cli: Cli) -> No
     assert "step 3 calibrate" not in result.stderr  # nothing was done twice
 
 
+@pytest.mark.slow
 def test_json_is_all_that_stdout_holds(finished_run: Path, cli: Cli) -> None:
     result = cli("run", "digits_exits", "--out", finished_run, "--resume", "--json", *TINY)
     found = json.loads(result.stdout)
@@ -82,6 +83,7 @@ def test_foreign_folder_is_refused_even_with_overwrite(tmp_path: Path, cli: Cli)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
+@pytest.mark.slow
 def test_overwrite_keeps_files_of_other_names_and_repeats_the_run(artifact: Path, cli: Cli) -> None:
     (artifact / "notes.txt").write_text("mine")
     before = ledger_of(artifact)

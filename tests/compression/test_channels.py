@@ -65,6 +65,7 @@ def odd(groups: list[ChannelGroup]) -> dict[str, list[int]]:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.fast("three", "squeeze", "concat", "recurrent gates", "option A")
 def test_removed_is_masked(name: str) -> None:
     network = NETWORKS[name]()
     if name == "option A":

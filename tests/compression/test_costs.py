@@ -28,6 +28,7 @@ def test_a_layer_a_hundred_times_cheaper_is_faster(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["eager", "onnxruntime"])
+@pytest.mark.fast("onnxruntime")
 def test_stopwatch_opens_gates_and_leaves_the_network_alone(backend: str) -> None:
     steps = [Exits(at=["layer1"], share=1.0, size=[16]), SkipGates(group=1)]
     network = convert(small_resnet(), steps, SmallResNet.shape).eval()

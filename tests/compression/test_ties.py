@@ -145,6 +145,7 @@ def test_groups_that_go_leave_a_layer_with_fewer_of_one_size() -> None:
     ("name", "together"),
     [("resnext50_32x4d", {4, 8, 16, 32}), ("regnet_y_400mf", {8}), ("shufflenet_v2_x0_5", {8})],
 )
+@pytest.mark.fast("shufflenet_v2_x0_5-together2")
 def test_torchvision_networks(name: str, together: set[int]) -> None:
     network = wrap(torchvision_network(name), (3, 32, 32))
     groups, lost = channel_groups(network)

@@ -361,6 +361,7 @@ COUNTS = {
 @pytest.mark.parametrize(
     ("name", "count"), only(["resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5"], COUNTS.items())
 )
+@pytest.mark.fast("resnet18-8", "mobilenet_v3_small-13")
 def test_torchvision_networks(name: str, count: int) -> None:
     side = 75 if name == "inception_v3" else 64
     assert_chains(torchvision_network(name), side, count)
@@ -384,6 +385,7 @@ def test_vgg_has_one_for_each_convolution() -> None:
         ("seresnet18", 8),  # its gates belong to the trunk
     ],
 )
+@pytest.mark.fast("seresnet18-8")
 def test_timm_networks(name: str, count: int) -> None:
     timm = pytest.importorskip("timm", reason="needs timm, whose networks are read")
     assert_chains(timm.create_model(name, pretrained=False, num_classes=10), 64, count)

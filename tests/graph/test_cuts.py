@@ -126,23 +126,25 @@ def test_a_parameter_used_twice_does_not_join_what_it_touches() -> None:
 
 
 class TestFindCut:
-    cuts = cuts_of(small_resnet(), SmallResNet.shape)
+    @pytest.fixture(scope="class")
+    def cuts(self) -> list[CutPoint]:
+        return cuts_of(small_resnet(), SmallResNet.shape)
 
-    def test_by_node_name(self) -> None:
-        assert [find_cut(self.cuts, cut.name) for cut in self.cuts] == self.cuts
+    def test_by_node_name(self, cuts: list[CutPoint]) -> None:
+        assert [find_cut(cuts, cut.name) for cut in cuts] == cuts
 
-    def test_by_module_path_the_last_inside(self) -> None:
-        assert find_cut(self.cuts, "layer2").module == "layer2.1"
-        assert find_cut(self.cuts, "layer2.0").module == "layer2.0"
+    def test_by_module_path_the_last_inside(self, cuts: list[CutPoint]) -> None:
+        assert find_cut(cuts, "layer2").module == "layer2.1"
+        assert find_cut(cuts, "layer2.0").module == "layer2.0"
 
-    def test_unknown_name_lists_near_ones(self) -> None:
-        near = self.cuts[3].name
+    def test_unknown_name_lists_near_ones(self, cuts: list[CutPoint]) -> None:
+        near = cuts[3].name
         with pytest.raises(DynamizeError, match=rf"'{near}x' is no cut point .*Did you mean .*{near}"):
-            find_cut(self.cuts, near + "x")
+            find_cut(cuts, near + "x")
 
-    def test_a_prefix_of_a_name_is_not_a_path(self) -> None:
+    def test_a_prefix_of_a_name_is_not_a_path(self, cuts: list[CutPoint]) -> None:
         with pytest.raises(DynamizeError, match="'layer' is no cut point"):
-            find_cut(self.cuts, "layer")
+            find_cut(cuts, "layer")
 
 
 def test_a_block_that_is_the_whole_network_has_no_cut_inside() -> None:

@@ -38,6 +38,7 @@ def assert_cuts_change_nothing(network: nn.Module, shape: tuple[int, ...], every
         ("mnasnet0_5", 64, 32),
     ],
 )
+@pytest.mark.fast("resnet18-64-9", "squeezenet1_1-64-18")
 def test_torchvision_networks(name: str, side: int, cuts: int) -> None:
     assert assert_cuts_change_nothing(torchvision_network(name), (3, side, side), every=3) == cuts
 

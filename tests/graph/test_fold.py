@@ -16,6 +16,7 @@ def norms(module: nn.Module) -> int:
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5"])
+@pytest.mark.fast("resnet18")
 def test_torchvision_networks_lose_every_norm_and_keep_their_answers(name: str) -> None:
     network = torchvision_network(name)
     fast, images = folded(trace(network, (3, 64, 64))), torch.randn(3, 3, 64, 64)

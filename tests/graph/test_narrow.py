@@ -261,6 +261,7 @@ def test_orders_that_lose_a_channel_are_refused(order: list[int]) -> None:
         "regnet_y_400mf",
     ],
 )
+@pytest.mark.fast("resnet18", "mobilenet_v3_small")
 def test_torchvision_networks(name: str) -> None:
     region = trace(torchvision_network(name), (3, 64, 64))
     images = torch.randn(2, 3, 64, 64)

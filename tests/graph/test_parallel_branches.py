@@ -167,6 +167,7 @@ def test_a_wrong_kernel_is_refused_and_nothing_changes() -> None:
 
 
 @pytest.mark.parametrize(("name", "blocks"), [("repvgg_a0", 22), ("mobileone_s0", 43)])
+@pytest.mark.fast("repvgg_a0-22")
 def test_networks_of_timm(name: str, blocks: int) -> None:
     timm = pytest.importorskip("timm", reason="needs timm, for networks that others re-parameterise")
     torch.manual_seed(0)

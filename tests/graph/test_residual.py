@@ -253,6 +253,7 @@ FAST = ["torchvision:resnet18", "torchvision:mobilenet_v3_small", "timm:resnetv2
 
 
 @pytest.mark.parametrize("name", only(FAST, NETWORKS))
+@pytest.mark.fast("torchvision:mobilenet_v3_small", "dynamize:cifar_resnet20")
 def test_known_architectures(name: str) -> None:
     traced = trace(network_of(name), (3, 64, 64))
     blocks = residual_blocks(traced)
@@ -275,6 +276,7 @@ def test_known_architectures(name: str) -> None:
         ("densenet121", {NO_SUM, CONCATENATED}),
     ],
 )
+@pytest.mark.fast("alexnet-reasons0", "squeezenet1_1-reasons2")
 def test_architectures_without_residuals(name: str, reasons: set[str]) -> None:
     with torch.device("meta"):  # without the classifier, whose random weights would take most of the time
         features = torchvision.models.get_model(name, weights=None).features
@@ -294,6 +296,7 @@ def test_architectures_without_residuals(name: str, reasons: set[str]) -> None:
         ("rexnet_100", {NO_SUM, IN_PART}),
     ],
 )
+@pytest.mark.fast("repvgg_a0-reasons0")
 def test_timm_networks_without_residuals(name: str, reasons: set[str]) -> None:
     traced = trace(network_of(f"timm:{name}"), (3, 64, 64))
     assert residual_blocks(traced) == []

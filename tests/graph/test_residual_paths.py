@@ -204,6 +204,9 @@ class TestKeepingInput:
         ("timm:resnetv2_50", "stages.0.blocks.0.conv3 stages.0.blocks.1.conv3 stages.1.blocks.3.conv3"),
     ],
 )
+@pytest.mark.fast(
+    "torchvision:mobilenet_v2-features.3.conv.3 features.15.conv.3", "dynamize:cifar_resnet20-layer1.0.bn2 layer3.0.bn2"
+)
 def test_a_block_with_a_silent_branch_is_its_bypass(name: str, last: str) -> None:
     network = network_of(name)
     for path in last.split():

@@ -65,6 +65,9 @@ CHANNELS = [(4, 8, 1), (4, 4, 1), (4, 8, 2), (6, 6, 3), (4, 4, 4), (4, 8, 4)]  #
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("channels", CHANNELS)
+@pytest.mark.fast(
+    "channels0-acnet", "channels1-dbb", "channels2-repvgg", "channels3-qarepvgg", "channels4-dbb", "channels5-acnet"
+)
 def test_every_form_on_every_convolution(form: Form, channels: tuple[int, int, int]) -> None:
     inputs, outputs, groups = channels
     images = torch.randn(3, inputs, 13, 12)

@@ -73,6 +73,9 @@ def test_nothing_changes_until_asked(
 @pytest.mark.parametrize(
     ("combine", "first", "second"), product(("last", "mean", "product"), (None, 2.0, 4.0), (None, 1.0, 5.0))
 )
+@pytest.mark.fast(
+    "last-2.0-1.0", "mean-None-5.0", "product-4.0-None", "product-2.0-5.0", "last-4.0-5.0", "mean-2.0-1.0"
+)
 def test_each_image_gets_the_answer_of_whom_it_needs(
     alone: dict[str, torch.nn.Module],
     network: DynamicNetwork,
@@ -91,6 +94,7 @@ def test_each_image_gets_the_answer_of_whom_it_needs(
 
 @pytest.mark.parametrize("backend", FLOAT32)
 @pytest.mark.parametrize("combine", ["last", "mean", "product"])
+@pytest.mark.fast("last-eager", "mean-onnxruntime", "product-eager")
 def test_backends_send_images_the_same_way(
     network: DynamicNetwork, images: Tensor, backend: str, combine: Joining
 ) -> None:

@@ -40,6 +40,9 @@ def test_a_traced_network_gives_the_same_answers_in_any_memory(kind: type[Flatte
 
 @EVERY
 @pytest.mark.parametrize("backend", FLOAT32)
+@pytest.mark.fast(
+    "eager-Flattening", "eager-ByStride", "eager-Fourier", "onnxruntime-Flattening", "onnxruntime-BySizeKeyword"
+)
 def test_backends(kind: type[Flattening], backend: str) -> None:
     network = build(kind)
     if backend != "eager" and kind.__name__ in ("ByStride", "ByBytes", "ComplexMap", "Fourier"):
@@ -49,6 +52,7 @@ def test_backends(kind: type[Flattening], backend: str) -> None:
 
 
 @EVERY
+@pytest.mark.fast("Flattening", "ByStride", "Fourier")
 def test_learning_from_a_module_and_measuring_it(kind: type[Flattening]) -> None:
     network, splits = build(kind), digit_splits(96)
     context = Context(data=splits, teacher=copy.deepcopy(network), backend="eager")
@@ -65,6 +69,7 @@ def test_learning_from_a_module_and_measuring_it(kind: type[Flattening]) -> None
 
 
 @pytest.mark.parametrize("kind", [Flattening, Fourier])
+@pytest.mark.fast("Flattening")
 def test_quantize(kind: type[Flattening]) -> None:
     network, splits = build(kind), digit_splits(96)
     quantized, _ = apply(with_exit(network), Quantize(), Context(data=splits, teacher=network))

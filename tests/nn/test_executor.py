@@ -32,6 +32,7 @@ def assert_same(found: Routed, wanted: Routed) -> None:
 
 @pytest.mark.parametrize("exits", EXITS)
 @pytest.mark.parametrize("fields", GATES)
+@pytest.mark.fast("fields0-exits1", "fields1-None", "fields2-exits2")
 def test_large_batches_go_through_the_units_in_parts(fields: dict, exits: dict | None) -> None:
     network, batch = gated_resnet(exits, **fields), images(16)
     split_exits(network, images(64))
@@ -58,6 +59,7 @@ def _most_rows(network: DynamicNetwork, batch: Tensor, unit: int, cache: int) ->
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("everyone", [False, True])
 @pytest.mark.parametrize("fields", GATES)
+@pytest.mark.fast("fields0-False-65536", "fields1-True-1", "fields2-True-65536", "fields3-False-1073741824")
 def test_no_answer_depends_on_the_cache(fields: dict, everyone: bool, cache: int) -> None:
     network, batch = gated_resnet({"chain": True}, **fields), images(31)
     split_exits(network, images(64))
@@ -84,6 +86,7 @@ def test_answers_are_those_of_masks_however_images_are_grouped(cache: int) -> No
 
 @pytest.mark.parametrize("chain", [False, True])
 @pytest.mark.parametrize("fields", GATES)
+@pytest.mark.fast("fields0-False", "fields2-True")
 def test_forced_options_are_by_image_while_images_leave(fields: dict, chain: bool) -> None:
     """Rows change places when images leave; what is forced does not."""
     network, batch = gated_resnet({"chain": chain}, **fields), images(31)
@@ -127,6 +130,7 @@ def test_some_units_are_forced_and_the_others_decide() -> None:
 
 @pytest.mark.parametrize("count", [0, 1, 4, 6])
 @pytest.mark.parametrize("name", ["exit.1", "layer1.1"])
+@pytest.mark.fast("exit.1-0", "layer1.1-6")
 def test_forced_options_for_other_images_are_refused(name: str, count: int) -> None:
     network = gated_resnet({}, keep_first=False)
     assert name in {one.name for one in network.decisions()}
@@ -138,6 +142,14 @@ def test_forced_options_for_other_images_are_refused(name: str, count: int) -> N
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("kind", ON_IMAGES)
+@pytest.mark.fast(
+    "relu-True-65536",
+    "exit after relu-False-65536",
+    "unit-True-65536",
+    "unit crop-True-1",
+    "exit unit-False-65536",
+    "exit unit crop-True-1073741824",
+)
 def test_the_images_are_never_written_to(kind: str, grad: bool, cache: int) -> None:
     network, batch = on_images(kind), images(16)
     kinds = [piece.effect for piece in network.row]
@@ -169,6 +181,7 @@ def test_settings_for_other_networks_are_refused() -> None:
 
 
 @pytest.mark.parametrize("option", [-2, 2, 7])
+@pytest.mark.fast("-2", "2")
 def test_an_option_that_a_decision_does_not_have_is_refused(option: int) -> None:
     network, batch = gated_resnet({}), images(4)
     for name in [decision.name for decision in network.decisions()]:

@@ -41,6 +41,7 @@ def images(count: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("fields", HEADS)
+@pytest.mark.fast("fields0", "fields2", "fields4")
 def test_with_exits_off_the_answers_are_bit_equal(fields: dict) -> None:
     network = small_resnet()
     dynamic = convert(network, [Exits.model_validate({"at": ["layer1", "layer2"], "share": 1.0} | fields)], (3, 16, 16))
@@ -53,6 +54,7 @@ def test_with_exits_off_the_answers_are_bit_equal(fields: dict) -> None:
     ("name", "head"),
     [("resnet18", "conv"), ("mobilenet_v2", "linear"), ("shufflenet_v2_x0_5", "conv"), ("squeezenet1_1", "linear")],
 )
+@pytest.mark.fast("mobilenet_v2-linear", "squeezenet1_1-linear")
 def test_torchvision_networks_are_bit_equal(name: str, head: str) -> None:
     network, batch = torchvision_network(name), torch.randn(2, 3, 64, 64)
     dynamic = convert(network, [Exits(count=3, head=head, share=0.3)], (3, 64, 64))
@@ -111,6 +113,7 @@ def assert_promise_2(dynamic: DynamicNetwork, batch: torch.Tensor) -> list[int]:
 
 
 @pytest.mark.parametrize("fields", HEADS)
+@pytest.mark.fast("fields0", "fields2", "fields4")
 def test_each_image_leaves_by_itself(fields: dict) -> None:
     dynamic = with_exits(**fields)
     for count in (2, 7, 64):
@@ -122,6 +125,7 @@ def test_each_image_leaves_by_itself(fields: dict) -> None:
 
 
 @pytest.mark.parametrize("fields", HEADS)
+@pytest.mark.fast("fields0", "fields3")
 def test_a_single_image_at_every_exit(fields: dict) -> None:
     dynamic = with_exits(**fields)
     scores = dense(dynamic, images(1)).scores_KN[:, 0].tolist()
@@ -144,6 +148,7 @@ def test_a_single_image_at_every_exit(fields: dict) -> None:
         ([None, None], 2),
     ],
 )
+@pytest.mark.fast("values0-0-fields0", "values2-2-fields1", "values4-2-fields1")
 def test_everyone_leaves_at_once_or_nobody(fields: dict, values: list, exit_index: int) -> None:
     dynamic = with_exits(**fields)
     set_thresholds(dynamic, values)
@@ -152,6 +157,7 @@ def test_everyone_leaves_at_once_or_nobody(fields: dict, values: list, exit_inde
 
 
 @pytest.mark.parametrize("chain", [False, True])
+@pytest.mark.fast("True")
 def test_an_exit_that_is_off_among_exits_that_are_on(chain: bool) -> None:
     dynamic = with_exits(at=["layer1.0", "layer1", "layer2"], chain=chain)
     split_at(dynamic, images(16), [0.3, 0.3, 0.3])

@@ -135,6 +135,7 @@ def made(name: str) -> DynamicNetwork:
 
 
 @ALL
+@pytest.mark.fast("own statistics")
 def test_pieces_share_what_they_compute_with(name: str) -> None:
     network = made(name)
     registered = {one.untyped_storage()._cdata for one in network.state_dict(keep_vars=True).values()}
@@ -144,6 +145,7 @@ def test_pieces_share_what_they_compute_with(name: str) -> None:
 
 
 @ALL
+@pytest.mark.fast("own statistics")
 def test_everything_moves_to_double_precision_and_back(name: str) -> None:
     network = made(name)
     given = batch(network, 12)
@@ -161,6 +163,7 @@ def test_everything_moves_to_double_precision_and_back(name: str) -> None:
 
 
 @ALL
+@pytest.mark.fast("own statistics")
 def test_everything_moves_to_another_device(name: str) -> None:
     network = made(name)
     places = sharing(network)
@@ -172,6 +175,7 @@ def test_everything_moves_to_another_device(name: str) -> None:
 
 
 @ALL
+@pytest.mark.fast("skip gates")
 def test_a_network_that_comes_back_from_meta_computes_with_what_is_loaded(name: str) -> None:
     network, given = made(name), batch(made(name), 12)
     places, wanted = sharing(network), run(network, given)
@@ -205,6 +209,7 @@ def test_a_deep_copy_shares_within_itself_and_nothing_with_the_first(name: str) 
 
 @ALL
 @pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.fast("True-skip gates", "False-own statistics")
 def test_loaded_weights_are_computed_with_everywhere(name: str, assign: bool) -> None:
     network, other = made(name), made(name)
     given = batch(network, 12)
@@ -270,6 +275,7 @@ CHANGES = [halve_data, halve, new_data, step, assigned, statistics, through_nump
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("own", only([True], [False, True]))
+@pytest.mark.fast("True-step", "True-through_numpy")
 def test_channel_gates_compute_with_the_weights_as_they_are(
     own: bool, change: Callable[[DynamicNetwork], None]
 ) -> None:

@@ -30,6 +30,7 @@ def run(network: DynamicNetwork, batch: Tensor) -> tuple[Tensor, Tensor, Tensor]
 
 @pytest.mark.parametrize("exits", EXITS)
 @pytest.mark.parametrize("fields", GATES)
+@pytest.mark.fast("fields0-None", "fields1-exits1", "fields2-exits2", "fields3-None")
 def test_each_image_runs_what_it_chose(fields: dict, exits: dict | None) -> None:
     network = gated_resnet(exits, **fields)
     costs = exit_costs(network)
@@ -71,6 +72,7 @@ def test_costs_by_hand() -> None:
 
 
 @pytest.mark.parametrize("fields", GATES)
+@pytest.mark.fast("fields0", "fields2")
 def test_a_block_sees_only_the_images_that_run_it(fields: dict) -> None:
     network, batch = gated_resnet(**fields), images(16)
     seen: list[list[int]] = []
@@ -97,6 +99,7 @@ def test_a_projection_runs_for_those_that_skip_its_block() -> None:
 
 
 @pytest.mark.parametrize("fields", GATES)
+@pytest.mark.fast("fields0", "fields2")
 def test_forced_decisions_win_over_the_gates(fields: dict) -> None:
     network, batch = gated_resnet(**fields), images(9)
     forced = torch.randint(0, 2, (9, len(network.changing)))
@@ -109,6 +112,7 @@ def test_forced_decisions_win_over_the_gates(fields: dict) -> None:
 
 
 @pytest.mark.parametrize("fields", GATES)
+@pytest.mark.fast("fields0", "fields2")
 def test_the_offset_opens_and_closes_all_gates(fields: dict) -> None:
     network, batch = gated_resnet(**fields), images(5)
     set_offset(network, ALL_OPEN)
@@ -155,6 +159,7 @@ def test_choices_line_up_with_the_images(chain: bool) -> None:
 
 @pytest.mark.parametrize("fields", GATES)
 @pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.fast("False-fields0", "True-fields2")
 def test_the_images_are_not_overwritten(fields: dict, grad: bool) -> None:
     network, batch = gated_resnet({"at": ["stem", "layer1"]}, **fields), images(8)
     split_exits(network, batch)
@@ -167,6 +172,7 @@ def test_the_images_are_not_overwritten(fields: dict, grad: bool) -> None:
 
 @pytest.mark.parametrize("exits", EXITS)
 @pytest.mark.parametrize("fields", GATES)
+@pytest.mark.fast("fields0-exits1", "fields2-None")
 def test_eval_mode_with_autograd_answers_alike_and_gives_gradients(fields: dict, exits: dict | None) -> None:
     network, batch = gated_resnet(exits, **fields), images(12)
     split_exits(network, images(64))
@@ -191,6 +197,7 @@ def _one_by_one(network: DynamicNetwork, batch: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("fields", GATES)
+@pytest.mark.fast("fields0", "fields2")
 def test_an_empty_batch_gives_an_empty_answer(fields: dict) -> None:
     network = gated_resnet({}, **fields)
     for thresholds in ([None, None], [0.0, 0.0]):
@@ -202,6 +209,7 @@ def test_an_empty_batch_gives_an_empty_answer(fields: dict) -> None:
 
 
 @pytest.mark.parametrize("fields", GATES)
+@pytest.mark.fast("fields0", "fields2")
 def test_double_precision(fields: dict) -> None:
     network = convert(small_resnet().double(), [SkipGates.model_validate({"group": 1} | fields)], SmallResNet.shape)
     batch = images(9).double()
@@ -216,6 +224,7 @@ def test_double_precision(fields: dict) -> None:
 
 
 @pytest.mark.parametrize("fields", GATES)
+@pytest.mark.fast("fields1")
 def test_channels_last(fields: dict) -> None:
     network, batch = gated_resnet({}, **fields), images(9)
     split_exits(network, images(64))
@@ -228,6 +237,7 @@ def test_channels_last(fields: dict) -> None:
 
 
 @pytest.mark.parametrize("fields", GATES)
+@pytest.mark.fast("fields1")
 def test_autocast(fields: dict) -> None:
     network, batch = gated_resnet({}, **fields), images(16)
     split_exits(network, images(64))
@@ -278,6 +288,7 @@ def test_a_compiled_network_is_not_trained() -> None:
 
 
 @pytest.mark.parametrize("left", ["nobody", "some", "all are answered"])
+@pytest.mark.fast("some")
 def test_means_from_before_a_block_are_not_read_behind_it(left: str) -> None:
     """A block that part of the images run hands on no means where an exit comes next; if nobody leaves there, the unit
     behind reads the features, not what the gate of the block has read."""

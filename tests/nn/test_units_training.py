@@ -18,6 +18,7 @@ from dynamize.transforms import ChannelGates, SkipGates
 
 
 @pytest.mark.parametrize("fields", GATES)
+@pytest.mark.fast("fields0", "fields2")
 def test_training_leaves_decisions_with_gradients_and_can_be_copied(fields: dict) -> None:
     network, batch = gated_resnet(**fields).train(), images(8)
     found = network(batch)
@@ -149,6 +150,7 @@ def test_moving_a_network_moves_the_tables_of_its_channel_gates() -> None:
 
 
 @pytest.mark.parametrize("fields", GATES)
+@pytest.mark.fast("fields0", "fields2")
 def test_training_on_one_image(fields: dict) -> None:
     network = gated_resnet(**fields).train()
     before = {name: value.clone() for name, value in network.state_dict().items() if ".gate." in name}

@@ -35,6 +35,7 @@ def images() -> torch.Tensor:
 
 
 @pytest.mark.parametrize("fields", [{"chain": True}, {"head": "linear"}, {"head": "tail", "size": [0, 0]}])
+@pytest.mark.fast("fields0")
 def test_the_same_answers(fields: dict) -> None:
     network = in_bytes(with_exits(**fields))
     exchanging = copy.deepcopy(network)
@@ -50,6 +51,7 @@ def test_the_same_answers(fields: dict) -> None:
 
 
 @pytest.mark.parametrize("fields", [{"chain": True}, {"chain": False}])
+@pytest.mark.fast("fields0")
 def test_on_onnx_runtime(fields: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[list[torch.Tensor]] = []
     load = OnnxRuntime.load

@@ -41,6 +41,7 @@ def images(count: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("backend", FLOAT32)
 @pytest.mark.parametrize("fields", HEADS)
+@pytest.mark.fast("fields0-eager", "fields2-onnxruntime")
 def test_same_answers_and_routing_for_any_batch_size(backend: str, fields: dict) -> None:
     dynamic = with_exits(**fields)
     compiled = compile_network(dynamic, backend)
@@ -59,6 +60,7 @@ def test_same_answers_and_routing_for_any_batch_size(backend: str, fields: dict)
 
 @pytest.mark.parametrize("backend", FLOAT32)
 @pytest.mark.parametrize("name", only(["resnet18"], ["resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5"]))
+@pytest.mark.fast("resnet18-onnxruntime")
 def test_torchvision_networks_with_exits_on_and_off(backend: str, name: str) -> None:
     network, batch = torchvision_network(name), torch.randn(5, 3, 64, 64)
     dynamic = convert(network, [Exits(count=2)], (3, 64, 64))
@@ -74,6 +76,7 @@ def test_torchvision_networks_with_exits_on_and_off(backend: str, name: str) -> 
 
 @pytest.mark.parametrize("backend", FLOAT32)
 @pytest.mark.parametrize("chain", [False, True])
+@pytest.mark.fast("False-eager", "True-onnxruntime")
 def test_an_exit_that_is_off(backend: str, chain: bool) -> None:
     dynamic = with_exits(chain=chain)
     compiled = compile_network(dynamic, backend)
@@ -135,6 +138,7 @@ def test_a_static_network(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", FLOAT32)
 @pytest.mark.parametrize("training", [True, False])
+@pytest.mark.fast("True-eager", "False-onnxruntime")
 def test_compiling_changes_nothing_in_the_network(backend: str, training: bool) -> None:
     dynamic = with_exits().train(training)
     before = {name: value.clone() for name, value in dynamic.state_dict().items()}
@@ -191,6 +195,14 @@ def test_double_precision_runs_eagerly_and_is_refused_by_onnxruntime() -> None:
 
 @pytest.mark.parametrize("backend", FLOAT32)
 @pytest.mark.parametrize("kind", ON_IMAGES)
+@pytest.mark.fast(
+    "relu-eager",
+    "exit after relu-onnxruntime",
+    "unit-eager",
+    "unit crop-onnxruntime",
+    "exit unit-eager",
+    "exit unit crop-onnxruntime",
+)
 def test_the_images_are_never_written_to(backend: str, kind: str) -> None:
     network, batch = on_images(kind), images(16)
     compiled = compile_network(network, backend)

@@ -42,6 +42,7 @@ def every_combination(exits: Sequence[dict | None], fast: tuple[dict | None, dic
 
 
 @pytest.mark.parametrize(("backend", "exits", "fields"), every_combination(EXITS, (EXITS[-1], GATES[0])))
+@pytest.mark.fast("eager-exits5-fields5", "onnxruntime-None-fields9", "onnxruntime-exits15-fields15")
 def test_same_answers_and_routing_for_any_batch_size(backend: str, exits: dict | None, fields: dict) -> None:
     network = gated_resnet(exits, **fields)
     split_exits(network, images(64))
@@ -66,6 +67,7 @@ def test_same_answers_and_routing_for_any_batch_size(backend: str, exits: dict |
 
 
 @pytest.mark.parametrize("exits", EXITS)
+@pytest.mark.fast("exits1")
 def test_eager_executes_what_was_chosen(exits: dict | None) -> None:
     network = gated_resnet(exits, keep_first=False)
     split_exits(network, images(64))
@@ -100,6 +102,7 @@ def test_onnxruntime_runs_each_way_for_those_that_chose_it(monkeypatch: pytest.M
 
 @pytest.mark.parametrize("backend", FLOAT32)
 @pytest.mark.parametrize("gate", only(["conv"], ["linear", "conv"]))
+@pytest.mark.fast("conv-onnxruntime")
 def test_a_torchvision_network(backend: str, gate: str) -> None:
     network, batch = torchvision_network("mobilenet_v3_small"), torch.randn(6, 3, 32, 32)
     dynamic = convert(network, [SkipGates.model_validate({"gate": gate, "group": 1})], (3, 32, 32))
@@ -145,6 +148,7 @@ def test_forced_paths(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", FLOAT32)
 @pytest.mark.parametrize("fields", GATES)
+@pytest.mark.fast("fields0-eager", "fields1-onnxruntime")
 def test_weights_are_frozen_and_the_network_is_left_alone(backend: str, fields: dict) -> None:
     network, batch = gated_resnet({}, **fields).train(), images(6)
     before = {name: value.clone() for name, value in network.state_dict().items()}
@@ -164,6 +168,7 @@ def test_weights_are_frozen_and_the_network_is_left_alone(backend: str, fields: 
 
 @pytest.mark.parametrize("backend", FLOAT32)
 @pytest.mark.parametrize("fields", GATES)
+@pytest.mark.fast("fields0-eager", "fields1-onnxruntime")
 def test_the_images_are_not_overwritten(backend: str, fields: dict) -> None:
     network, batch = gated_resnet({"at": ["stem", "layer1"]}, **fields), images(8)
     split_exits(network, batch)
@@ -193,6 +198,7 @@ def test_a_batch_that_leaves_early_has_a_column_for_every_unit(backend: str) -> 
 
 
 @pytest.mark.parametrize(("backend", "exits", "fields"), every_combination(EXITS[-1:], (EXITS[-1], GATES[-1])))
+@pytest.mark.fast("eager-exits0-fields0", "onnxruntime-exits4-fields4")
 def test_no_answer_depends_on_the_cache(backend: str, exits: dict, fields: dict) -> None:
     network, batch = gated_resnet(exits, **fields), images(31)
     split_exits(network, images(64))
@@ -209,6 +215,7 @@ def test_no_answer_depends_on_the_cache(backend: str, exits: dict, fields: dict)
 
 
 @pytest.mark.parametrize(("backend", "exits", "fields"), every_combination(EXITS[-1:], (EXITS[-1], GATES[-1])))
+@pytest.mark.fast("eager-exits1-fields1", "onnxruntime-exits5-fields5")
 def test_forced_options_are_by_image_while_images_leave(backend: str, exits: dict, fields: dict) -> None:
     network, batch = gated_resnet(exits, **fields), images(31)
     forced = torch.randint(0, 2, (31, len(network.changing)), generator=torch.Generator().manual_seed(5))

@@ -109,6 +109,7 @@ def parts_images(taken: dict[str, Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("name", ["skip_gates", "quantized"])
+@pytest.mark.fast("skip_gates")
 def test_artifacts_answer_without_torch_as_with_it(name: str, pictures: Tensor, python: Path, tmp_path: Path) -> None:
     made = dz.load(SAVED / name)
     assert made.operating_points is not None
@@ -128,6 +129,7 @@ def test_the_other_artifacts_too(name: str, pictures: Tensor, python: Path, tmp_
 
 
 @pytest.mark.parametrize("fields", GATES[1:], ids=lambda fields: fields["gate"])
+@pytest.mark.fast("recurrent")
 def test_gates_of_all_kinds_with_exits_between(fields: dict[str, Any], python: Path, tmp_path: Path) -> None:
     made, images = gated_resnet({}, **fields).eval(), resnet_images(64)
     split_exits(made, images)
@@ -144,6 +146,7 @@ def test_gates_of_all_kinds_with_exits_between(fields: dict[str, Any], python: P
         pytest.param("product", "top_probability", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_cascades_whose_members_have_exits(
     combine: str, confidence: str, pictures: Tensor, python: Path, tmp_path: Path
 ) -> None:

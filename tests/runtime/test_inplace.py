@@ -135,6 +135,7 @@ def test_left_alone(module: nn.Module, outputs: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small"])
+@pytest.mark.fast("mobilenet_v3_small")
 def test_a_gated_network(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[InPlace] = []
     monkeypatch.setattr(onnxruntime, "InPlace", lambda *given: made.append(InPlace(*given)) or made[-1])

@@ -131,6 +131,7 @@ def test_a_machine_without_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "step", [Exits(at=["layer1.0", "layer2.0"], share=0.3), SkipGates(group=1)], ids=["exits", "gates"]
 )
+@pytest.mark.fast("gates")
 def test_parts_of_a_network_hand_each_other_blocks(step: Transform, monkeypatch: pytest.MonkeyPatch) -> None:
     """All but the images, which come plain, and the logits."""
     exchanged: list[set[str]] = []

@@ -28,6 +28,7 @@ def session(model: onnx.ModelProto, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize("gates", [False, True])
+@pytest.mark.fast("False")
 def test_an_answer_stays_when_the_next_batch_is_answered(gates: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[list[Tensor]] = []
     kept: list[list[Tensor]] = []
@@ -192,6 +193,7 @@ def test_what_is_large_has_one_model_for_batches(monkeypatch: pytest.MonkeyPatch
             assert models.last(shaped, 4, bytes_each) == (2, None, 4)
 
 
+@pytest.mark.slow
 def test_batches_filled_up_are_answered_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gates and exits leave batches of all sizes; 35 images after 64 leave rows of theirs in the model for 36."""
     monkeypatch.setattr(openvino, "_OFTEN", 1)  # every size has a model

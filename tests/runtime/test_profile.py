@@ -17,6 +17,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("backend", ["eager", "onnxruntime"])
+@pytest.mark.fast("eager")
 def test_timing_leaves_the_gates_where_they_stand(backend: str) -> None:
     network = gated_resnet({})
     set_offset(network, 0.5)
@@ -32,6 +33,7 @@ def test_timing_leaves_the_gates_where_they_stand(backend: str) -> None:
 
 @pytest.mark.parametrize("chain", [False, True])
 @pytest.mark.parametrize("ungated", [False, True])
+@pytest.mark.fast("False-True", "True-False")
 def test_gates_are_timed_against_the_network_without(
     chain: bool, ungated: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,6 +23,7 @@ def run(code: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("code", ["ours(); mine(); ours(); mine(); ours('shared'); ours()"])
+@pytest.mark.slow
 def test_beside_sessions_of_the_user_s_own(code: str) -> None:
     done = run(code)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -56,6 +56,16 @@ HOW = ["refuses", "raises", "one value", "single images", "off by a hundredth", 
 
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("network", [with_exits, lambda: with_exits(chain=True), lambda: gated_resnet({})])
+@pytest.mark.fast(
+    "with_exits-refuses",
+    "with_exits-raises",
+    "with_exits-one value",
+    "with_exits-single images",
+    "with_exits-off by a hundredth",
+    "with_exits-not finite",
+    "<lambda>0-single images",
+    "<lambda>1-raises",
+)
 def test_right_answers_from_a_broken_backend(how: str, network: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     spoil(how, monkeypatch)
     dynamic = network()
@@ -132,6 +142,18 @@ WRONG = {
 
 @pytest.mark.parametrize("backend", ["eager", "onnxruntime"])
 @pytest.mark.parametrize("kind", WRONG)
+@pytest.mark.fast(
+    "one image-eager",
+    "channels-onnxruntime",
+    "channels last-eager",
+    "size-onnxruntime",
+    "double-eager",
+    "bytes-onnxruntime",
+    "numpy-eager",
+    "a list-eager",
+    "nothing-eager",
+    "another device-eager",
+)
 def test_images_that_do_not_fit_are_refused_in_words(kind: str, backend: str) -> None:
     compiled, (spoil, words) = compile_network(with_exits(), backend), WRONG[kind]
     with pytest.raises(DynamizeError, match=words):

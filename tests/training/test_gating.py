@@ -114,6 +114,7 @@ def test_gates_that_skip_or_run_are_drawn_at_random_for_longer(asked: str, wante
 
 
 @pytest.mark.parametrize("exits", [None, {"head": "linear"}, {"head": "linear", "chain": True}])
+@pytest.mark.fast("exits1")
 def test_the_loss_counts_what_is_executed(exits: dict | None) -> None:
     """With all images going to the end: the mean cost that the loss sees is that of the choices, as counted."""
     network, batch = gated_resnet(exits, keep_first=False), images(8)
@@ -131,6 +132,7 @@ def test_the_loss_counts_what_is_executed(exits: dict | None) -> None:
 
 
 @pytest.mark.parametrize("gate", ["linear", "conv", "recurrent"])
+@pytest.mark.fast("linear", "recurrent")
 def test_gradients_reach_every_gate_and_lead_towards_the_target(gate: str) -> None:
     """Above the target open paths lose score, below it they win; at the target nothing moves."""
     network = convert(small_resnet(), [SkipGates.model_validate({"gate": gate, "group": 1})], SmallResNet.shape)

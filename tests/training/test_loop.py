@@ -68,6 +68,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(splits: Splits) 
 
 
 @pytest.mark.parametrize(("steps", "epoch", "step"), [(7, 0, 6), (10, 1, 0), (17, 1, 6), (11, 1, 0)])
+@pytest.mark.fast("7-0-6", "17-1-6")
 def test_killed_and_resumed_gives_the_bits_of_an_uninterrupted_run(
     splits: Splits, tmp_path: Path, often: None, steps: int, epoch: int, step: int
 ) -> None:

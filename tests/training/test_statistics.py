@@ -134,6 +134,7 @@ def assert_as_in_training(network: DynamicNetwork, batch: Tensor) -> None:
 
 
 @pytest.mark.parametrize("exits", [None, {}])
+@pytest.mark.fast("exits1")
 def test_shared_ones_are_those_of_training(exits: dict | None, monkeypatch: pytest.MonkeyPatch) -> None:
     for network in (channels(), gated_resnet(exits)):
         estimate(network, images(), "all", monkeypatch)

@@ -73,6 +73,7 @@ def test_smaller_images_and_smaller_copies(net: torch.nn.Module, context: Contex
     assert torch.equal(dz.load(tmp_path)(images), network(images))
 
 
+@pytest.mark.slow
 def test_a_cascade_in_bytes(net: torch.nn.Module, context: Context, tmp_path: Path) -> None:
     """Every network of it has ranges of its own, from images; thresholds are solved again."""
     context = replace(context, teacher=net)

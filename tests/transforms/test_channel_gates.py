@@ -70,6 +70,7 @@ def gated(make: Callable[[], nn.Module]) -> DynamicNetwork:
 
 
 @pytest.mark.parametrize("make", GROUPED)
+@pytest.mark.fast("eight groups", "squeeze and excitation", "instance norm")
 def test_nothing_changes_until_channels_are_left_out(make: Callable[[], nn.Module]) -> None:
     network = gated(make)
     assert len(network.changing) == 3
@@ -78,6 +79,7 @@ def test_nothing_changes_until_channels_are_left_out(make: Callable[[], nn.Modul
 
 
 @pytest.mark.parametrize("make", GROUPED)
+@pytest.mark.fast("two groups", "squeeze and excitation", "group norm")
 def test_left_out_means_not_executed_and_answers_like_masks(make: Callable[[], nn.Module]) -> None:
     network = scatter(gated(make), images(64))
     units = network.changing
@@ -125,6 +127,7 @@ def test_a_refusal_says_that_channels_are_too_few() -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 1, 17, 29])  # norms called as functions, weight norm old and new, standardised
+@pytest.mark.fast("29")
 def test_channels_behind_computed_weights_are_split(seed: int, tmp_path: Path) -> None:
     drawn = random_network(seed)
     images = torch.randn(2, *drawn.input_shape)

@@ -145,12 +145,14 @@ class TestNarrowShares:
     @pytest.mark.parametrize("share", [0.3, 0.1, 0.03])
     @pytest.mark.parametrize("at", [["stem"], ["stem", "layer1.0", "layer2"]])
     @pytest.mark.parametrize("chain", [False, True])
+    @pytest.mark.fast("False-at0-0.1", "False-at1-0.03", "True-at0-0.03", "True-at1-0.1")
     def test_by_hand(self, share: float, at: list[str], chain: bool) -> None:
         dynamic = exits(at=at, share=share, chain=chain)
         assert sum(head_macs(dynamic)) <= share * TOTAL * 1.0001
         assert replay(small_resnet(), dynamic.history, SmallResNet.shape).history == dynamic.history
 
     @pytest.mark.parametrize("head", ["linear", "conv"])
+    @pytest.mark.fast("linear")
     def test_auto_leaves_out_places_whose_heads_do_not_fit(self, head: str) -> None:
         network = torchvision.models.mobilenet_v3_small(num_classes=10)
         dynamic = convert(network, [Exits(head=head, count=2)], (3, 224, 224))
@@ -182,6 +184,7 @@ STEPS = [
 
 @pytest.mark.parametrize("fields", STEPS)
 @pytest.mark.parametrize("training", [False, True])
+@pytest.mark.fast("False-fields0", "True-fields1")
 def test_history_and_state_rebuild_the_network_without_data(fields: dict, training: bool) -> None:
     first = exits(**fields)
     with torch.no_grad():
@@ -200,6 +203,7 @@ def test_history_and_state_rebuild_the_network_without_data(fields: dict, traini
 
 
 @pytest.mark.parametrize("fields", STEPS)
+@pytest.mark.fast("fields0", "fields1")
 def test_resolving_is_stable(fields: dict) -> None:
     once = resolved(**fields)
     assert "auto" not in (once["at"], once["size"])

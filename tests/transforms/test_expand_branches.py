@@ -40,6 +40,7 @@ def assert_same_in_both_modes(found: nn.Module, wanted: nn.Module, batch: Tensor
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.fast("acnet", "dbb")
 def test_the_small_resnet_answers_and_trains_as_before(form: Form) -> None:
     network = small_resnet()
     expanded = convert(network, [ExpandBranches(form=form)], SmallResNet.shape)
@@ -49,6 +50,7 @@ def test_the_small_resnet_answers_and_trains_as_before(form: Form) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.fast("repvgg")
 def test_torchvision_networks_answer_and_train_as_before(form: Form) -> None:
     network = torchvision_network("mobilenet_v3_small")
     expanded = convert(network, [ExpandBranches(form=form)], (3, 64, 64))
@@ -111,6 +113,7 @@ def test_macs_are_counted_anew() -> None:
 
 class TestConvertedNetworks:
     @pytest.mark.parametrize("form", FORMS)
+    @pytest.mark.fast("dbb")
     def test_exits_stay_where_they_are(self, form: Form) -> None:
         network = with_exits()
         expanded, _ = apply(copy.deepcopy(network), ExpandBranches(form=form), Context())

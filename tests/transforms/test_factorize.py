@@ -143,6 +143,7 @@ def test_latency_ratio_follows_the_clock(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("backend", ["eager", "onnxruntime"])
+@pytest.mark.fast("onnxruntime")
 def test_backends_compute_products(backend: str) -> None:
     network = untimed(small_resnet(), SmallResNet.shape, energy=0.3)
     images = torch.randn(2, *SmallResNet.shape)
@@ -159,6 +160,7 @@ STEPS = {
 
 
 @pytest.mark.parametrize("name", STEPS)
+@pytest.mark.fast("exits and gates")
 def test_composes_and_comes_back(name: str, tmp_path: Path) -> None:
     network = untimed(small_resnet(), SmallResNet.shape, *STEPS[name], energy=0.5)
     for target, ranks in network.history[-1]["layers"].items():

@@ -36,6 +36,7 @@ def images(count: int = 16) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small"])
+@pytest.mark.fast("mobilenet_v3_small")
 def test_torchvision_networks(name: str) -> None:
     network = torchvision_network(name)
     folded = convert(network, [FoldBatchnorm()], (3, 64, 64))

@@ -163,6 +163,7 @@ class TestForeignBlocks:
     @pytest.mark.parametrize(
         ("name", "blocks"), [("repvgg_a0", 22), pytest.param("mobileone_s0", 43, marks=pytest.mark.slow)]
     )
+    @pytest.mark.fast("repvgg_a0-22")
     def test_timm(self, name: str, blocks: int) -> None:
         timm = pytest.importorskip("timm", reason="needs timm, for networks that others re-parameterise")
         network = randomise_norms(timm.create_model(name, num_classes=5)).eval()
@@ -191,6 +192,7 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
         convert(small_resnet(), [ExpandBranches(), FuseBranches()], SmallResNet.shape)
 
 
+@pytest.mark.slow
 def test_expand_distill_fuse_and_back_from_an_artifact(tmp_path: Path) -> None:
     """The whole chain, loaded by a process of its own."""
     torch.manual_seed(0)

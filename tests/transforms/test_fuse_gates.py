@@ -117,6 +117,7 @@ class TestWhichGates:
         ("tolerance", "time", "gate_us", "path"),
         [(100, True, 1, 0), (100, True, 999, 0), (0.1, True, 1, None), (0.1, True, 999, 1), (0.1, False, 999, None)],
     )
+    @pytest.mark.fast("100-True-1-0", "0.1-True-1-None", "0.1-True-999-1")
     def test_a_cheaper_path_for_all_must_not_cost_accuracy(
         self, tolerance: float, time: bool, gate_us: float, path: int | None, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -192,6 +193,7 @@ PATHS = [
 class TestAnswers:
     @pytest.mark.parametrize("paths", PATHS)
     @pytest.mark.parametrize(("exits", "backend"), [(None, "eager"), ({}, "eager"), ({"chain": True}, "onnxruntime")])
+    @pytest.mark.fast("None-eager-paths0", "exits1-eager-paths1", "exits1-eager-paths3", "exits2-onnxruntime-paths2")
     def test_as_if_the_gates_had_decided_so(self, exits: dict | None, backend: str, paths: dict) -> None:
         network, batch = always(gated_resnet(exits), paths), images(16)
         split_exits(network, images(64))
@@ -208,6 +210,7 @@ class TestAnswers:
         assert len(one.leaving) == (0 if exits is None else 2)
 
     @pytest.mark.parametrize("path", [0, 1, 2])
+    @pytest.mark.fast("0", "2")
     def test_widths(self, path: int) -> None:
         network, batch = channels(4), images(16)
         paths = {unit.label: min(path, len(unit.path_macs) - 1) for unit in network.changing[::2]}
@@ -285,6 +288,7 @@ class TestAnswers:
 
 class TestComesBack:
     @pytest.mark.parametrize("paths", PATHS)
+    @pytest.mark.fast("paths0", "paths3")
     def test_an_artifact(self, paths: dict, tmp_path: Path) -> None:
         network, batch = fused(gated_resnet({"chain": True}), paths), images(9)
         split_exits(network, images(32)) if network.changing else None

@@ -74,6 +74,7 @@ def test_without_data_or_teacher_they_say_what_to_give(step: Transform, context:
 
 
 @both
+@pytest.mark.fast("hybrid_gates")
 def test_without_gates_they_say_so_or_leave_alone_what_was_fused(step: Transform, context: Context) -> None:
     with pytest.raises(DynamizeError, match=f"{step.pass_name}: the network has no gates: put `skip_gates`"):
         apply(wrap(GatedDigitNet().eval(), SHAPE), step, context)
@@ -85,6 +86,7 @@ def test_without_gates_they_say_so_or_leave_alone_what_was_fused(step: Transform
 
 
 @both
+@pytest.mark.fast("hybrid_gates")
 def test_the_same_seed_gives_the_same_bits(step: Transform, context: Context) -> None:
     first = refined(step, context)
     torch.rand(7)
@@ -95,6 +97,7 @@ def test_the_same_seed_gives_the_same_bits(step: Transform, context: Context) ->
 
 
 @pytest.mark.parametrize(("step", "steps"), [(SHORT[0], 13), (SHORT[1], 7), (SHORT[1], 14), (SHORT[1], 33)])
+@pytest.mark.fast("step0-13", "step2-14")
 def test_killed_and_resumed_gives_the_bits_of_an_uninterrupted_run(
     step: Transform, steps: int, context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,6 +111,7 @@ def test_killed_and_resumed_gives_the_bits_of_an_uninterrupted_run(
 
 
 @pytest.mark.parametrize("step", LONGER, ids=lambda step: step.pass_name)
+@pytest.mark.fast("hybrid_gates")
 def test_they_stay_accurate_and_save_macs(step: Transform) -> None:
     data = digit_splits(None)
     network = gated_digits()

@@ -64,6 +64,7 @@ def test_macs_ratio_is_met_and_hardly_more() -> None:
 
 
 @pytest.mark.parametrize("target", [0.6, 0.8])
+@pytest.mark.fast("0.6")
 def test_no_more_groups_of_one_width_are_narrowed_than_it_takes(target: float) -> None:
     """All blocks of a stage would go from 16 to 8 channels together, and the MACs to half of what is asked."""
     torch.manual_seed(0)
@@ -107,6 +108,7 @@ def test_widths_are_what_the_backend_likes(backend: str, multiple: int) -> None:
 
 
 @pytest.mark.parametrize("target", [{"macs_ratio": 0.6}, {"ratio": 0.5}])
+@pytest.mark.fast("target1")
 def test_a_narrow_network_gets_smaller_multiples_and_says_so(target: dict[str, float]) -> None:
     network = wrap(small_resnet(), SmallResNet.shape)
     macs = whole_macs(network)
@@ -120,6 +122,7 @@ def test_a_narrow_network_gets_smaller_multiples_and_says_so(target: dict[str, f
 
 
 @pytest.mark.parametrize("seed", [25, 29])  # norms called as functions, standardised weights
+@pytest.mark.fast("29")
 def test_channels_behind_computed_weights_go(seed: int) -> None:
     drawn = random_network(seed)
     network = wrap(drawn.network, drawn.input_shape)
@@ -156,6 +159,7 @@ STEPS = {
 
 
 @pytest.mark.parametrize("name", STEPS)
+@pytest.mark.fast("chained exits", "recurrent gates")
 def test_composes_and_comes_back(name: str, tmp_path: Path) -> None:
     network = pruned(small_resnet(), SmallResNet.shape, *STEPS[name], ratio=0.5)
     costs = exit_costs(network)
@@ -174,6 +178,7 @@ def test_composes_and_comes_back(name: str, tmp_path: Path) -> None:
     exit_logits(network.train()(images))[0].sum().backward()
 
 
+@pytest.mark.slow
 def test_gates_after_pruning() -> None:
     network = convert(
         small_resnet(), [Prune(ratio=0.5, round_to=4), SkipGates(group=1), Exits(at=["layer2"], share=1.0)], (3, 16, 16)
@@ -184,6 +189,7 @@ def test_gates_after_pruning() -> None:
     assert narrow.changing
 
 
+@pytest.mark.slow
 def test_fresh_process_without_torch_pruning(tmp_path: Path) -> None:
     source = randomise_norms(create("digits_resnet")).eval()
     network = pruned(source, (1, 8, 8), Exits(at=["layer1"], share=1.0), ratio=0.5)

@@ -338,6 +338,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow
 def test_comes_back_in_another_process(trained: DynamicNetwork, data: Splits, tmp_path: Path) -> None:
     network, _ = apply(copy.deepcopy(trained), Quantize(keep_float=["a"]), context(data))
     artifact.save(network, tmp_path / "artifact")
@@ -381,6 +382,7 @@ def test_needs_images() -> None:
         convert(DigitNet().eval(), [Quantize()], SHAPE)
 
 
+@pytest.mark.slow
 def test_neural_compressor(trained: DynamicNetwork, data: Splits) -> None:
     """Of one batch it takes the least and largest values, as `minmax` does; of several a moving average."""
     prepared = prepare(trained)
@@ -401,6 +403,7 @@ def test_neural_compressor(trained: DynamicNetwork, data: Splits) -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 1])  # norms called as functions, a mean to a learnt power; weight norm, a grid
+@pytest.mark.fast("1")
 def test_networks_of_strangers_compute_in_bytes(seed: int, tmp_path: Path) -> None:
     drawn = random_network(seed)
     images = torch.randn(96, *drawn.input_shape)

@@ -63,6 +63,7 @@ def equal(network: DynamicNetwork, state: dict[str, Tensor]) -> bool:
         ((0.5, 0.4, 0.3), "shared"),
     ],
 )
+@pytest.mark.fast("accuracies0-widths", "accuracies2-recalibrated", "accuracies3-shared")
 def test_the_best_statistics_are_kept(accuracies: tuple, kept: str, monkeypatch: pytest.MonkeyPatch) -> None:
     judged(monkeypatch, *accuracies)
     network, batch = gated(), images(8)
@@ -90,6 +91,7 @@ def test_the_best_statistics_are_kept(accuracies: tuple, kept: str, monkeypatch:
 
 
 @pytest.mark.parametrize("statistics", ["recalibrated", "widths"])
+@pytest.mark.fast("recalibrated")
 def test_each_is_estimated_from_where_the_network_stood(statistics: str, monkeypatch: pytest.MonkeyPatch) -> None:
     judged(monkeypatch, 0.1, 0.9 if statistics == "recalibrated" else 0.1, 0.8)
     among_others, _ = apply(gated(), Recalibrate(images=100), Context(data=splits()))
@@ -136,6 +138,7 @@ def test_it_repairs_a_network_that_was_not_trained_for_its_widths() -> None:
 
 
 @pytest.mark.parametrize("statistics", ["shared", "recalibrated", "widths"])
+@pytest.mark.fast("widths")
 def test_history_and_weights_rebuild_the_network(statistics: str, tmp_path: Path) -> None:
     network, _ = apply(gated(), Recalibrate(statistics=statistics), Context(data=splits()))
     artifact.save(network, tmp_path)

@@ -80,6 +80,7 @@ def assert_nothing_changes(network: nn.Module, dynamic: DynamicNetwork, batch: T
         {"blocks": [["layer3.1"], ["layer1.0", "layer1.1", "layer1.2"], ["layer2.0"]]},
     ],
 )
+@pytest.mark.fast("fields0-linear", "fields1-recurrent", "fields2-conv", "fields3-linear")
 def test_digits_resnet_answers_as_before(gate: str, fields: dict) -> None:
     torch.manual_seed(0)
     network = randomise_norms(create("digits_resnet")).eval()
@@ -99,6 +100,7 @@ def test_digits_resnet_answers_as_before(gate: str, fields: dict) -> None:
         pytest.param("efficientnet_b0", {"group": 2}, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.fast("resnet18-fields0")
 def test_torchvision_networks_answer_as_before(name: str, fields: dict) -> None:
     network = torchvision_network(name)
     dynamic = convert(network, [SkipGates.model_validate(fields)], (3, 64, 64))
@@ -182,6 +184,7 @@ class TestWithExits:
 
     @pytest.mark.parametrize("gate", ["linear", "recurrent", "conv"])
     @pytest.mark.parametrize("chain", [False, True])
+    @pytest.mark.fast("False-linear", "True-recurrent")
     def test_the_order_of_the_two_steps_does_not_matter(self, gate: str, chain: bool) -> None:
         exits = Exits.model_validate(self.EXITS | {"chain": chain})
         gates = SkipGates.model_validate({"gate": gate, "group": 2, "keep_first": False})
@@ -229,6 +232,7 @@ class TestWithExits:
 class TestComesBack:
     @pytest.mark.parametrize("gate", ["linear", "recurrent", "conv"])
     @pytest.mark.parametrize("exits", [None, {"chain": True}])
+    @pytest.mark.fast("None-conv", "exits1-linear")
     def test_history_and_state_rebuild_the_network_without_data(self, gate: str, exits: dict | None) -> None:
         first = gated_resnet(exits, gate=gate, group=2, keep_first=False)
         second = replay(SmallResNet(), first.history, SmallResNet.shape).eval()
@@ -248,6 +252,7 @@ class TestComesBack:
 
     @pytest.mark.parametrize("gate", ["linear", "recurrent"])
     @pytest.mark.parametrize("offset", [0.0, -1.5])
+    @pytest.mark.fast("0.0-recurrent")
     def test_an_artifact_answers_and_routes_as_what_was_saved(self, gate: str, offset: float, tmp_path: Path) -> None:
         network, batch = gated_resnet({"chain": gate == "recurrent"}, gate=gate), images(20)
         split_exits(network, images(64))
@@ -278,6 +283,7 @@ class TestComesBack:
         assert whole == sum(p.numel() for p in network.plain.parameters()) + alone + 2 * 10 * 40 + 2 * 40
 
     @pytest.mark.parametrize("reverse", [False, True])
+    @pytest.mark.fast("True")
     def test_recurrent_gates_of_both_kinds_share_one_memory(self, reverse: bool, tmp_path: Path) -> None:
         steps: list[Any] = [
             SkipGates(gate="recurrent", blocks=[["layer1.1"], ["layer2.1"]]),

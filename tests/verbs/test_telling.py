@@ -85,6 +85,7 @@ def leaving(told: Told) -> Told:
 
 
 @pytest.mark.parametrize("exits", [False, True])
+@pytest.mark.fast("True")
 def test_decisions_are_told_as_images_go(exits: bool) -> None:
     told = leaving(Told(EXITS, SKIPS, CHANNELS)) if exits else Told(SKIPS, CHANNELS)
     report = told.report()
@@ -112,6 +113,7 @@ def test_decisions_are_told_as_images_go(exits: bool) -> None:
 
 
 @pytest.mark.parametrize("steps", [(EXITS, SKIPS, CHANNELS), (EXITS,), (SKIPS,), (Cascade(first=[SMALL]),)])
+@pytest.mark.fast("steps0")
 def test_what_is_drawn_adds_up_to_what_was_executed(steps: tuple[Any, ...]) -> None:
     told = Told(*steps)
     report = (leaving(told) if len(told.network.leaving) == 2 else told).report()
@@ -128,6 +130,7 @@ def test_what_is_drawn_adds_up_to_what_was_executed(steps: tuple[Any, ...]) -> N
 
 
 @pytest.mark.parametrize("exits", [False, True])
+@pytest.mark.fast("True")
 def test_cheapest_and_dearest_images(exits: bool) -> None:
     told = leaving(Told(EXITS, SKIPS)) if exits else Told(SKIPS)
     gallery = told.gallery()
@@ -154,6 +157,7 @@ def test_marks_of_exits_count_what_gates_save() -> None:
 
 
 @pytest.mark.parametrize("steps", [(EXITS,), (EXITS, SKIPS)])
+@pytest.mark.fast("steps1")
 def test_budgets_are_set_on_calibration_images_and_judged_on_test_images(steps: tuple[Exits | SkipGates, ...]) -> None:
     told = leaving(Told(*steps))
     before, setting = temperatures(told.network), told.network.setting
@@ -203,6 +207,7 @@ def cascaded(request: pytest.FixtureRequest) -> Told:
     return told
 
 
+@pytest.mark.fast("mean")
 def test_who_answers_what_and_what_each_would_answer_alone(cascaded: Told) -> None:
     report = cascaded.report()
     found, stand = report.answerers, report.stands[report.here]
@@ -223,6 +228,7 @@ def test_who_answers_what_and_what_each_would_answer_alone(cascaded: Told) -> No
         assert one.alike == pytest.approx([float((answers == other).double().mean()) for other in every])
 
 
+@pytest.mark.fast("mean")
 def test_a_cascade_is_shown_as_it_answers(cascaded: Told) -> None:
     """Joined where answers are joined, wrong ones from the surest down, and without networks that are not asked."""
     report = cascaded.report()
@@ -252,6 +258,7 @@ def test_a_cascade_is_shown_as_it_answers(cascaded: Told) -> None:
     assert rights == pytest.approx(cascaded.evaluator.judge(network).accuracy)
 
 
+@pytest.mark.fast("mean")
 def test_budgets_of_a_cascade_are_of_the_networks_that_are_asked(cascaded: Told) -> None:
     network, before = cascaded.network, cascaded.network.setting
     asking = Asking.at(network, before)
