@@ -9,6 +9,9 @@ convolutional exits. Promise 1: with exits off its answers are bit-equal. Promis
 different exits get what a dense pass and the thresholds say, and exactly the multiply-accumulates of their exits are
 executed. Promise 6: saved, and loaded in another process, it answers and routes as before. By how much fvcore and thop
 count more than we do is in the table too, and below it why, network by network, where that is more than 1 %.
+
+Beside ``--out`` lie its rows (``.jsonl``), one written as soon as its network is done: a run that was stopped goes on
+from there.
 """
 
 import gc
@@ -20,11 +23,12 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Protocol, TypeVar
+from typing import Annotated, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
 import typer
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 import dynamize as dz
@@ -41,9 +45,7 @@ from dynamize.transforms import Exits
 
 IMAGES = 4
 TOLERANCE = 1e-5  # of the largest logit, where a batch was split and kernels for other batch sizes ran
-LARGE = (
-    60_000_000  # parameters; larger networks are checked on smaller images, which cuts and promises do not depend on
-)
+SIDE = 128  # of the images, unless a network needs larger ones; cuts and promises do not depend on it
 SIDES = {
     "inception_v3": 299,
     "inception_v4": 299,
@@ -121,13 +123,13 @@ HEADER = (
 
 
 def networks(library: Library) -> list[str]:
-    """Names of what is checked."""
+    """Names of what is checked, torchvision's by their parameters."""
     if library is Library.timm:
         return list(TIMM.values())
-    import torchvision
+    from torchvision import models
 
-    names = torchvision.models.list_models(module=torchvision.models)
-    return [name for name in names if not name.startswith(NOT_TORCHVISION)]
+    names = [name for name in models.list_models(module=models) if not name.startswith(NOT_TORCHVISION)]
+    return sorted(names, key=lambda name: models.get_model_weights(name).DEFAULT.meta["num_params"])
 
 
 def settle(network: nn.Module, images: Tensor) -> None:
@@ -154,8 +156,7 @@ def check(library: Library, name: str, folder: Path, other: ProcessPoolExecutor)
 def _check(row: Row, source: str, folder: Path, other: ProcessPoolExecutor) -> None:
     torch.manual_seed(0)
     network = dz.source(source)
-    large = sum(parameter.numel() for parameter in network.parameters()) > LARGE
-    row.side = SIDES.get(row.network, 128 if large else 224)
+    row.side = SIDES.get(row.network, SIDE)
     shape = (3, row.side, row.side)
     images = torch.randn(IMAGES, *shape) * torch.tensor([0.5, 1.0, 1.5, 2.0])[:, None, None, None]
     settle(network, images)
@@ -257,6 +258,8 @@ def answers(folder: Path, setting: Setting, images: np.ndarray, threads: int) ->
 class Line(Protocol):
     """What was found out about one network."""
 
+    network: str
+
     @property
     def good(self) -> bool: ...
 
@@ -264,47 +267,65 @@ class Line(Protocol):
 
 
 L = TypeVar("L", bound=Line)
-Check = Callable[[Library, str, Path, ProcessPoolExecutor], L]
 
 
-def rows(check: Check[L], library: Library, names: list[str]) -> Iterator[L]:
-    """Check one network after another; artifacts are loaded by a process that has never seen the network."""
-    spawn = multiprocessing.get_context("spawn")
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=10) as other,
-    ):
-        for name in names:
-            yield check(library, name, Path(folder), other)
-            gc.collect()
+@dataclass(frozen=True)
+class Table(Generic[L]):
+    """A table of networks.
 
-
-def write_table(
-    check: Check[L],
-    header: str,
-    summary: Callable[[Library, list[L]], str],
-    library: Library,
-    names: str,
-    out: Path | None,
-) -> None:
-    """Print a table line by line and what it comes to, write it to ``out`` as well; exit code 1 if a network fails.
-
-    Args:
-        names: comma-separated; empty for all of the library.
+    Attributes:
+        row: class of a row, a dataclass.
+        header: two lines of Markdown.
+        check: finds out about one network; it is given a folder, and a process that never saw the network.
+        summary: what the rows come to.
     """
-    wanted = [name.strip() for name in names.split(",") if name.strip()] or networks(library)
-    found: list[L] = []
-    typer.echo(header)
-    for row in rows(check, library, wanted):
-        found.append(row)
-        typer.echo(row.markdown())
-    end = summary(library, found)
-    typer.echo("\n" + end)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text("\n".join([header, *(row.markdown() for row in found), "", end, ""]), encoding="utf-8")
-    if not all(row.good for row in found):
-        raise typer.Exit(1)
+
+    row: type[L]
+    header: str
+    check: Callable[[Library, str, Path, ProcessPoolExecutor], L]
+    summary: Callable[[Library, list[L]], str]
+
+    def write(self, library: Library, names: str, out: Path | None) -> None:
+        """Print the table line by line and what it comes to, write it to ``out`` as well; exit code 1 if one fails.
+
+        Args:
+            names: comma-separated; empty for all of the library.
+        """
+        wanted = [name.strip() for name in names.split(",") if name.strip()] or networks(library)
+        found: list[L] = []
+        typer.echo(self.header)
+        for row in self._rows(library, wanted, out):
+            found.append(row)
+            typer.echo(row.markdown())
+        end = self.summary(library, found)
+        typer.echo("\n" + end)
+        if out is not None:
+            lines = [self.header, *(row.markdown() for row in found), "", end, ""]
+            out.write_text("\n".join(lines), encoding="utf-8")
+        if not all(row.good for row in found):
+            raise typer.Exit(1)
+
+    def _rows(self, library: Library, names: list[str], out: Path | None) -> Iterator[L]:
+        """One network after another, but those that an earlier run has done."""
+        adapter = TypeAdapter(self.row)
+        kept = None if out is None else out.with_suffix(".jsonl")
+        done: dict[str, L] = {}
+        if kept is not None:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            lines = kept.read_text(encoding="utf-8").splitlines() if kept.exists() else []
+            done = {row.network: row for row in map(adapter.validate_json, lines)}
+        spawn = multiprocessing.get_context("spawn")
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=10) as other,
+        ):
+            for name in names:
+                row = done.get(name) or self.check(library, name, Path(folder), other)
+                if kept is not None and name not in done:
+                    with kept.open("a", encoding="utf-8") as file:
+                        file.write(adapter.dump_json(row).decode() + "\n")
+                yield row
+                gc.collect()
 
 
 def summary(library: Library, found: list[Row]) -> str:
@@ -328,7 +349,7 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Markdown file to write as well")] = None,
 ) -> None:
     """Print the coverage table; exit code 1 if a network fails."""
-    write_table(check, HEADER, summary, library, names, out)
+    Table(Row, HEADER, check, summary).write(library, names, out)
 
 
 if __name__ == "__main__":

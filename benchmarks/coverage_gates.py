@@ -23,7 +23,7 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
-from coverage import SIDES, Library, settle, write_table
+from coverage import SIDES, Library, Table, settle
 from torch import Tensor
 from torch.nn import functional
 
@@ -174,7 +174,7 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Markdown file to write as well")] = None,
 ) -> None:
     """Print the table; exit code 1 if a network fails."""
-    write_table(check, HEADER, summary, library, names, out)
+    Table(Row, HEADER, check, summary).write(library, names, out)
 
 
 if __name__ == "__main__":
