@@ -45,7 +45,7 @@ from dynamize.transforms import Exits
 
 IMAGES = 4
 TOLERANCE = 1e-5  # of the largest logit, where a batch was split and kernels for other batch sizes ran
-SIDE = 128  # of the images, unless a network needs larger ones; cuts and promises do not depend on it
+SIDE = 96  # of the images, unless a network needs larger ones; cuts and promises do not depend on it
 SIDES = {
     "inception_v3": 299,
     "inception_v4": 299,
