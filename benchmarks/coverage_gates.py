@@ -39,7 +39,7 @@ from dynamize.transform import Context, Transform
 
 IMAGES, SIDE = 4, 96
 TOLERANCE = 1e-5  # of the largest logit
-NOTHING = ("no residual block", "no private channels")
+NOTHING = ("no residual block", "no channels that can be split")
 GATES: dict[str, Transform] = {
     "skip": dz.SkipGates(group=1, keep_first=False),
     "channel": dz.ChannelGates(keep_first=False),

@@ -42,7 +42,13 @@ def planned(plan: "Plan") -> Group:
     parts += [Text("\nSteps", style="bold"), made]
     parts += [Text(f"- {note}", style="dim") for step in plan.steps for note in step.notes]
     parts += [Text(f"! {warning}", style="yellow") for warning in plan.warnings]
-    return Group(*parts, Text("\nNothing stands in the way of this run."))
+    return Group(*parts, Text(f"\n{_verdict(plan.warnings)}"))
+
+
+def _verdict(warnings: list[str]) -> str:
+    if not warnings:
+        return "Nothing stands in the way of this run."
+    return f"It would run, but {'what is' if len(warnings) == 1 else 'all that is'} marked with ! is in question."
 
 
 def _minutes(minutes: float) -> str:

@@ -8,8 +8,6 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
     Field,
     GetJsonSchemaHandler,
     PlainValidator,
@@ -25,8 +23,9 @@ from dynamize.errors import DynamizeError
 from dynamize.expect import Expect
 from dynamize.faults import explain
 from dynamize.paths import beside, from_here, located
-from dynamize.recipes import builtin_recipes, find_recipe, read_recipe
+from dynamize.recipes import builtin_recipes, find_recipe, read_recipe, read_value
 from dynamize.runtime.engine import backend_names, unknown_backend
+from dynamize.sections import Section
 from dynamize.sources import SourceSpec
 from dynamize.transform import Transform, any_step, check_order, upgraded
 from dynamize.transforms.cascade import Member
@@ -74,13 +73,11 @@ class ModelSection(SourceSpec):
         return SourceSpec(source=self.source, kwargs=self.kwargs, checkpoint=self.checkpoint)
 
 
-class Settings(BaseModel):
+class Settings(Section):
     """A run, whatever network and images it is about: which steps, how it is measured and what must hold in the end.
 
     ``backends`` is what latency is measured on, the main one first; empty means the fastest here.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     description: str = Field("", description="title of the report")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="of everything random")
@@ -214,7 +211,7 @@ def _override(plain: dict[str, Any], override: str) -> None:
     try:
         for part in parents:
             target = target[int(part)] if isinstance(target, list) else target.setdefault(part, {})
-        value = yaml.safe_load(text)
+        value = read_value(text)
         if isinstance(target, list):
             target[int(last)] = value
         else:

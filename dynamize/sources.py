@@ -16,13 +16,13 @@ from types import ModuleType
 from typing import Any, Literal, Self
 from weakref import WeakKeyDictionary
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 from torch import Tensor, nn
 
 from dynamize.checkpoints import load_into, read_state_dict
 from dynamize.errors import DynamizeError
 from dynamize.models import REGISTRY, create
-from dynamize.sections import InWords
+from dynamize.sections import InWords, Section
 from dynamize.usercode import call_factory, defining
 
 log = logging.getLogger(__name__)
@@ -40,10 +40,8 @@ _ORIGINS: WeakKeyDictionary[nn.Module, "SourceSpec"] = WeakKeyDictionary()
 _REMOTE_TIMM = ("hf-hub:", "hf_hub:", "local-dir:")
 
 
-class Checkpoint(BaseModel):
+class Checkpoint(Section):
     """A file of weights, and which of those in it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     file: Path = Field(description=".pt, .pth, .th or .safetensors file")
     weights: str | None = Field(
@@ -55,14 +53,12 @@ class Checkpoint(BaseModel):
         return read_state_dict(self.file, self.weights, trust_code=trust_code, main=main)
 
 
-class SourceSpec(BaseModel, metaclass=InWords):
+class SourceSpec(Section, metaclass=InWords):
     """A network's origin as plain data: what a recipe and an artifact store.
 
     ``source`` takes keyword arguments after commas, ``"torchvision:resnet50,num_classes=10"``; they are moved
     to ``kwargs``. Creating a spec imports nobody's code and opens no file.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     source: str = Field(description=FORMS)
     kwargs: dict[str, Scalar] = Field(default_factory=dict, description="keyword arguments of the factory")

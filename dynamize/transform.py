@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar, Union, get_origin
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
+from pydantic import ConfigDict, Field, TypeAdapter, model_validator
 from torch import nn
 
 from dynamize.errors import DynamizeError, unknown
 from dynamize.nn.network import DynamicNetwork
 from dynamize.runtime.engine import FASTEST
-from dynamize.sections import InWords
+from dynamize.sections import InWords, Section
 from dynamize.usercode import load_entry_points
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ class Kind(Flag):
     FITS_CALIBRATION = auto()  # chooses by the calibration images, which then certify less than they seem to
 
 
-class Transform(BaseModel, ABC, metaclass=InWords):
+class Transform(Section, ABC, metaclass=InWords):
     """Base of all transforms. Writing a subclass with a ``pass`` of its own registers it, in whichever package::
 
         class Mine(Transform):
@@ -122,7 +122,7 @@ class Transform(BaseModel, ABC, metaclass=InWords):
     object rebuilds the same structure on a fresh network without any data.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+    model_config = ConfigDict(populate_by_name=True)
 
     structural: ClassVar[bool] = True  # changes the graph, so that loading an artifact replays it
     exact: ClassVar[bool] = True  # right after it, the eval output is bit-equal to before

@@ -1,6 +1,7 @@
 """The recipes that come with dynamize, as YAML files beside this one; finding them imports no torch."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ def find_recipe(path: str | os.PathLike[str]) -> Path:
 
 
 class _Reader(yaml.SafeLoader):
-    """Plain data only, in which no key stands twice: the first one would be lost without a word."""
+    """Plain data only, in which no key stands twice: the first one would be lost without a word. 1e-3 is a number, as
+    in YAML 1.2."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -46,6 +48,16 @@ class _Reader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_Reader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def read_value(text: str) -> Any:
+    """A value as recipes write it. Raises YAMLError."""
+    return yaml.load(text, _Reader)  # a SafeLoader
+
+
 def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
     """A recipe as plain data, not yet checked.
 
@@ -54,7 +66,7 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     file = find_recipe(path)
     try:
-        plain = yaml.load(file.read_text(encoding="utf-8"), _Reader)  # a SafeLoader
+        plain = read_value(file.read_text(encoding="utf-8"))
     except yaml.MarkedYAMLError as error:
         place = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise DynamizeError(f"{file}{place}: not YAML that can be used: {error.problem}. Correct that line.") from error

@@ -58,6 +58,12 @@ def test_overrides_go_through_the_schema() -> None:
     assert recipe.model.spec().checkpoint == Path("a b.pt")
 
 
+def test_a_power_of_ten_is_a_number_without_a_point() -> None:
+    step = load_recipe("digits_exits", ["steps.1.lr=1e-3"]).steps[1]
+    assert isinstance(step, Distill)
+    assert step.lr == 0.001
+
+
 @pytest.mark.parametrize(
     ("override", "told"),
     [
@@ -75,6 +81,11 @@ def test_overrides_go_through_the_schema() -> None:
         ("model.source=resnet50", "torchvision:resnet50"),
         ("data.normalize=[[2], [1]]", "pixels in 0..1"),
         ("version=2", "version"),
+        ("steps.1.epochs='3'", "epochs: a number is expected, without quotes (given: '3')"),
+        ("steps.1.epochs=true", "epochs: a number is expected (given: true)"),
+        ("steps.1.lr=.inf", "finite"),
+        ("batches=[1, '8']", "batches: a number is expected, without quotes"),
+        ("data.normalize=[['0.5'], [1]]", "normalize: a number is expected, without quotes"),
     ],
 )
 def test_refused_override_names_the_place(override: str, told: str) -> None:

@@ -113,6 +113,7 @@ class Calibrate(Transform):
             fitted_on=None if trial is None else trial.learnt,
         )
         every, given = every_asking(maker), self._given()
+        self._refuse_what_limits_nothing(maker.static_cost["macs"])
         goal = Goal.of(maker.static_cost["macs"], **given)
         resolved = self if given else self.model_copy(update={goal.asked: goal.typed})
         notes = [*data.warnings, *([] if maker.labelled else [UNLABELLED])]
@@ -134,11 +135,19 @@ class Calibrate(Transform):
 
     def check_budget(self, network: DynamicNetwork, context: Context) -> None:
         static = count_macs(network.plain, blank(network.plain, 1, *network.input_shape))
+        self._refuse_what_limits_nothing(static)
         asked = self.macs if self.macs_ratio is None else self.macs_ratio * static
         cheapest = exit_costs(network).cheapest()
         if asked is not None and asked < cheapest * (1 - 1e-9):
             error = unreachable(asked, cheapest, static, "macs")
             raise error if self.macs is None else error.asking("macs", rounded_up(cheapest))
+
+    def _refuse_what_limits_nothing(self, static_macs: float) -> None:
+        if self.macs is not None and no_ratio(self.macs / static_macs):
+            raise DynamizeError(
+                f"calibrate: macs: {self.macs:g} limits nothing, as the original network takes {static_macs:.0f} for an "
+                f"image: write {static_macs / 2:.0f} for half of them"
+            )
 
     def _given(self) -> dict[str, float]:
         limits = {"max_drop": self.max_drop, "macs_ratio": self.macs_ratio}

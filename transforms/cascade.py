@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self, get_args
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import Field, PositiveInt, ValidationError, model_validator
 from torch import fx, nn
 
 from dynamize.arguments import given_network, trained_network
@@ -30,6 +30,7 @@ from dynamize.nn.preprocess import Preprocess
 from dynamize.preprocessing import Normalisation, Steps, of_images, published, steps_between
 from dynamize.rewrite.exchange import count_again
 from dynamize.runtime.compiled import compile_network
+from dynamize.sections import Section
 from dynamize.sources import Checkpoint, Scalar, SourceSpec, load_source
 from dynamize.transform import Applied, Context, Kind, Transform
 from dynamize.transforms.prune import Prune
@@ -41,15 +42,13 @@ _SECONDS = 2.0  # how long copies are timed against each other
 _CHANCE = 2.0  # times the accuracy of guessing, below which a network is taken to be at chance level
 
 
-class Member(BaseModel):
+class Member(Section):
     """A network in front of the recipe's own.
 
     One of ``source`` (with its checkpoint), ``resolution`` (the recipe's own network, on smaller images) and ``shrink``
     (a smaller copy of it, which a `distill` step behind trains); or none of them, with ``name``, for one that
     ``Context(members=...)`` brings from Python.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str | None = Field(None, description="how it is called; default: after its source")
     source: str | None = Field(None, description="as in `model`, e.g. torchvision:mobilenet_v3_large,weights=DEFAULT")

@@ -8,10 +8,10 @@ from __future__ import annotations
 import difflib
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from dynamize.data.canvas_spec import FORM, CanvasSpec
-from dynamize.sections import InWords
+from dynamize.sections import InWords, Section
 
 SOURCE_FORMS = {
     "imagefolder": "imagefolder:PATH",
@@ -40,7 +40,7 @@ def check_normalisation(normalize: tuple[tuple[float, ...], tuple[float, ...]]) 
         )
 
 
-class DataSpec(BaseModel, metaclass=InWords):
+class DataSpec(Section, metaclass=InWords):
     """What a recipe says about its images; the same object from YAML and from Python.
 
     `calibration` is a number of images or a share of the part that `calibration_from` names. With
@@ -48,8 +48,6 @@ class DataSpec(BaseModel, metaclass=InWords):
     `i % folds == fold` and to test otherwise, so that every test image can serve once on each side; a
     smaller `calibration` leaves the rest of the fold unused.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     source: str = Field(
         description="imagefolder:PATH, torchvision:NAME@ROOT, npz:PATH or digits; canvas:SOURCE,size=128 for each "

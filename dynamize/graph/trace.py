@@ -16,7 +16,7 @@ from dynamize.graph.given import own_copy, unwrapped
 from dynamize.graph.macs import counting_macs
 from dynamize.graph.modes import Unmatched, freeze_as, keep_modes
 from dynamize.graph.subclasses import plain_convolutions
-from dynamize.graph.tracer import NetworkTracer, blank
+from dynamize.graph.tracer import TRACING, NetworkTracer, blank
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,11 @@ def trace(network: nn.Module, input_shape: Sequence[int], *, check: bool = True)
         DynamizeError: the network cannot be traced, run on this shape, does not return class scores, or its answers
             cannot be taken apart (:func:`dynamize.graph.answers.check_answers`).
     """
-    network = unwrapped(network)
+    with TRACING:  # all of it: what another thread draws at random would count as drawn by the network
+        return _trace(unwrapped(network), input_shape, check)
+
+
+def _trace(network: nn.Module, input_shape: Sequence[int], check: bool) -> fx.GraphModule:
     network, trainer = own_copy(network), own_copy(network)
     network.eval()  # by itself: an own `train()` may return nothing
     trainer.train()

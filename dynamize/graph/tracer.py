@@ -3,6 +3,7 @@
 import logging
 import random
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -10,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import StochasticDepth
 
 
@@ -32,6 +34,8 @@ _LEAF_TYPES: tuple[type[nn.Module], ...] = (
 # Kept whole by timm because of an in-place `mul_` whose result nothing names; `annotate` puts it in order.
 _TRACED_ALL_THE_SAME = ("NormFreeBlock",)
 _CREATORS = ("arange", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn", "randperm", "zeros")
+TRACING = threading.RLock()
+"""Held while a network is read, as that exchanges functions of torch for all threads."""
 BATCHES = (2, 3)  # of the images on which sizes are found out: what is alike for both is a constant
 _ASKING = (getattr, "size", "dim", "ndimension", "numel")
 _KEEPING_SIZES = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd, nn.Identity, nn.ReLU)
@@ -125,6 +129,11 @@ class NetworkTracer(fx.Tracer):
         self._evaluating = False
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        with TRACING:
+            return self._trace(root, concrete_args)
+
+    def _trace(self, root: Any, concrete_args: dict[str, Any] | None) -> fx.Graph:
+        self._thread = threading.get_ident()
         self._images: list[Any] = []
         self._waiting: list[tuple[SizedProxy, str, Any, tuple, dict]] = []
         if self._input_shape is not None:
@@ -133,11 +142,11 @@ class NetworkTracer(fx.Tracer):
             self._fake = FakeTensorMode(allow_non_fake_inputs=True)
             shapes = [(count, *self._input_shape) for count in BATCHES]
             self._images = [self._fake.from_tensor(blank(root, *shape)) for shape in shapes]
-        before = _random_state()
-        with self._recording_creation():
+        with self._recording_creation(), _Draws() as self._draws:
+            before = self._drawn()
             graph = super().trace(root, concrete_args)
-        if self.drawing is None and _random_state() != before:
-            self.drawing = ""
+            if self.drawing is None and self._drawn() != before:
+                self.drawing = ""
         if any(node.target in _ASKING for node in graph.nodes):
             self.catch_up()
         return graph
@@ -172,22 +181,30 @@ class NetworkTracer(fx.Tracer):
         return proxy
 
     def call_module(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
-        if self._evaluating:
+        if self._evaluating or threading.get_ident() != self._thread:
             return forward(*args, **kwargs)
         try:
             path = self.path_of_module(m)
         except NameError:  # made while the network runs, as a slice of nn.Sequential is
             return forward(*args, **kwargs)
         outer, self.visiting = self.visiting, path
-        before = _random_state()
+        before = self._drawn()
         result = super().call_module(m, forward, args, kwargs)
-        if self.drawing is None and _random_state() != before:
+        if self.drawing is None and self._drawn() != before:
             self.drawing = self.visiting
         self.visiting = outer  # not restored on an error: it then names the module that failed
         return result
 
+    def _drawn(self) -> tuple[Any, ...]:
+        """What changes when random numbers are drawn."""
+        numpy = sys.modules.get("numpy")
+        arrays = numpy.random.get_state(legacy=False)["state"] if numpy else {}
+        return (self._draws.count, random.getstate(), str(arrays.get("pos")), bytes(arrays.get("key", b"")))
+
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
-        return attr_val if self._evaluating else super().getattr(attr, attr_val, parameter_proxy_cache)
+        if self._evaluating or threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def catch_up(self) -> None:
         """Work out what all nodes give that were recorded so far."""
@@ -198,6 +215,7 @@ class NetworkTracer(fx.Tracer):
         level = failures.level
         failures.setLevel(logging.CRITICAL)  # it logs operators that fail, with their tracebacks
         self._evaluating = True
+        drawn = self._draws.count
         try:
             with self._fake, torch.no_grad():
                 for proxy, kind, target, args, kwargs in waiting:
@@ -207,6 +225,7 @@ class NetworkTracer(fx.Tracer):
                         _write(proxy)
         finally:
             self._evaluating = False
+            self._draws.count = drawn
             failures.setLevel(level)
             torch.set_rng_state(state)
 
@@ -305,15 +324,15 @@ def _write(proxy: SizedProxy) -> None:
         proxy.node.meta["fact"] = proxy.found
 
 
-def _random_state() -> tuple[Any, ...]:
-    numpy = sys.modules.get("numpy")
-    arrays = numpy.random.get_state(legacy=False)["state"] if numpy else {}
-    return (
-        random.getstate(),
-        torch.get_rng_state().numpy().tobytes(),
-        str(arrays.get("pos")),
-        bytes(arrays.get("key", b"")),
-    )
+class _Draws(TorchDispatchMode):
+    """Counts operators that draw random numbers, in this thread: the state of the generator, which all threads share,
+    would not tell who drew."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        self.count += torch.Tag.nondeterministic_seeded in func.tags
+        return func(*args, **(kwargs or {}))
 
 
 def _timm_leaves() -> tuple[tuple, tuple[type[nn.Module], ...]]:

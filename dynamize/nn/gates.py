@@ -35,6 +35,12 @@ class Gate(nn.Module, ABC):
     linear: nn.Linear
     memory: nn.LSTMCell | None
 
+    def __init_subclass__(cls) -> None:
+        """A class that decides in another way than the one above it does not say how until it has a scorer itself."""
+        super().__init_subclass__()
+        if min(_home(cls, "decide"), _home(cls, "score")) < _home(cls, "scorer"):
+            cls.scorer = Gate.scorer  # type: ignore[method-assign]
+
     def __init__(self) -> None:
         super().__init__()
         self.memory = None
@@ -74,12 +80,18 @@ class Gate(nn.Module, ABC):
 
     def scorer(self, fresh: bool) -> nn.Linear | Rows | None:
         """What makes scores (N, P) of a description, of a folded gate: the linear layer, if it decides by that alone,
-        or all of :meth:`decide`; None if it does not say.
+        or all of :meth:`decide`; None if it does not say, as of a subclass that overrides ``decide`` or ``score`` and
+        not this: it is then decided in torch, and cannot be exported.
 
         Args:
             fresh: whether the state starts anew.
         """
         return None
+
+
+def _home(gate: type[Gate], method: str) -> int:
+    """How far up the class is that a method comes from."""
+    return next(i for i, one in enumerate(gate.__mro__) if method in vars(one))
 
 
 def _linear_paths(linear: nn.Linear, costs_P: Tensor) -> Paths:

@@ -79,6 +79,8 @@ def test_infeasible_budget_leaves_the_artifact_alone(artifact: Path, cli: Cli) -
     result = cli("calibrate", artifact, "--macs-ratio", "0.0001")
     assert result.exit_code == 2
     assert (artifact / "manifest.json").read_bytes() == before
+    for option, value in (("--macs", "1e30"), ("--macs", "nan"), ("--macs-ratio", "inf"), ("--latency-ms", "inf")):
+        assert cli("calibrate", artifact, option, value).exit_code == 2
     assert cli("calibrate", artifact, "--macs", "5", "--max-drop", "1").exit_code == 2
     assert "--max-drop and --macs are" in cli("calibrate", artifact, "--macs", "5", "--max-drop", "1").stderr
     assert "max_drop" in cli("calibrate", artifact, "--max-drop", "-1").stderr

@@ -1,5 +1,7 @@
 """Questions about sizes that are answered while a network is read."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from networks import ThreeLayer, conv_block
@@ -84,3 +86,17 @@ def test_sizes_read_first_are_read_again_behind_a_cut() -> None:
     traced = trace(network, Base.shape)
     assert torch.equal(traced(images), network(images))
     assert [cut.name for cut in cut_points(traced)] == ["conv1", "interpolate"]
+
+
+def test_threads_read_networks_while_others_draw_at_random() -> None:
+    networks = [ThreeLayer().eval() for _ in range(12)]
+    images = torch.randn(2, *ThreeLayer.shape)
+    wanted = [network(images) for network in networks]
+
+    def read(network: nn.Module) -> Tensor:
+        torch.nn.init.normal_(torch.empty(1000))
+        return trace(network, ThreeLayer.shape)(images)
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(read, networks))
+    assert all(map(torch.equal, found, wanted))

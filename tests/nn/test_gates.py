@@ -10,6 +10,7 @@ from dynamize.nn.gates import (
     Gate,
     LinearGate,
     RecurrentGate,
+    State,
     choose,
     make_memory,
     pool,
@@ -159,3 +160,28 @@ def test_no_score_outweighs_all_open() -> None:
     scores = torch.tensor([[1e4, -1e4], [-1e4, 1e4]])
     assert choose(scores, torch.tensor([0.3, 1.0]), ALL_OPEN).tolist() == [1, 1]
     assert choose(scores, torch.tensor([0.3, 1.0]), -ALL_OPEN).tolist() == [0, 0]
+
+
+class Doubtful(LinearGate):
+    def decide(self, described_ND: torch.Tensor, state: State = None) -> tuple[torch.Tensor, State]:
+        return -super().decide(described_ND)[0], state
+
+
+class Backwards:
+    def score(self, described_ND: torch.Tensor, carried: dict[str, torch.Tensor], fresh: bool) -> torch.Tensor:
+        return -super().score(described_ND, carried, fresh)  # type: ignore[misc, no-any-return]
+
+
+class BackwardsGate(Backwards, RecurrentGate):
+    pass
+
+
+class OnlyNamed(ConvGate):
+    pass
+
+
+def test_a_gate_that_decides_otherwise_does_not_say_that_it_decides_like_its_base() -> None:
+    for gate in (Doubtful(12, 3), BackwardsGate(12, 3, make_memory())):
+        assert gate.scorer(fresh=True) is None
+        assert gate.quick_paths(torch.ones(3)) is None
+    assert isinstance(OnlyNamed(12, 3).scorer(fresh=True), torch.nn.Linear)
