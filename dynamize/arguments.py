@@ -51,6 +51,11 @@ def given_network(network: Any, where: str) -> nn.Module:
                 f"{name} of the network is on the meta device and has no values: build it on a real device, and load "
                 "its weights first"
             )
+        if tensor.is_inference():
+            raise DynamizeError(
+                f"{name} of the network was made in torch.inference_mode() and can neither be trained nor followed: "
+                "build the network and load its weights outside of it"
+            )
     return network
 
 

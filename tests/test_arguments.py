@@ -139,3 +139,10 @@ def test_labels_of_the_loss() -> None:
     ):
         with pytest.raises(DynamizeError, match=said):
             loss(dyn(images), images, wrong)
+
+
+def test_weights_of_inference_mode_are_refused() -> None:
+    with torch.inference_mode():
+        network = net()
+    with pytest.raises(DynamizeError, match="inference_mode"):
+        dz.convert(network, [], SHAPE)

@@ -145,8 +145,8 @@ class Calibrate(Transform):
     def _refuse_what_limits_nothing(self, static_macs: float) -> None:
         if self.macs is not None and no_ratio(self.macs / static_macs):
             raise DynamizeError(
-                f"calibrate: macs: {self.macs:g} limits nothing, as the original network takes {static_macs:.0f} for an "
-                f"image: write {static_macs / 2:.0f} for half of them"
+                f"calibrate: macs: {self.macs:g} limits nothing, as the original network takes {static_macs:.0f} for "
+                f"an image: write {static_macs / 2:.0f} for half of them"
             )
 
     def _given(self) -> dict[str, float]:
