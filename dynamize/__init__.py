@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from dynamize.transforms import FoldBatchnorm as FoldBatchnorm
     from dynamize.transforms import FuseBranches as FuseBranches
     from dynamize.transforms import FuseGates as FuseGates
+    from dynamize.transforms import GlanceFocus as GlanceFocus
     from dynamize.transforms import HybridGates as HybridGates
     from dynamize.transforms import Prune as Prune
     from dynamize.transforms import QGates as QGates
@@ -54,6 +55,7 @@ _HOMES = {
     "FoldBatchnorm": "transforms",
     "FuseBranches": "transforms",
     "FuseGates": "transforms",
+    "GlanceFocus": "transforms",
     "HybridGates": "transforms",
     "MultiExitLoss": "training.objectives",
     "PredictionTable": "calibration.predictions",

@@ -102,6 +102,7 @@ def _apply(
     if member is None or not network.members:
         applied = transform.apply(network, context)
         return applied.network, applied.resolved, applied.notes
+    _refuse_other_images(network, transform, member)
     alone = network.take(member)
     alone.history = [step for step in network.history if step.get("member", MAIN) == member]
     work = None if context.work is None else context.work / member
@@ -120,10 +121,21 @@ def alone(network: DynamicNetwork, transform: Transform) -> Iterator[DynamicNetw
         if member is None or not network.members:
             yield network
             continue
+        _refuse_other_images(network, transform, member)
         one = network.take(member)
         one.history = [step for step in network.history if step.get("member", MAIN) == member]
         yield one
         network.put(member, one)
+
+
+def _refuse_other_images(network: DynamicNetwork, transform: Transform, member: str) -> None:
+    """Refuse to show the recipe's images to a network that sees parts of them."""
+    seen = network.sizes[member]
+    if seen != network.input_shape and transform.kind & (Kind.TRAINS | Kind.ESTIMATES):
+        raise DynamizeError(
+            f"{transform.pass_name}: member: {member} sees crops of {seen[1]} x {seen[2]} pixels, and the images are "
+            f"whole: train the network before `{network.history[-1]['pass']}` puts it to use there"
+        )
 
 
 def _meant(network: DynamicNetwork, transform: Transform) -> list[str | None]:

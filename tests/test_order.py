@@ -86,7 +86,9 @@ def test_two_steps_behind_what_they_need(first: str, second: str) -> None:
 
 def test_calibrate_may_follow_exits_of_an_earlier_conversion() -> None:
     check_order([dz.Calibrate()], done=["exits", "distill"])
-    with pytest.raises(dz.DynamizeError, match="needs `cascade` or `exits` or `skip_gates` or `channel_gates`"):
+    with pytest.raises(
+        dz.DynamizeError, match="needs `cascade` or `exits` or `glance_focus` or `skip_gates` or `channel_gates`"
+    ):
         check_order([dz.Calibrate()])
 
 
@@ -98,6 +100,12 @@ def test_both_steps_are_named_by_their_places() -> None:
 
 
 def test_steps_of_a_kind_come_with_the_gentlest_first() -> None:
-    assert of_kind(Kind.ADDS_EXITS | Kind.ADDS_GATES) == ["cascade", "exits", "skip_gates", "channel_gates"]
+    assert of_kind(Kind.ADDS_EXITS | Kind.ADDS_GATES) == [
+        "cascade",
+        "exits",
+        "glance_focus",
+        "skip_gates",
+        "channel_gates",
+    ]
     assert of_kind(Kind.SOLVES) == ["calibrate"]
     assert of_kind(Kind(0)) == []

@@ -52,7 +52,7 @@ SETTINGS: dict[str, dict[str, Any]] = {  # the smallest that do something
 }
 WITH_GATES = {"distill": {"gate_budget": 0.9}}  # fields besides, for networks with gates
 GATES = ("skip_gates", "channel_gates")
-ELSEWHERE = {"cascade"}  # makes a row of several networks: see transforms/test_cascade.py
+ELSEWHERE = {"cascade", "glance_focus"}  # make rows of several networks: see transforms/test_cascade.py and its like
 NEEDS = {  # where the digits network would give a step nothing to do, or less than elsewhere
     "fuse_branches": ("expand_branches",),
     "recalibrate": ("channel_gates", "skip_gates"),

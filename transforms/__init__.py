@@ -10,6 +10,7 @@ from dynamize.transforms.factorize import Factorize
 from dynamize.transforms.fold_batchnorm import FoldBatchnorm
 from dynamize.transforms.fuse_branches import FuseBranches
 from dynamize.transforms.fuse_gates import FuseGates
+from dynamize.transforms.glance_focus import GlanceFocus
 from dynamize.transforms.hybrid_gates import HybridGates
 from dynamize.transforms.prune import Prune
 from dynamize.transforms.q_gates import QGates
@@ -28,6 +29,7 @@ __all__ = [
     "FoldBatchnorm",
     "FuseBranches",
     "FuseGates",
+    "GlanceFocus",
     "HybridGates",
     "Prune",
     "QGates",

@@ -19,16 +19,15 @@ from dynamize.errors import DynamizeError
 from dynamize.graph.given import own_copy, unwrapped
 from dynamize.graph.macs import annotated_macs
 from dynamize.graph.nodes import output_value, placeholder
-from dynamize.graph.trace import annotate, trace
 from dynamize.measure.accuracy import accuracy, everything
 from dynamize.measure.latency import interleave
 from dynamize.nn.cascade import Answer, MemberConfidence, Restart, Verdict
 from dynamize.nn.joining import Joining
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.piece import MAIN, Piece
-from dynamize.nn.preprocess import Preprocess
 from dynamize.preprocessing import Normalisation, Steps, of_images, published, steps_between
 from dynamize.rewrite.exchange import count_again
+from dynamize.rewrite.preprocessed import preprocessed
 from dynamize.runtime.compiled import compile_network
 from dynamize.sections import Section
 from dynamize.sources import Checkpoint, Scalar, SourceSpec, load_source
@@ -152,6 +151,10 @@ class Cascade(Transform):
     kind: ClassVar[Kind] = Kind.ADDS_EXITS
 
     def apply(self, network: DynamicNetwork, context: Context) -> Applied:
+        if network.members:
+            raise DynamizeError(
+                "cascade: the network has others in front of it already: use one of `cascade` and `glance_focus`"
+            )
         names = names_of(self.first, [one.name for one in network.decisions()])
         named = [one.model_copy(update={"name": name}) for one, name in zip(self.first, names, strict=True)]
         built = [build(member, network, context) for member in named]
@@ -244,25 +247,11 @@ def _decide_steps(member: Member, net: nn.Module, network: DynamicNetwork, conte
 
 def _with_preprocessing(net: nn.Module, member: Member, network: DynamicNetwork) -> fx.GraphModule:
     """A member's graph, which takes the images of the recipe's network."""
-    channels, *size = network.input_shape
-    steps = member.preprocess
-    assert steps != "auto"
+    assert member.preprocess != "auto"
     try:
-        traced = trace(net, (channels, *(size if steps is None else steps.size)))
+        return preprocessed(net, network.input_shape, member.preprocess)
     except DynamizeError as error:
         raise DynamizeError(f"cascade: {member.called()}: {error}") from error
-    if steps is not None:
-        first = placeholder(traced.graph)
-        given = (size[0], size[1])
-        own_images = Preprocess(given, steps.size, steps.share, steps.scale, steps.shift, steps.interpolation)
-        traced.add_submodule("preprocess", own_images)
-        with traced.graph.inserting_after(first):
-            own = traced.graph.call_module("preprocess", (first,))
-        first.replace_all_uses_with(own)
-        own.args = (first,)
-        traced.recompile()
-        annotate(traced, network.input_shape)
-    return traced
 
 
 def _shrunk(member: Member, network: DynamicNetwork, context: Context) -> tuple[Member, fx.GraphModule]:

@@ -105,6 +105,9 @@ def askings(network: DynamicNetwork, labelled: bool) -> Iterator[Asking]:
     names = network.members
     joinings = network.combining if labelled else ("last",)
     yield Asking(tuple(names))
+    needs = {piece.name: piece.needs for piece in network.leaving if piece.needs}
     for count, combine in product(range(1, len(names) + 1), joinings):
         for asked in combinations(names, count):
+            if any(one in needs and needs[one] not in asked for one in asked):
+                continue  # what it would answer without what it needs is not known
             yield Asking(tuple(name for name in names if name not in asked), combine)

@@ -67,13 +67,14 @@ def prepare(network: DynamicNetwork) -> DynamicNetwork:
     found = copy.deepcopy(network).eval()
     write_out(found)
     found.freeze()
-    images = blank(found, 1, *found.input_shape)
     reached: dict[int, Tensor] = {}
     with torch.no_grad():
         for part in _graphs(found):
             assert part.put is not None
             assert part.graph is not None
-            given = reached.get(part.before, images)  # what no part gives is an image, at the start and after restarts
+            given = reached.get(part.before)
+            if given is None:  # what no part gives is an image, at the start and after restarts
+                given = blank(found, 1, *found.shapes[part.before])
             graph = prepared(part.graph, given)
             reached.setdefault(part.after, note_shapes(graph, given))
             part.put(graph)

@@ -23,7 +23,8 @@ from dynamize.nn.scoring import SCORES, Floats, agreement, join, weigh
 
 EVIDENCE = "evidence"  # (n, classes), in what a flow carries: the joined answers so far, as logits
 VOTES = "votes"  # (n, M), int64: what each network so far would have answered alone
-_KEPT = (EVIDENCE, VOTES)
+PLACES = "places"  # (n, 2 * crops): top and left of each crop, from 0 to 1 of where it may lie
+KEPT = (EVIDENCE, VOTES, PLACES)
 
 MemberConfidence = ConfidenceName | Literal["agreement"]
 
@@ -35,16 +36,18 @@ class Answer(Leaving):
 
     Attributes:
         classes: how many logits the network gives.
+        needs: the name of a network before without which this one is not asked.
     """
 
     kind = "member"
     rank = 1
     links = True
 
-    def __init__(self, confidence: MemberConfidence = "top_probability") -> None:
+    def __init__(self, confidence: MemberConfidence = "top_probability", needs: str | None = None) -> None:
         super().__init__("answer", "top_probability" if confidence == "agreement" else confidence)
         self.alone = confidence != "agreement"
         self.classes = 0
+        self.needs = needs
 
     @property
     def name(self) -> str:
@@ -126,20 +129,24 @@ class Restart(Piece):
     def parts(self) -> list[Part]:
         return []
 
+    def go_back(self, flow: Flow) -> None:
+        """Let the images come in again."""
+        restart(flow)
+
     def bind(self, calls: Mapping[str, Call]) -> Run:
         def run(flow: Flow, setting: Setting) -> None:
-            restart(flow)
+            self.go_back(flow)
 
         return run
 
     def instruct(self, files: Mapping[str, str]) -> Instruction:
-        return StartAgain(_KEPT)
+        return StartAgain(KEPT)
 
     def dense(self, flow: Flow, choose: Choose) -> None:
-        restart(flow)
+        self.go_back(flow)
 
     def count(self, flow: Flow) -> None:
-        restart(flow)
+        self.go_back(flow)
 
 
 class Verdict(Piece):
@@ -191,7 +198,7 @@ def restart(flow: Flow) -> None:
     everyone = len(flow.rows) == len(flow.images)
     flow.features = flow.images if everyone else take_rows(flow.images, flow.rows)
     flow.means, flow.owned = None, False
-    flow.extra = {name: values for name, values in flow.extra.items() if name in _KEPT}
+    flow.extra = {name: values for name, values in flow.extra.items() if name in KEPT}
 
 
 def numbers(logits: Tensor) -> NDArray[np.float32]:

@@ -68,12 +68,14 @@ class Leaving(Answering):
         temperature: of the logits before they are scored, a scalar.
         chained: whether later ones build on what it saw, so that it runs even while it is off.
         alone: whether its score is that of its own logits, whatever others answered before.
+        needs: the name of another at which images may leave, without which this one is not asked.
     """
 
     effect = "leaves"
     scored = True
     kind: ClassVar[str] = "exit"
     alone = True
+    needs: str | None = None
     temperature: Tensor
 
     def __init__(self, name: str, confidence: ConfidenceName = "top_probability", chained: bool = False) -> None:

@@ -97,6 +97,47 @@ class Restart(Instruction):
 
 
 @dataclass(frozen=True)
+class Describe(Instruction):
+    """Images carry from here on, as ``name``, what a part makes of the features."""
+
+    do = "describe"
+    part: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Carry(Instruction):
+    """Images carry from here on what is made of the features and of what they carry."""
+
+    do = "carry_on"
+    rows: Rows
+
+
+@dataclass(frozen=True)
+class Draw(Instruction):
+    """Each image carries as "places" one row of a table, by its own pixels."""
+
+    do = "draw"
+    table: list[list[float]]
+
+
+@dataclass(frozen=True)
+class Crop(Instruction):
+    """Images that are still on their way come in again, and each shows one of its crops.
+
+    Attributes:
+        keeps: what they carry on.
+        number: which of their "places" it is at; without places it is the middle.
+        side: (H, W) of the crop.
+    """
+
+    do = "crop"
+    keeps: tuple[str, ...]
+    number: int
+    side: tuple[int, int]
+
+
+@dataclass(frozen=True)
 class Join(Instruction):
     """The features, a network's logits, are joined with those of the networks before, if these were asked."""
 

@@ -45,6 +45,7 @@ class DynamicNetwork(nn.Module):
         shapes: of one image's features at each border between pieces (:meth:`parts`).
         made: names of the networks in front that were made here, and have to be trained.
         combining: how answers of several networks may be joined; calibration chooses.
+        sizes: of the images that each of the networks sees, (C, H, W), by name.
         openings: numbers of the borders at which images come in.
         contexts: by piece, how wide the context is that reaches it; 0 for none.
         operating_points: what calibration found, or None before.
@@ -73,6 +74,7 @@ class DynamicNetwork(nn.Module):
         self.routing: Routing | None = None
         self.shapes: list[tuple[int, ...]] = []
         self.openings: set[int] = {0}
+        self.sizes: dict[str, tuple[int, ...]] = {}
         self.made: tuple[str, ...] = ()
         self.combining: tuple[Joining, ...] = ("last",)
         self.contexts: dict[str, int] = {}
@@ -94,6 +96,10 @@ class DynamicNetwork(nn.Module):
         network's own."""
         every = self._frozen or tuple(self.nets.values())
         return dict(zip([*(f"{name}/" for name in self.members), ""], every, strict=True))
+
+    def seen_by(self, prefix: str) -> tuple[int, ...]:
+        """(C, H, W) of the images that one of :attr:`graphs` is given."""
+        return self.sizes[prefix.removesuffix("/") or MAIN]
 
     @property
     def members(self) -> list[str]:
@@ -207,7 +213,7 @@ class DynamicNetwork(nn.Module):
 
     def take(self, member: str) -> "DynamicNetwork":
         """One of the networks of the row as a network by itself, of the same layers, to be changed and :meth:`put`."""
-        alone = DynamicNetwork(self.nets[member], input_shape=self.input_shape)
+        alone = DynamicNetwork(self.nets[member], input_shape=self.sizes[member])
         for piece in self._pieces():
             if piece.member == member and not piece.links:
                 piece.member = MAIN
@@ -234,9 +240,12 @@ class DynamicNetwork(nn.Module):
         self.eval()
         flow = Flow(blank(self, 1, *self.input_shape))
         self.shapes, self.contexts, self.openings = [tuple(flow.features.shape[1:])], {}, {0}
+        self.sizes = {}
         try:
             with torch.no_grad():
                 for piece in self._row:
+                    if not piece.restarts:
+                        self.sizes.setdefault(piece.member, tuple(flow.features.shape[1:]))
                     self.contexts[piece.name] = flow.extra[CONTEXT].shape[1] if CONTEXT in flow.extra else 0
                     piece.count(flow)
                     self.openings |= {len(self.shapes)} if piece.restarts else set()

@@ -155,6 +155,7 @@ class Piece(nn.Module, ABC):
         rank: orders pieces that stand at one place.
         links: whether it stands between two networks of the row, and is no part of the one that it belongs to.
         restarts: whether it goes back to the images, so that whatever runs before it only serves decisions.
+        cuts: whether what comes in again is a part of each image, so that it runs even where the images have just come.
         scored: whether it has a ``temperature``, by which logits are divided before they are scored or joined.
         reads_means: whether it reads nothing but channel means, which the piece before can hand on.
         passes: whether features may pass it unchanged, so that both sides are one border.
@@ -168,6 +169,7 @@ class Piece(nn.Module, ABC):
     answers: ClassVar[bool] = False
     links: ClassVar[bool] = False
     restarts: ClassVar[bool] = False
+    cuts: ClassVar[bool] = False
     scored: ClassVar[bool] = False
     rank: ClassVar[int] = 0
     straight = False

@@ -37,7 +37,7 @@ def needed(row: Sequence[Piece], setting: Setting, everyone: bool = False) -> li
         if piece.restarts:
             while found and found[-1].effect != "leaves":
                 found.pop()
-            if not found:
+            if not found and not piece.cuts:
                 continue
         if everyone or not piece.idle(setting):
             found.append(piece)

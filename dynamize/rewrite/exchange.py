@@ -28,8 +28,8 @@ def count_again(network: DynamicNetwork) -> None:
 
     For a network in eval mode whose layers were exchanged or have changed their sizes.
     """
-    for graph in network.graphs.values():
-        annotate(cast(fx.GraphModule, graph), network.input_shape)
+    for prefix, graph in network.graphs.items():
+        annotate(cast(fx.GraphModule, graph), network.seen_by(prefix))
     network.count()
 
 

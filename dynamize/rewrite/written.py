@@ -28,7 +28,7 @@ def write_out(network: DynamicNetwork) -> list[str]:
     found: list[str] = []
     layers: dict[nn.Module, nn.Module] = {}
     for prefix, graph in graphs.items():
-        annotate(graph, network.input_shape)
+        annotate(graph, network.seen_by(prefix))
         layers |= (here := computed_layers(graph))
         found += [prefix + path for path, module in graph.named_modules() if module in here]
     replace_layers(network, layers)
@@ -36,8 +36,8 @@ def write_out(network: DynamicNetwork) -> list[str]:
         made = [prefix + path for prefix, graph in graphs.items() for path in functions_to_layers(graph)]
         found += made
         if made:
-            for graph in graphs.values():
-                annotate(graph, network.input_shape)
+            for prefix, graph in graphs.items():
+                annotate(graph, network.seen_by(prefix))
             network.rebuild()
     network.train(training)
     if not found:

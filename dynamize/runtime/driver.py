@@ -146,6 +146,36 @@ def restart(flow: Flow, keeps: Sequence[str]) -> None:
     flow.values = {"features": images} | {name: flow.values[name] for name in keeps if name in flow.values}
 
 
+def describe(flow: Flow, part: Part, name: str) -> None:
+    """Images carry on, as ``name``, what a part makes of the features."""
+    flow.values[name] = part(flow.values)["description"]
+
+
+def carry_on(flow: Flow, rows: Part) -> None:
+    """Images carry on what is made of the features and of what they carry."""
+    flow.values = carry(flow.values, rows(flow.values))
+
+
+def draw(flow: Flow, table: Sequence[Array]) -> None:
+    """Each image carries on one row of a table, by its own pixels."""
+    middle = flow.images[flow.rows, :, flow.images.shape[2] // 2]
+    flow.values["places"] = np.stack(table)[middle.view(np.uint32).sum(axis=(1, 2), dtype=np.uint64) % len(table)]
+
+
+def crop(flow: Flow, keeps: Sequence[str], number: int, side: Sequence[int]) -> None:
+    """Images come in again, each with one of its crops, from the middle where nobody said where."""
+    restart(flow, keeps)
+    images, (height, width) = flow.values["features"], side
+    free = np.array([images.shape[2] - height, images.shape[3] - width])
+    starts = np.tile(free // 2, (len(images), 1))
+    if "places" in flow.values:
+        places = flow.values["places"][:, 2 * number : 2 * number + 2]
+        starts = np.floor(places * free.astype(np.float32) + np.float32(0.5)).astype(int)
+    flow.values["features"] = np.stack(
+        [one[:, top : top + height, left : left + width] for one, (top, left) in zip(images, starts, strict=True)]
+    )
+
+
 def choose(
     flow: Flow,
     decision: str,
@@ -194,7 +224,8 @@ def passed(way: Part | None, values: Values) -> Values:
 
 
 WORDS: dict[str, Callable[..., None]] = {
-    word.__name__: word for word in (through, leave, leave_joined, join, restart, choose)
+    word.__name__: word
+    for word in (through, leave, leave_joined, join, restart, choose, describe, carry_on, draw, crop)
 }
 
 

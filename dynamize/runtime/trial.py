@@ -55,7 +55,7 @@ class Features:
         """By the dearest way there; random where no part leads to it."""
         ways = [part for part in self._ways if part.after == border]
         if border in self.network.openings:
-            return _image(blank(self.network, 1, *self.network.input_shape))
+            return _image(blank(self.network, 1, *self.network.shapes[border]))
         if not ways:
             return self._random(self.at(0).new_ones(1, *self.network.shapes[border]))
         found: Tensor = ways[-1].module(self._reach(ways[-1].before).clone())

@@ -1,0 +1,34 @@
+"""A network that makes the images it wants of those that another one takes."""
+
+from collections.abc import Sequence
+
+from torch import fx, nn
+
+from dynamize.graph.nodes import placeholder
+from dynamize.graph.trace import annotate, trace
+from dynamize.nn.preprocess import Preprocess
+from dynamize.preprocessing import Steps
+
+
+def preprocessed(net: nn.Module, given: Sequence[int], steps: Steps | None) -> fx.GraphModule:
+    """A network's graph, annotated, which takes images of the shape ``given``, (C, H, W).
+
+    Raises:
+        DynamizeError: it cannot be traced, or does not run on images of that size.
+    """
+    channels, *size = given
+    traced = trace(net, (channels, *(size if steps is None else steps.size)))
+    if steps is None:
+        return traced
+    first = placeholder(traced.graph)
+    traced.add_submodule(
+        "preprocess",
+        Preprocess((size[0], size[1]), steps.size, steps.share, steps.scale, steps.shift, steps.interpolation),
+    )
+    with traced.graph.inserting_after(first):
+        own = traced.graph.call_module("preprocess", (first,))
+    first.replace_all_uses_with(own)
+    own.args = (first,)
+    traced.recompile()
+    annotate(traced, given)
+    return traced

@@ -1,0 +1,74 @@
+"""`glance_focus`: calibrated, quantised and loaded again; and what is refused."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import dynamize as dz
+from dynamize.data import DataSpec, load_data
+from dynamize.errors import DynamizeError
+from dynamize.nn.piece import Setting
+from dynamize.transform import Context
+
+SHAPE = (1, 16, 16)
+
+
+@pytest.fixture(scope="module")
+def context() -> Context:
+    spec = DataSpec(source="digits", image_size=16, train_limit=64, test_limit=60, normalize=((0.305,), (0.376,)))
+    return Context(data=load_data(spec, SHAPE, 10), backend="eager")
+
+
+def net() -> nn.Module:
+    return dz.source("dynamize:digits_resnet", pretrained=True)
+
+
+def test_calibrated_in_bytes_and_loaded_again(context: Context, tmp_path: Path) -> None:
+    look = dz.GlanceFocus(glance=8, crops=1, crop=0.75)
+    steps: list[Any] = [look, dz.Calibrate(max_drop=5, points=4), dz.Quantize(images=64, max_drop=None)]
+    network = dz.convert(net(), steps, SHAPE, replace(context, teacher=net())).eval()
+    for point in network.operating_points:
+        assert point.thresholds["focus-1"] is None or point.thresholds["glance"] is not None
+    assert network.operating_point.macs_ratio < 0.6
+    dz.save(network, tmp_path)
+    loaded = dz.load(tmp_path)
+    images = next(context.data.test.batches(40))[0]
+    setting = Setting({"glance": 4.0, "focus-1": 4.0})
+    found, wanted = loaded.run(images, setting), network.run(images, setting)
+    assert torch.equal(found.logits, wanted.logits)
+    assert torch.equal(found.exits, wanted.exits)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"glance": 17}, "larger than the 16 pixels"),
+        ({"size": 30}, "larger than the 16 pixels"),
+        ({"glance": 3}, "the glance is too small"),
+    ],
+)
+def test_what_is_refused(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(DynamizeError, match=said):
+        dz.convert(net(), [dz.GlanceFocus(**fields)], SHAPE)
+
+
+def test_networks_that_end_otherwise_are_told_what_to_type() -> None:
+    other = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 256, 5))
+    with pytest.raises(DynamizeError, match="policy: centre|images of"):
+        dz.convert(other, [dz.GlanceFocus(glance=16)], SHAPE)
+
+
+def test_crops_are_not_trained_on_whole_images(context: Context) -> None:
+    steps = [dz.GlanceFocus(glance=8), dz.Distill(epochs=1, member="focus-1")]
+    with pytest.raises(DynamizeError, match="sees crops of 11 x 11 pixels"):
+        dz.convert(net(), steps, SHAPE, context)
+
+
+def test_it_stands_alone_in_front(context: Context) -> None:
+    small: dict[str, Any] = {"source": "dynamize:digits_resnet_small", "kwargs": {"pretrained": True}}
+    with pytest.raises(DynamizeError, match="use one of `cascade` and `glance_focus`"):
+        dz.convert(net(), [dz.Cascade(first=[small]), dz.GlanceFocus(glance=8)], SHAPE)

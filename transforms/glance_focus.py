@@ -1,0 +1,148 @@
+"""`glance_focus`: a glance at the whole image, then crops of it where the glance says, then the whole image."""
+
+import copy
+from typing import Annotated, ClassVar, Literal, get_args
+
+from pydantic import Field, PositiveInt
+from torch import fx
+
+from dynamize.errors import DynamizeError
+from dynamize.graph.evidence import last_map
+from dynamize.graph.macs import annotated_macs
+from dynamize.graph.nodes import output_value, placeholder
+from dynamize.nn.cascade import Answer, MemberConfidence, Restart, Verdict
+from dynamize.nn.joining import Joining
+from dynamize.nn.looking import Anywhere, Crop, Look, Map, Policy
+from dynamize.nn.network import DynamicNetwork
+from dynamize.nn.piece import Piece
+from dynamize.preprocessing import Steps
+from dynamize.rewrite.preprocessed import preprocessed
+from dynamize.transform import Applied, Context, Kind, Transform
+
+GLANCE = "glance"
+_ROUND = 16  # pixels that a glance is a multiple of, by default
+
+Size = tuple[int, int]
+
+
+class GlanceFocus(Transform):
+    """Look at the whole image in low resolution, then at crops of it in full, and answer as soon as one is sure (Wang
+    et al. 2020, GFNet, sec. 3); images that no crop made sure go through the network as it was.
+
+    No training is needed: crops are where the glance's class activation map has its peaks (Zhou et al. 2016), and
+    `calibrate` solves the thresholds, chooses who is asked, and how answers are joined. With all of them off the
+    network answers as before.
+
+    Example:
+        >>> net = dz.source("dynamize:digits_resnet", pretrained=True)
+        >>> dyn = dz.convert(net, [dz.GlanceFocus(glance=6, crops=1)], (1, 8, 8))
+        >>> dyn.members
+        ['glance', 'focus-1']
+    """
+
+    pass_name: Literal["glance_focus"] = Field("glance_focus", alias="pass")
+    glance: Literal["auto"] | PositiveInt = Field(
+        "auto", description="shorter side of the whole image as the glance sees it, in pixels; auto: about half"
+    )
+    crops: Annotated[int, Field(ge=0, le=8)] = Field(1, description="how many crops are looked at, one after the other")
+    crop: Annotated[float, Field(gt=0, lt=1)] = Field(0.7, description="share of each side of the image in a crop")
+    size: Literal["auto"] | PositiveInt = Field(
+        "auto", description="shorter side of a crop as its network sees it, in pixels; auto: that of the glance"
+    )
+    policy: Policy = Field(
+        "activation",
+        description="where crops are: activation: at the peaks of the surest classes; centre and random are controls",
+    )
+    confidence: MemberConfidence = Field(
+        "top_probability",
+        description="what the thresholds are compared with; agreement: 1 where all answers so far are alike",
+    )
+    combine: Literal["auto"] | Joining = Field(
+        "auto",
+        description="the answer after several looks: the last one's, or the mean or the product of their "
+        "probabilities; auto: what `calibrate` finds best on calibration images",
+    )
+
+    whole: ClassVar[bool] = True
+    once: ClassVar[bool] = True
+    kind: ClassVar[Kind] = Kind.ADDS_EXITS
+
+    def apply(self, network: DynamicNetwork, context: Context) -> Applied:
+        if network.members:
+            raise DynamizeError(
+                "glance_focus: the network has others in front of it already: use one of `cascade` and `glance_focus`"
+            )
+        given: Size = (network.input_shape[1], network.input_shape[2])
+        resolved = self._decided(min(given))
+        assert resolved.glance != "auto"
+        assert resolved.size != "auto"
+        side = scaled(given, round(self.crop * min(given)))
+        nets = {GLANCE: _seeing(network, given, scaled(given, resolved.glance))}
+        for number in range(1, self.crops + 1):
+            nets[f"focus-{number}"] = _seeing(network, side, scaled(given, resolved.size))
+        policy = self._policy(nets[GLANCE], (side[0] / given[0], side[1] / given[1])) if self.crops else {}
+        pieces: dict[str, Piece] = {}
+        for number, (name, net) in enumerate(nets.items()):
+            if number:
+                pieces[f"{name}/{placeholder(net.graph).name}"] = Crop(number - 1, side)
+            needs = GLANCE if number and policy else None
+            pieces[f"{name}/{output_value(net.graph).name}"] = Answer(self.confidence, needs)
+        own = network.plain.graph
+        network.insert({**pieces, placeholder(own).name: Restart(), output_value(own).name: Verdict()}, nets)
+        if policy:
+            network.insert(policy)
+        network.combining = get_args(Joining) if self.combine == "auto" else (self.combine,)
+        return Applied(network, resolved, [_cost_note(nets, network)])
+
+    def _decided(self, side: int) -> "GlanceFocus":
+        glance = self.glance
+        if glance == "auto":
+            glance = max(_ROUND, _ROUND * round(side / 2 / _ROUND)) if side > 2 * _ROUND else max(1, round(0.75 * side))
+        assert isinstance(glance, int)
+        if glance > side:
+            raise DynamizeError(f"glance_focus: glance: {glance} is larger than the {side} pixels of the images")
+        size = glance if self.size == "auto" else self.size
+        assert isinstance(size, int)
+        if size > side:
+            raise DynamizeError(f"glance_focus: size: {size} is larger than the {side} pixels of the images")
+        return self.model_copy(update={"glance": glance, "size": size})
+
+    def _policy(self, glance: fx.GraphModule, share: tuple[float, float]) -> dict[str, Piece]:
+        """The pieces that say where crops are, by the place that they stand at; none for the middle."""
+        end = f"{GLANCE}/{output_value(glance.graph).name}"
+        if self.policy == "centre":
+            return {}
+        if self.policy == "random":
+            return {end: Anywhere(self.crops)}
+        found = last_map(glance)
+        if found is None:
+            raise DynamizeError(
+                "glance_focus: policy: activation needs a network that ends in the mean of a feature map of several "
+                "pixels and one linear layer, and this one does not, or the glance is too small for it: give a larger "
+                "`glance`, or policy: centre"
+            )
+        return {f"{GLANCE}/{found.node}": Map(), end: Look(found.linear, found.shape, self.crops, share)}
+
+
+def scaled(size: Size, shorter: int) -> Size:
+    """A size of the same shape with this shorter side."""
+    least = min(size)
+    return max(1, round(size[0] * shorter / least)), max(1, round(size[1] * shorter / least))
+
+
+def _seeing(network: DynamicNetwork, given: Size, size: Size) -> fx.GraphModule:
+    """A copy of the network for images of a size ``given``, which it sees in another one."""
+    channels = network.input_shape[0]
+    try:
+        return preprocessed(
+            copy.deepcopy(network.plain), (channels, *given), None if given == size else Steps(size=size)
+        )
+    except DynamizeError as error:
+        raise DynamizeError(f"glance_focus: on images of {size[0]} x {size[1]}: {error}") from error
+
+
+def _cost_note(nets: dict[str, fx.GraphModule], network: DynamicNetwork) -> str:
+    own = annotated_macs(network.plain)
+    return "before the whole image: " + ", ".join(
+        f"{name} ({annotated_macs(net) / own:.0%} of its MACs)" for name, net in nets.items()
+    )
