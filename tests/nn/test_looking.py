@@ -83,6 +83,7 @@ def test_images_are_answered_as_if_alone(network: DynamicNetwork, images: Tensor
         assert close(one.logits[0], whole.logits[i])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", FLOAT32)
 def test_backends_look_alike(network: DynamicNetwork, images: Tensor, backend: str) -> None:
     compiled = dz.compile_network(network, backend)
@@ -121,7 +122,7 @@ def test_a_crop_is_where_the_evidence_is() -> None:
     assert places[1, 2:].tolist() != pytest.approx([0.75, 0.75])
 
 
-def test_it_is_saved_exported_and_put_into_bytes(images: Tensor, tmp_path) -> None:
+def test_it_is_saved_and_loaded(images: Tensor, tmp_path) -> None:
     network = made()
     network.setting = Setting(SETTINGS[0])
     dz.save(network, tmp_path / "out")

@@ -27,6 +27,7 @@ def net() -> nn.Module:
     return dz.source("dynamize:digits_resnet", pretrained=True)
 
 
+@pytest.mark.slow
 def test_calibrated_in_bytes_and_loaded_again(context: Context, tmp_path: Path) -> None:
     look = dz.GlanceFocus(glance=8, crops=1, crop=0.75)
     steps: list[Any] = [look, dz.Calibrate(max_drop=5, points=4), dz.Quantize(images=64, max_drop=None)]
