@@ -26,7 +26,7 @@ ON_DIGITS = [  # options with which `run` takes a recipe for images of your own 
 
 
 def _at_budget(step: int) -> list[str]:
-    return [f"--set=steps.{step}.max_drop=null", f"--set=steps.{step}.macs_ratio=0.9"]
+    return [f"--set=steps.{step}.{field}" for field in ("max_drop=null", "macs_ratio=0.9", "points=3")]
 
 
 _FEW = ["--set=data.train_limit=400", "--set=data.calibration=200"]

@@ -55,6 +55,7 @@ def save_at_its_thresholds(made: DynamicNetwork, folder: Path) -> None:
     artifact.save(made, folder, source=SOURCE, data=spec, classes=list("0123456789"), about={"seed": 1})
 
 
+@pytest.mark.slow
 def test_fresh_process_gives_the_same_bits_and_routing(tmp_path: Path) -> None:
     plain, chained = network(), network(chain=True)
     save_at_its_thresholds(plain, tmp_path / "plain")

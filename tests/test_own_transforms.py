@@ -71,9 +71,20 @@ def recipe(tmp_path: Path) -> Path:
     return file
 
 
-def test_a_class_is_registered_by_being_written(tmp_path: Path) -> None:
+def install(entry_point: str, folder: Path) -> None:
+    info = folder / "own_steps-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: own-steps\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[dynamize.transforms]\n{entry_point}\n")
+
+
+def test_a_class_is_registered_by_being_written_and_by_its_package_being_installed(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(OWN)
+    install("late = own:LateExit", tmp_path)
     code = """
+import sys
+from dynamize.transform import registered
+assert "late_exit" in registered() and "own" in sys.modules
 import own
 from abc import abstractmethod
 from dynamize.cli import app
@@ -132,20 +143,6 @@ registered()
     assert 'write `pass_name: Literal["mine"] = Field("mine", alias="pass")`' in refusal(code, tmp_path)
 
 
-def install(entry_point: str, folder: Path) -> None:
-    info = folder / "own_steps-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: own-steps\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(f"[dynamize.transforms]\n{entry_point}\n")
-
-
-def test_installed_packages_bring_transforms(tmp_path: Path) -> None:
-    (tmp_path / "own.py").write_text(OWN)
-    install("late = own:LateExit", tmp_path)
-    code = "from dynamize.transform import registered\nprint(*registered())"
-    assert "late_exit" in fresh(code, tmp_path).split()
-
-
 @pytest.mark.slow
 def test_an_installed_package_that_cannot_be_imported(tmp_path: Path) -> None:
     install("late = owl", tmp_path)
@@ -156,7 +153,7 @@ def test_an_installed_package_that_cannot_be_imported(tmp_path: Path) -> None:
 def test_a_recipe_with_code_and_what_it_makes(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     out, untrained = tmp_path / "out", [one for one in TINY if not one.startswith("--set=steps")]
-    quick = [*untrained, "--set=data.test_limit=100", "--quiet"]
+    quick = [*untrained, "--set=data.test_limit=100", "--set=backends=[eager]", "--quiet"]
     refused = call("run", recipe, "--out", out, "--model=dynamize:digits_resnet", *quick)
     assert refused.exit_code == 2
     assert "steps/own.py" in refused.stderr

@@ -96,6 +96,7 @@ def test_run_stopped_between_epochs_goes_on_from_the_checkpoint(
     assert [json.loads(line)["epoch"] for line in lines] == [1, 2]
 
 
+@pytest.mark.slow
 def test_training_of_one_network_in_a_row_is_written_down(tmp_path: Path) -> None:
     steps = "steps=[{pass: cascade, first: [{shrink: 0.5, name: small}]}, {pass: distill, epochs: 1}]"
     run(tmp_path / "out", steps, "data.train_limit=64")

@@ -18,7 +18,7 @@ STEPS = {
 
 BUDGETS = {
     "compress_static": ["--set=steps.0.recovery_epochs=1"],
-    "dynamic_int8": ["--set=steps.2.max_drop=null", "--set=steps.2.macs_ratio=0.9"],
+    "dynamic_int8": [f"--set=steps.2.{field}" for field in ("max_drop=null", "macs_ratio=0.9", "points=3")],
 }
 
 

@@ -50,6 +50,7 @@ def test_inspect_says_what_gates_fit(cli: Cli) -> None:
     assert not found["gates"][3]["identity"]
 
 
+@pytest.mark.slow
 def test_inspect_says_why_a_block_cannot_be_skipped(cli: Cli) -> None:
     result = cli("inspect", "torchvision:densenet121", "--input", "3,64,64")
     assert widest(result.stdout) <= 80

@@ -139,6 +139,7 @@ def separators(traced: fx.GraphModule) -> set[str]:
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(plans(), st.integers(0, 2**16))
+@pytest.mark.slow
 def test_random_networks(plan: list[tuple[str, list[int], int]], seed: int) -> None:
     torch.manual_seed(seed)
     network = randomise_norms(RandomNet(plan), seed).eval()

@@ -187,7 +187,8 @@ def digits_network(*steps: Any) -> DynamicNetwork:
 STEP = {"epochs": 8, "batch_size": 32, "lr": 0.2, "precision": "float32"}
 
 
-@pytest.mark.parametrize("gate", ["linear", pytest.param("recurrent", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("gate", ["linear", "recurrent"])
 def test_a_training_arrives_at_the_budget(gate: str, splits: Splits) -> None:
     teacher = create("digits_resnet", pretrained=True).eval()
     network = digits_network(SkipGates.model_validate({"gate": gate, "group": 1}))

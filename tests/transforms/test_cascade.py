@@ -204,6 +204,7 @@ def test_points_that_ask_some_networks_say_where_all_images_leave(net: torch.nn.
         assert all(point.exits[names.index(name)] == 0 for name in names if point.thresholds[name] is None)
 
 
+@pytest.mark.slow
 def test_copies_are_said_to_be_untrained(net: torch.nn.Module, context: Context) -> None:
     applied = dz.Cascade(first=[{"shrink": 0.3, "name": "few"}]).apply(dz.convert(net, [], SHAPE), context)
     assert any("not trained yet" in note and "few" in note for note in applied.notes)

@@ -85,6 +85,7 @@ def test_channel_gates_keep_their_norms() -> None:
         assert close(folded(images()), wanted)
 
 
+@pytest.mark.slow
 def test_networks_of_timm_keep_their_activations() -> None:
     timm = pytest.importorskip("timm", reason="needs timm: BatchNormAct2d is its norm with activation")
     network = timm.create_model("efficientnet_lite0", num_classes=5).eval()

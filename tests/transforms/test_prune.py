@@ -64,7 +64,7 @@ def test_macs_ratio_is_met_and_hardly_more() -> None:
 
 
 @pytest.mark.parametrize("target", [0.6, 0.8])
-@pytest.mark.fast("0.6")
+@pytest.mark.slow
 def test_no_more_groups_of_one_width_are_narrowed_than_it_takes(target: float) -> None:
     """All blocks of a stage would go from 16 to 8 channels together, and the MACs to half of what is asked."""
     torch.manual_seed(0)

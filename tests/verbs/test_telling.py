@@ -43,9 +43,7 @@ class Told:
         self.images = torch.cat([images for images, _ in self.splits.test.batches(100)])
         if not self.network.members:
             scatter(self.network, self.images)
-        self.evaluator = Evaluator(
-            wrap(original, SHAPE), self.splits.test, torch.device("cpu"), ["eager"], [1], seconds=0.0
-        )
+        self.evaluator = Evaluator(wrap(original, SHAPE), self.splits.test, torch.device("cpu"), [], [1], seconds=0.0)
 
     def report(self) -> ReportData:
         rows = [self.evaluator.row(0, "static", self.evaluator.static, 0.0, [])]
