@@ -1,6 +1,7 @@
 """A network with gates and images small enough to be trained inside a test."""
 
 import torch
+from built import built_once
 from digits import SHAPE
 from networks import Residual, conv_block
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ class GatedDigitNet(nn.Module):
         return self.linear(self.block3(self.block2(self.block1(self.stem(x)))).mean((2, 3)))
 
 
+@built_once
 def gated_digits(gate: str = "linear", seed: int = 0) -> DynamicNetwork:
     """Gates that run a block with probability 0.95, whatever they see."""
     torch.manual_seed(seed)

@@ -1,5 +1,7 @@
 """`exits`: where they go, what they cost, what is refused, and that the resolved step needs no data."""
 
+import functools
+
 import pytest
 import torch
 import torchvision
@@ -9,7 +11,7 @@ from pydantic import ValidationError
 from dynamize.conversion import apply, convert, replay, wrap
 from dynamize.data import LoaderSet, Splits
 from dynamize.errors import DynamizeError
-from dynamize.graph.cuts import cut_points
+from dynamize.graph.cuts import CutPoint, cut_points
 from dynamize.graph.trace import trace
 from dynamize.measure.costs import exit_costs
 from dynamize.nn.network import DynamicNetwork
@@ -29,13 +31,19 @@ def resolved(**fields: object) -> dict:
     return exits(**fields).history[-1]
 
 
-CUTS = {cut.module: cut for cut in cut_points(trace(small_resnet(), SmallResNet.shape))}
-TOTAL = exit_costs(wrap(small_resnet(), SmallResNet.shape)).cumulative()[-1]
+@functools.cache
+def cuts() -> dict[str, CutPoint]:
+    return {cut.module: cut for cut in cut_points(trace(small_resnet(), SmallResNet.shape))}
+
+
+@functools.cache
+def total() -> float:
+    return float(exit_costs(wrap(small_resnet(), SmallResNet.shape)).cumulative()[-1])
 
 
 class TestPlaces:
     def test_by_module_path_and_by_node_name(self) -> None:
-        wanted = [CUTS["layer1.1"].name, CUTS["layer2.0"].name]
+        wanted = [cuts()["layer1.1"].name, cuts()["layer2.0"].name]
         assert resolved(at=["layer1", "layer2.0"])["at"] == wanted
         assert resolved(at=wanted)["at"] == wanted
         assert resolved(at=["layer2.0", "layer1"])["at"] == wanted  # execution order, whatever was written
@@ -43,9 +51,9 @@ class TestPlaces:
     def test_auto_without_data_spreads_over_the_macs(self) -> None:
         found = resolved(count=2, head="linear", share=0.15)
         assert found["count"] == 2
-        chosen = [cut.macs / TOTAL for cut in CUTS.values() if cut.name in found["at"]]
+        chosen = [cut.macs / total() for cut in cuts().values() if cut.name in found["at"]]
         for goal, share in zip((1 / 3, 2 / 3), chosen, strict=True):
-            assert abs(share - goal) == min(abs(cut.macs / TOTAL - goal) for cut in CUTS.values())
+            assert abs(share - goal) == min(abs(cut.macs / total() - goal) for cut in cuts().values())
 
     def test_auto_with_data_takes_where_a_probe_can_already_answer(self) -> None:
         images, labels = torch.randn(60, *SmallResNet.shape) * 0.1, torch.arange(60) % 3
@@ -55,15 +63,15 @@ class TestPlaces:
         step = Exits(count=1, head="linear")
         blind, _ = apply(wrap(small_resnet(), SmallResNet.shape), step, Context())
         seeing, _ = apply(wrap(small_resnet(), SmallResNet.shape), step, Context(data=data))
-        assert blind.history[0]["at"] != [CUTS["stem"].name]
-        assert seeing.history[0]["at"] == [CUTS["stem"].name]
+        assert blind.history[0]["at"] != [cuts()["stem"].name]
+        assert seeing.history[0]["at"] == [cuts()["stem"].name]
 
     def test_same_cut_point_by_two_names(self) -> None:
         with pytest.raises(DynamizeError, match="two of these are the same cut point; name each once"):
             exits(at=["layer1", "layer1.1"])
 
     def test_unknown_cut_point_names_near_ones(self) -> None:
-        name = CUTS["layer1.1"].name
+        name = cuts()["layer1.1"].name
         with pytest.raises(DynamizeError, match=rf"'{name}9' is no cut point .*Did you mean .*{name}"):
             exits(at=[name + "9"])
 
@@ -88,7 +96,7 @@ class TestSizes:
     @pytest.mark.parametrize(("head", "share"), [("linear", 0.1), ("conv", 0.3), ("conv", 1.0), ("tail", 0.7)])
     def test_the_heads_stay_within_the_share(self, head: str, share: float) -> None:
         dynamic = exits(head=head, share=share, at=["layer1", "layer2"])
-        spent = sum(head_macs(dynamic)) / TOTAL
+        spent = sum(head_macs(dynamic)) / total()
         assert 0 < spent <= share
 
     def test_auto_widths_are_the_widest_that_fit(self) -> None:
@@ -97,7 +105,7 @@ class TestSizes:
         for k in range(2):  # each head has an equal part: 16 channels more do not fit into it
             wider = [width + 16 * (j == k) for j, width in enumerate(found["size"])]
             heads = head_macs(exits(head="conv", at=found["at"], size=wider))
-            assert heads[k] / TOTAL > 0.25
+            assert heads[k] / total() > 0.25
 
     def test_auto_tails_are_the_deepest_that_fit(self) -> None:
         found = resolved(head="tail", share=0.9, at=["layer1", "layer2"])
@@ -148,7 +156,7 @@ class TestNarrowShares:
     @pytest.mark.fast("False-at0-0.1", "False-at1-0.03", "True-at0-0.03", "True-at1-0.1")
     def test_by_hand(self, share: float, at: list[str], chain: bool) -> None:
         dynamic = exits(at=at, share=share, chain=chain)
-        assert sum(head_macs(dynamic)) <= share * TOTAL * 1.0001
+        assert sum(head_macs(dynamic)) <= share * total() * 1.0001
         assert replay(small_resnet(), dynamic.history, SmallResNet.shape).history == dynamic.history
 
     @pytest.mark.parametrize("head", ["linear", "conv"])
@@ -214,8 +222,8 @@ def test_resolving_is_stable(fields: dict) -> None:
 def test_the_note_says_where_and_what_it_costs() -> None:
     step = Exits(at=["layer1", "layer2"], head="linear")
     note = step.apply(wrap(small_resnet(), SmallResNet.shape), Context()).notes[0]
-    spent = sum(head_macs(exits(at=["layer1", "layer2"], head="linear"))) / TOTAL
-    assert f"layer1.1 ({CUTS['layer1.1'].macs / TOTAL:.0%} of MACs)" in note
+    spent = sum(head_macs(exits(at=["layer1", "layer2"], head="linear"))) / total()
+    assert f"layer1.1 ({cuts()['layer1.1'].macs / total():.0%} of MACs)" in note
     assert f"{spent:.1%} of the network" in note
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from built import built_once
 from digits import SHAPE
 from gated_networks import scatter
 from networks import SmallResNet, small_resnet
@@ -24,6 +25,7 @@ from dynamize.transforms import Calibrate, ChannelGates, Distill, Recalibrate, S
 CPU = torch.device("cpu")
 
 
+@built_once
 def gated() -> DynamicNetwork:
     gates = ChannelGates(groups=2, multiple=4, keep_first=False)
     return scatter(convert(small_resnet(), [gates], SmallResNet.shape), images(64))

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from built import built_once
 from gated_networks import gated_resnet, scatter, split_exits
 from networks import (
     SmallResNet,
@@ -37,6 +38,7 @@ from dynamize.transforms import ChannelGates, Exits, SkipGates, skip_gates
 BLOCKS = ["layer1.0", "layer1.1", "layer2.0", "layer2.1", "layer3.0", "layer3.1"]
 
 
+@built_once
 def gated(**fields: Any) -> DynamicNetwork:
     return convert(small_resnet(), [SkipGates.model_validate({"group": 1} | fields)], SmallResNet.shape)
 
