@@ -30,7 +30,7 @@ def context() -> dz.Context:
     return run(example("Context", {"dz": dz}))["context"]
 
 
-LONG = {"Calibrate", "Controller", "FuseGates", "Prune"}
+LONG = {"Calibrate", "Controller", "FuseGates", "Prune", "Quantize", "Recalibrate"}
 
 
 @pytest.mark.parametrize("name", only(set(dz.__all__) - LONG, dz.__all__))

@@ -62,7 +62,7 @@ RECIPE_FAULTS: dict[str, tuple[list[str], str]] = {
     "an override without a value": (["--set", "steps.1.epochs"], "path=value"),
     "an override of a step that is not there": (["--set", "steps.9.epochs=1"], "no place steps.9.epochs"),
     "negative epochs": (["--set=steps.1.epochs=-3"], "greater than 0 (given: -3)"),
-    "epochs in words": (["--set=steps.1.epochs=many"], "steps.1.distill.epochs"),
+    "epochs in words": (["--set=steps.1.epochs=many"], "steps.1.distill: epochs: a number is expected"),
     "percent for a share of MACs": ([*BUDGET, "--set=steps.2.macs_ratio=50"], "write 0.5 for 50 %"),
     "a drop above 100 points": (["--set=steps.2.max_drop=200"], "steps.2.calibrate.max_drop"),
     "two budgets": (["--set=steps.2.macs_ratio=0.5"], "max_drop and macs_ratio are budgets both"),

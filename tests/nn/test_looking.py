@@ -132,6 +132,7 @@ def test_it_is_saved_and_loaded(images: Tensor, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("policy", ["activation", "centre", "random"])
+@pytest.mark.fast("activation")
 def test_the_driver_of_an_export_looks_alike(images: Tensor, tmp_path, policy: str, monkeypatch) -> None:
     import importlib.util
 

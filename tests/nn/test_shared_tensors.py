@@ -275,7 +275,7 @@ CHANGES = [halve_data, halve, new_data, step, assigned, statistics, through_nump
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("own", only([True], [False, True]))
-@pytest.mark.fast("True-step", "True-through_numpy")
+@pytest.mark.fast("True-through_numpy")
 def test_channel_gates_compute_with_the_weights_as_they_are(
     own: bool, change: Callable[[DynamicNetwork], None]
 ) -> None:
