@@ -4,11 +4,12 @@ import pytest
 import torch
 from digits import SHAPE, DigitNet, digit_network, digit_splits
 
+from dynamize import evaluation
 from dynamize.conversion import wrap
 from dynamize.errors import DynamizeError
 from dynamize.evaluation import Evaluator, Judgement, busy, gather, representative
 from dynamize.measure.costs import exit_costs
-from dynamize.measure.latency import Times
+from dynamize.measure.latency import LEAST_ROUNDS, Times
 from dynamize.measure.memory import peak_bytes, saved_bytes
 from dynamize.nn.piece import Decision, Setting
 
@@ -36,6 +37,17 @@ def test_gather_keeps_the_order_asked_for() -> None:
     everything = torch.cat([images for images, _ in test.batches(32)])
     index = torch.tensor([70, 3, 99, 0])
     assert torch.equal(gather(test, index, CPU), everything[index])
+
+
+def test_fewer_images_are_timed_where_one_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "_INPUTS", 96)
+    images = digit_splits().test
+    timed = []
+    for image_seconds in (1e-6, 0.02, 1.0):
+        here = Evaluator(wrap(DigitNet().eval(), SHAPE), images, CPU, ["eager"])
+        here.hurry(2 * LEAST_ROUNDS * 0.02 * 20.5, image_seconds)
+        timed.append(here.inputs)
+    assert timed == [96, 20, 8]
 
 
 def test_static_row(evaluator: Evaluator) -> None:

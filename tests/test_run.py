@@ -11,6 +11,7 @@ from ledgers import TINY, ledger_of, without_times
 
 from dynamize.checkpoints import read_state_dict
 from dynamize.errors import DynamizeError
+from dynamize.evaluation import Evaluator
 from dynamize.folders import check_folder, clear, holds_run, step_folders
 from dynamize.kept import fingerprint
 from dynamize.recipe import Recipe, load_recipe
@@ -111,6 +112,13 @@ def test_source_without_checkpoint_is_the_same_network_after_resume(tmp_path: Pa
     assert without_times([row.model_dump() for row in first.report.ledger.rows]) == without_times(
         [row.model_dump() for row in second.report.ledger.rows]
     )
+
+
+def test_as_many_images_are_timed_as_the_seconds_given_allow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hurried: list[float] = []
+    monkeypatch.setattr(Evaluator, "hurry", lambda self, seconds, image_seconds: hurried.append(seconds))
+    run(tmp_path / "out", "steps=[{pass: fold_batchnorm}]", "timing_seconds=0.03")
+    assert hurried == [0.03]
 
 
 def test_resume_refuses_damaged_or_other_states(reference: Path, tmp_path: Path) -> None:
