@@ -132,13 +132,8 @@ class Planner:
         """The steps from ``first`` on, tried on ``network``, which is consumed; times are compared for as long as the
         settings say or, where they leave it open, as follows from how long the steps take."""
         steps = self._try(network, context, first)[1]
-        seconds = self.settings.timing_seconds
-        if seconds == "auto":
-            training = sum(self._seconds(one) for one in steps)
-            rows = len(steps) + 1 + self._contestants() / 2
-            comparisons = len(self.evaluator.backends) * len(self.evaluator.batches) * rows
-            seconds = max(_SHORTEST_TIMING, training * _TIMING_SHARE / comparisons)
-        self.evaluator.hurry(seconds, self._image_seconds)
+        asked = self.settings.timing_seconds
+        self.evaluator.hurry(self._share(steps) if asked == "auto" else asked, self._image_seconds)
         return steps
 
     def plan(self, network: DynamicNetwork, context: Context) -> Plan:
@@ -170,6 +165,13 @@ class Planner:
             ],
             warnings=self.warnings(),
         )
+
+    def _share(self, steps: list[Rehearsed]) -> float:
+        """Seconds of each comparison of times that together are a share of what the steps take."""
+        training = sum(self._seconds(one) for one in steps)
+        rows = len(steps) + 1 + self._contestants() / 2
+        comparisons = len(self.evaluator.backends) * len(self.evaluator.batches) * rows
+        return max(_SHORTEST_TIMING, training * _TIMING_SHARE / comparisons)
 
     def _contestants(self) -> int:
         """How many operating points and rivals are measured in the end, at most."""
