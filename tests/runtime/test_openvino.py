@@ -165,16 +165,19 @@ def test_single_images_go_where_they_are_faster(
 
 def test_a_size_that_comes_often_has_a_model_up_to_which_batches_are_filled(monkeypatch: pytest.MonkeyPatch) -> None:
     models = FakeModels(monkeypatch)
+    monkeypatch.setattr(openvino, "_MOST_SHAPES", 19)
     shaped = openvino._Shaped(models, threads=2, small=True, limit=1e-3)
     for images in [38, 39] * (openvino._OFTEN // 2 - 1) + [40]:
         assert models.last(shaped, images) == (2, None, images)
     assert models.last(shaped, 37) == (2, 40, 37)
     assert models.last(shaped, 41) == (2, None, 41)
     assert models.last(shaped, 0) == (2, None, 0)
-    for images in range(1, 17):
+    for images in range(1, 65):
         for _ in range(openvino._OFTEN + 1):
             last = models.last(shaped, images)
-        assert last == (1 if images == 1 else 2, images if images < openvino._MOST_SHAPES else None, images)
+        filled = openvino._filled_up(images)
+        assert images <= filled < 1.25 * images
+        assert last == (1 if images == 1 else 2, filled if filled < 64 else None, images)
 
 
 def test_a_model_of_one_shape_that_answers_otherwise_is_not_used() -> None:
