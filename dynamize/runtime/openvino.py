@@ -22,7 +22,7 @@ from dynamize.runtime.trial import agree, limit_of
 Precision = Literal["f32", "bf16"]
 _CAPABILITY = "BF16"
 _WARM, _TIMED = 3, 15  # calls
-_OFTEN = 32  # batches of a size: its model takes as long to compile as some 300 of them lose, and goes on saving
+_OFTEN = 128  # batches of a size: compiling its model takes as long as these lose
 _MOST_SHAPES = 20
 _SMALL_MODEL, _SMALL_FEATURES = 2**23, 2**22  # bytes
 
