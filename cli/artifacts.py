@@ -1,5 +1,6 @@
 """`dynamize bench`, `calibrate`, `predict` and `export`: what is done with an artifact."""
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -20,6 +21,7 @@ from dynamize.cli.options import (
     names,
     weights,
 )
+from dynamize.errors import DynamizeError
 from dynamize.runtime.engine import ANYWHERE
 
 
@@ -50,6 +52,8 @@ def bench(
     Example: dynamize bench runs/quickstart --batches 1,64 --backends eager,onnxruntime
     """
     sizes = counts(batches, "--batches")
+    if not math.isfinite(seconds):
+        raise DynamizeError(f"--seconds {seconds} would never end: give seconds, e.g. --seconds 5")
     with reporting(quiet) as progress:
         from dynamize.verbs.bench import benchmark
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from dynamize.cli.tables import table
+from dynamize.cli.tables import heading, table
 from dynamize.report.cells import ABSENT, count
 
 if TYPE_CHECKING:
@@ -21,11 +21,11 @@ def planned(plan: "Plan") -> Group:
         Text(f"{plan.classes} classes; images: {images}; as it is, {100 * plan.accuracy:.2f} % of test are right"),
     ]
     if plan.exits:
-        made = table(("exit", "left"), ("after", "left"), ("MACs", "right"), ("head", "right"), ("probe", "right"))
+        made = table(("", "left"), ("after", "left"), ("MACs", "right"), ("head", "right"), ("probe", "right"))
         for one in plan.exits:
             probe = ABSENT if one.probe is None else f"{100 * one.probe:.1f} %"
             made.add_row(*map(Text, [one.name, one.after, f"{one.macs_ratio:.3f}", f"{one.head_ratio:.3f}", probe]))
-        parts += [Text("\nExits", style="bold"), made]
+        parts += [heading([one.kind for one in plan.exits]), made]
         parts.append(Text("MACs to leave and of the head: shares of the network's", style="dim"))
     if plan.gates:
         made = table(("gate", "left"), ("MACs of each path", "left"))

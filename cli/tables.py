@@ -47,7 +47,7 @@ def inspection(found: "Inspection") -> Group:
     exits = [one for one in found.decisions if one.effect == "leaves"]
     gates = [one for one in found.decisions if one.effect == "changes"]
     if exits:
-        parts += [Text("\nExits", style="bold"), _exits(exits, found)]
+        parts += [heading([one.kind for one in exits]), _exits(exits, found)]
         parts += [Text("MACs to leave: with all gates open.", style="dim")] if gates else []
     if gates:
         parts += [Text("\nGates", style="bold"), _gates(gates)]
@@ -149,8 +149,14 @@ def _says_something(value: Any) -> bool:
     return value is not None and value != {}
 
 
+def heading(kinds: Sequence[str]) -> Text:
+    """Above a table of places where images leave: `Exits` or `Members`, as they call themselves."""
+    names = " and ".join(f"{kind}s" for kind in dict.fromkeys(kinds))
+    return Text(f"\n{names.capitalize()}", style="bold")
+
+
 def _exits(exits: "Sequence[DecisionFacts]", found: "Inspection") -> Table:
-    made = table(("exit", "left"), ("after", "left"), ("head MACs", "right"), ("MACs to leave", "right"))
+    made = table(("", "left"), ("after", "left"), ("head MACs", "right"), ("MACs to leave", "right"))
     made.add_column("ratio", justify="right")
     made.add_column("threshold", justify="right")
     rows = [(one.name, one.after, count(one.always), one.macs_to_leave, _threshold(one.threshold)) for one in exits]

@@ -28,6 +28,7 @@ class PlannedExit:
     share, and the share of calibration images that a probe there answers right; None where none can be put."""
 
     name: str
+    kind: str
     after: str
     macs_ratio: float
     head_ratio: float
@@ -93,7 +94,9 @@ def planned_exits(network: DynamicNetwork, static_macs: float, probes: dict[str,
     """The exits of the network in the structure that it will have."""
     costs = exit_costs(network)
     return [
-        PlannedExit(one.name, piece.place[0], macs / static_macs, one.always / static_macs, probes.get(one.name))
+        PlannedExit(
+            one.name, one.kind, piece.place[0], macs / static_macs, one.always / static_macs, probes.get(one.name)
+        )
         for piece, one, macs in zip(network.leaving, costs.leaving, costs.cumulative().tolist(), strict=False)
     ]
 

@@ -116,7 +116,7 @@ class OperatingPoints(RootModel[tuple[OperatingPoint, ...]]):
                 f"{', '.join(asked)}, for example at(macs_ratio=0.5)."
             )
         ((name, limit),) = given.items()
-        if math.isnan(limit) or (limit <= 0 and name != "max_drop"):
+        if not math.isfinite(limit) or (limit <= 0 and name != "max_drop"):
             raise DynamizeError(f"{name}={limit} is no limit: give a positive number.")
         if name == "macs_ratio" and (fault := no_ratio(limit)):
             raise DynamizeError(f"{name}={limit:g}: {fault}")

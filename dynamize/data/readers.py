@@ -154,7 +154,7 @@ def images_below(folder: str, above: frozenset[str] = frozenset()) -> list[tuple
             continue
         if entry.is_dir():
             found += images_below(entry.path, above | {real})
-        elif entry.name.lower().endswith(IMAGE_ENDINGS):
+        elif entry.name.lower().endswith(IMAGE_ENDINGS) and (entry.is_file() or entry.is_symlink()):
             key = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(real, entry.name)
             found.append((entry.path, key))
     return found

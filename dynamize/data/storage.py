@@ -165,6 +165,9 @@ class FileStorage:
 
     @staticmethod
     def _decoded(path: str, geometry: Geometry) -> Tensor:
+        if not os.path.isfile(path):  # a pipe would be waited for
+            what = "is no file" if os.path.exists(path) else "does not exist"
+            raise UnreadableImage(f"the image {os.path.abspath(path)} {what}: name another one, or remove the link")
         try:
             with Image.open(path) as image:
                 return geometry.of_image(image)

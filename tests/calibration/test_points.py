@@ -102,6 +102,7 @@ def test_picking(points):
         ({"macs_ratio": 1e6}, "is meant: write 0.5 for 50 %"),
         ({"max_drop": -50}, "no operating point is expected"),
         ({"macs": float("nan")}, "positive number"),
+        ({"max_drop": float("inf")}, "positive number"),
     ],
 )
 def test_picking_refuses(points, asked, says):

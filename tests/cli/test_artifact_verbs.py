@@ -116,6 +116,12 @@ def test_predict_answers_files_and_folders(finished_run: Path, pictures: Path, c
     assert {(one["exit"], one["by"]) for one in found} <= {(1, "exit 1"), (2, "exit 2"), (3, "last exit")}
 
 
+def test_bench_without_end_is_refused(finished_run: Path, cli: Cli) -> None:
+    refused = cli("bench", finished_run, "--seconds", "inf")
+    assert refused.exit_code == 2
+    assert "--seconds inf would never end" in refused.stderr
+
+
 def test_predict_by_a_deadline(finished_run: Path, pictures: Path, cli: Cli) -> None:
     hurried = cli("predict", finished_run, pictures, "--point", "full", "--deadline-ms", "0.0001", "--json")
     assert [(one["exit"], one["cut"]) for one in json.loads(hurried.stdout)] == [(1, True)] * 5

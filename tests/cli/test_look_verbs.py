@@ -88,6 +88,7 @@ def test_a_step_is_shown_with_what_was_decided(tmp_path: Path, cli: Cli) -> None
     small = {"name": "small", "source": "dynamize:digits_resnet_small", "kwargs": {"pretrained": True}}
     dz.save(dz.convert(net, [dz.Cascade.model_validate({"first": [small]})], (1, 8, 8)), tmp_path / "out")
     text = " ".join(cli("inspect", tmp_path / "out").stdout.split())
+    assert "Members after" in text
     assert "cascade first: [{name: small, source: dynamize:digits_resnet_small}], confidence: top_probability" in text
 
 

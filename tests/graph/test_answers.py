@@ -19,10 +19,27 @@ class OverBatch(nn.Module):
         return x / x.abs().amax()
 
 
+@torch.fx.wrap
+def rounded_as_by_size(x: Tensor) -> Tensor:
+    """As kernels do: another batch size, another last digit."""
+    return x * (1 + torch.finfo(x.dtype).eps * len(x))
+
+
+class OnAHair(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sin(rounded_as_by_size(x) * 1e6)
+
+
 @pytest.mark.parametrize("layer", [nn.BatchNorm2d(8, track_running_stats=False), OverBatch()])
 def test_what_mixes_the_images_of_a_batch_is_refused_by_name(layer: nn.Module) -> None:
     with pytest.raises(DynamizeError, match=r"`?1`?.*depends on the other images of its batch"):
         trace(classifier(layer), (3, 8, 8))
+
+
+def test_rounding_that_a_deep_network_multiplies_is_no_mixing() -> None:
+    network, images = classifier(OnAHair()).eval(), torch.rand(3, 3, 8, 8)
+    assert not torch.allclose(network(images)[:1], network(images[:1]), rtol=1e-2)
+    trace(network, (3, 8, 8))
 
 
 def test_norms_of_each_image_by_itself_are_taken() -> None:
