@@ -121,7 +121,7 @@ class GlanceFocus(Transform):
                 "pixels and one linear layer, and this one does not, or the glance is too small for it: give a larger "
                 "`glance`, or policy: centre"
             )
-        return {f"{GLANCE}/{found.node}": Map(), end: Look(found.linear, found.shape, self.crops, share)}
+        return {f"{GLANCE}/{found.node}": Map(), end: Look(found.linear, found.size, self.crops, share)}
 
 
 def scaled(size: Size, shorter: int) -> Size:

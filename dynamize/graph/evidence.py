@@ -14,10 +14,10 @@ _ALIKE = 1e-3  # of the spread of logits
 
 @dataclass(frozen=True)
 class LastMap:
-    """The name of the node that gives the map, its shape (C, h, w), and the layer that reads its channel means."""
+    """The name of the node that gives the map, its size (h, w), and the layer that reads its channel means."""
 
     node: str
-    shape: tuple[int, int, int]
+    size: tuple[int, int]
     linear: nn.Linear
 
 
@@ -30,9 +30,10 @@ def last_map(traced: fx.GraphModule) -> LastMap | None:
     linear = callee(traced, end)
     node = end
     while len(node.meta["shape"]) != 4 or set(node.meta["shape"][2:]) == {1}:
-        if len(node.all_input_nodes) != 1:
+        read = [one for one in node.all_input_nodes if one.meta.get("shape") is not None]
+        if len(read) != 1:  # sizes that are read besides do not count
             return None
-        (node,) = node.all_input_nodes
+        (node,) = read
     _, channels, height, width = map(int, node.meta["shape"])
     if not isinstance(linear, nn.Linear) or linear.in_features != channels or node is placeholder(traced.graph):
         return None
@@ -43,4 +44,4 @@ def last_map(traced: fx.GraphModule) -> LastMap | None:
         wanted = extract(traced, node.name, None)(features.clone())
         apart = (linear(features.mean((2, 3))) - wanted).abs().max()
     alike = bool(apart <= _ALIKE * (wanted.std() + 1e-6))
-    return LastMap(node.name, (channels, height, width), linear) if alike else None
+    return LastMap(node.name, (height, width), linear) if alike else None

@@ -15,7 +15,7 @@ def replace_modules(root: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None
     """Put ``new[module]`` in the place of each ``module`` under ``root``, found by identity.
 
     Every parent that holds a module gets the new one under the same name: the original graph, segments cut out of it,
-    the paths of gated units. Node names, and with them cut points, stay as they are. For a
+    the paths of gated units, tuples of modules. Node names, and with them cut points, stay as they are. For a
     :class:`~dynamize.nn.network.DynamicNetwork` use :func:`dynamize.rewrite.exchange.replace_layers`, which also counts
     MACs anew. A new module is put in the mode of the one it replaces.
     """
@@ -26,6 +26,9 @@ def replace_modules(root: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None
         for name, child in list(parent._modules.items()):
             if child is not None and child in new:
                 setattr(parent, name, new[child])
+        for name, value in list(vars(parent).items()):
+            if type(value) is tuple and any(isinstance(one, nn.Module) and one in new for one in value):
+                setattr(parent, name, tuple(new.get(one, one) if isinstance(one, nn.Module) else one for one in value))
 
 
 def every_module(root: nn.Module) -> Iterator[nn.Module]:

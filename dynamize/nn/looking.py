@@ -7,6 +7,7 @@ A row ``glance, Map, Look, Answer, Crop, focus, Answer, ..., Restart, whole, Ver
 
 import copy
 from collections.abc import Mapping
+from functools import reduce
 from typing import Literal
 
 import numpy as np
@@ -88,15 +89,16 @@ class Look(Passing):
     """Crops at the peaks of the class activation map (Zhou et al. 2016) of the surest classes of a glance.
 
     Args:
-        linear: the network's classifier, which registers it; it reads channel means of the map.
-        shape: of the map, (C, h, w).
+        linear: the network's classifier, which registers it; it reads channel means of the map. Steps behind may put
+            a product of linear layers in its place, and take channels out of it and the map.
+        size: of the map, (h, w).
         crops: how many.
         share: of each side of the image that a crop holds, of height and width.
     """
 
-    def __init__(self, linear: nn.Linear, shape: tuple[int, int, int], crops: int, share: tuple[float, float]) -> None:
+    def __init__(self, linear: nn.Module, size: tuple[int, int], crops: int, share: tuple[float, float]) -> None:
         super().__init__()
-        self.peaks = Peaks(linear, shape, crops, share)
+        self.peaks = Peaks(linear, size, crops, share)
 
     @property
     def own_name(self) -> str:
@@ -109,8 +111,8 @@ class Look(Passing):
         self.peaks.hold()
 
     def instruct(self, files: Mapping[str, str]) -> Instruction:
-        channels, height, width = self.peaks.shape
-        takes = {"features": self.peaks.classes, MAP: channels * height * width}
+        classes, channels = self.peaks.matrices[-1].shape[0], self.peaks.matrices[0].shape[1]
+        takes = {"features": classes, MAP: channels * len(self.peaks.ys)}
         alone = copy.deepcopy(self.peaks)
         alone.hold()
         return Carry(Rows(alone, takes, (f"next_{PLACES}",)))
@@ -123,27 +125,35 @@ class Peaks(nn.Module):
     xs: Tensor
     weight: Tensor | None
 
-    def __init__(self, linear: nn.Linear, shape: tuple[int, int, int], crops: int, share: tuple[float, float]) -> None:
+    def __init__(self, linear: nn.Module, size: tuple[int, int], crops: int, share: tuple[float, float]) -> None:
         super().__init__()
         self._linear = (linear,)
-        self.shape, self.crops, self.share, self.classes = shape, crops, share, linear.out_features
-        _, height, width = shape
+        self.crops, self.share = crops, share
+        height, width = size
         ys, xs = ((torch.arange(count) + 0.5) / count for count in (height, width))
         self.register_buffer("ys", ys.repeat_interleave(width), persistent=False)
         self.register_buffer("xs", xs.repeat(height), persistent=False)
         self.register_buffer("weight", None)
 
+    @property
+    def matrices(self) -> list[Tensor]:
+        """Whose product maps channel means to logits, but for the bias; the first is applied first."""
+        if self.weight is not None:
+            return [self.weight]
+        return [one.weight.detach() for one in self._linear[0].modules() if isinstance(one, nn.Linear)]
+
     def hold(self) -> None:
         """Keep the classifier's weights, where they are about to be rounded."""
-        if self.weight is None:
-            self.weight = self._linear[0].weight.detach().clone()
+        self.weight = reduce(lambda product, matrix: matrix @ product, self.matrices).clone()
 
     def forward(self, logits_NC: Tensor, map_ND: Tensor) -> Tensor:
-        weight = self._linear[0].weight.detach() if self.weight is None else self.weight
-        top = logits_NC.topk(min(_SUREST, self.classes), dim=1)
-        rows = (top.values.softmax(1)[:, :, None].to(weight.dtype) * weight[top.indices]).sum(1)
-        channels, height, width = self.shape
-        evidence = torch.bmm(rows[:, None], map_ND.reshape(-1, channels, height * width).to(weight.dtype))[:, 0]
+        *before, last = self.matrices
+        top = logits_NC.topk(min(_SUREST, last.shape[0]), dim=1)
+        rows = (top.values.softmax(1)[:, :, None].to(last.dtype) * last[top.indices]).sum(1)
+        for matrix in reversed(before):
+            rows = rows @ matrix
+        maps = map_ND.reshape(-1, rows.shape[1], len(self.ys)).to(rows.dtype)
+        evidence = torch.bmm(rows[:, None], maps)[:, 0]
         places: list[Tensor] = []
         for _ in range(self.crops):
             peak = evidence.argmax(1)

@@ -115,7 +115,7 @@ def test_a_crop_is_where_the_evidence_is() -> None:
     features[0, 1, 0, 3], features[0, 1, 3, 0] = 5, 4
     features[1, 2, 2, 2] = 5
     logits = torch.tensor([[0.0, 50.0, 0.0, 0.0], [0.0, 0.0, 50.0, 0.0]])
-    places = Peaks(linear, (3, 4, 4), 2, (0.5, 0.5))(logits, features.flatten(1))
+    places = Peaks(linear, (4, 4), 2, (0.5, 0.5))(logits, features.flatten(1))
     assert places.shape == (2, 4)
     assert places[0].tolist() == pytest.approx([0, 1, 1, 0])
     assert places[1, :2].tolist() == pytest.approx([0.75, 0.75])

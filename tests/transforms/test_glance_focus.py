@@ -11,6 +11,8 @@ from torch import nn
 import dynamize as dz
 from dynamize.data import DataSpec, load_data
 from dynamize.errors import DynamizeError
+from dynamize.nn.looking import Look
+from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.piece import Setting
 from dynamize.transform import Context
 
@@ -73,3 +75,47 @@ def test_it_stands_alone_in_front(context: Context) -> None:
     small: dict[str, Any] = {"source": "dynamize:digits_resnet_small", "kwargs": {"pretrained": True}}
     with pytest.raises(DynamizeError, match="use one of `cascade` and `glance_focus`"):
         dz.convert(net(), [dz.Cascade(first=[small]), dz.GlanceFocus(glance=8)], SHAPE)
+
+
+def looking(network: DynamicNetwork) -> Look:
+    """The piece that says where crops are."""
+    (found,) = (piece for piece in network.row if isinstance(piece, Look))
+    return found
+
+
+def test_crops_follow_what_the_glance_became(tmp_path: Path) -> None:
+    steps: list[Any] = [
+        dz.GlanceFocus(glance=10, crops=1, crop=0.5),
+        dz.Prune(ratio=0.5, statistics_images=0, member="glance"),
+        dz.Factorize(layers={"linear": [4]}, member="glance"),
+    ]
+    network = dz.convert(net(), steps, SHAPE).eval()
+    product = looking(network).peaks.matrices[0]
+    for matrix in looking(network).peaks.matrices[1:]:
+        product = matrix @ product
+    linear = network.graphs["glance/"].get_submodule("linear")
+    assert product.shape == (10, 16)
+    with torch.no_grad():
+        assert torch.allclose(linear(torch.eye(16)) - linear(torch.zeros(1, 16)), product.T, atol=1e-5)
+    images = torch.randn(20, *SHAPE, generator=torch.Generator().manual_seed(0))
+    setting = Setting({"glance": 0.5, "focus-1": 0.5})
+    dz.save(network, tmp_path)
+    for other in (dz.load(tmp_path).eval(), dz.compile_network(network, "onnxruntime")):
+        found, wanted = other.run(images, setting), network.run(images, setting)
+        assert torch.equal(found.exits, wanted.exits)
+        assert torch.allclose(found.logits, wanted.logits, atol=1e-4)
+
+
+def test_a_network_that_reads_its_batch_size_is_looked_into() -> None:
+    class Sized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.features, self.linear = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU()), nn.Linear(8, 5)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            count = images.size(0)
+            pooled = nn.functional.adaptive_avg_pool2d(self.features(images), 1)
+            return self.linear(pooled.view(count, -1))
+
+    network = dz.convert(Sized().eval(), [dz.GlanceFocus(glance=8)], SHAPE)
+    assert looking(network).peaks.matrices[0].shape == (5, 8)
