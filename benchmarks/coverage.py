@@ -285,12 +285,13 @@ class Table(Generic[L]):
     check: Callable[[Library, str, Path, ProcessPoolExecutor], L]
     summary: Callable[[Library, list[L]], str]
 
-    def write(self, library: Library, names: str, out: Path | None) -> None:
-        """Print the table line by line and what it comes to, write it to ``out`` as well; exit code 1 if one fails.
-
-        Args:
-            names: comma-separated; empty for all of the library.
-        """
+    def write(
+        self,
+        library: Annotated[Library, typer.Option(help="where the networks come from")] = Library.torchvision,
+        names: Annotated[str, typer.Option(help="comma-separated; empty: all")] = "",
+        out: Annotated[Path | None, typer.Option(help="Markdown file to write as well")] = None,
+    ) -> None:
+        """Print the table line by line and what it comes to; exit code 1 if a network fails."""
         wanted = [name.strip() for name in names.split(",") if name.strip()] or networks(library)
         found: list[L] = []
         typer.echo(self.header)
@@ -343,13 +344,7 @@ def summary(library: Library, found: list[Row]) -> str:
     return "\n\n".join(lines)
 
 
-def main(
-    library: Annotated[Library, typer.Option(help="where the networks come from")] = Library.torchvision,
-    names: Annotated[str, typer.Option(help="comma-separated; empty: all")] = "",
-    out: Annotated[Path | None, typer.Option(help="Markdown file to write as well")] = None,
-) -> None:
-    """Print the coverage table; exit code 1 if a network fails."""
-    Table(Row, HEADER, check, summary).write(library, names, out)
+main = Table(Row, HEADER, check, summary).write
 
 
 if __name__ == "__main__":

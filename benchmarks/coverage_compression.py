@@ -16,7 +16,6 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import torch
@@ -130,13 +129,7 @@ def summary(_: Library, found: list[Row]) -> str:
     return f"Of {len(found)} networks {each}; in {right} all that was made holds together."
 
 
-def main(
-    library: Annotated[Library, typer.Option(help="where the networks come from")] = Library.torchvision,
-    names: Annotated[str, typer.Option(help="comma-separated; empty: all")] = "",
-    out: Annotated[Path | None, typer.Option(help="Markdown file to write as well")] = None,
-) -> None:
-    """Print the table; exit code 1 if something that was made is wrong."""
-    Table(Row, HEADER, check, summary).write(library, names, out)
+main = Table(Row, HEADER, check, summary).write
 
 
 if __name__ == "__main__":

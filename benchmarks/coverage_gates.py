@@ -18,7 +18,6 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import torch
@@ -168,13 +167,7 @@ def summary(_: Library, found: list[Row]) -> str:
     return f"{good} of {len(found)} networks keep all promises, or have nothing to gate; {gated}."
 
 
-def main(
-    library: Annotated[Library, typer.Option(help="where the networks come from")] = Library.torchvision,
-    names: Annotated[str, typer.Option(help="comma-separated; empty: all")] = "",
-    out: Annotated[Path | None, typer.Option(help="Markdown file to write as well")] = None,
-) -> None:
-    """Print the table; exit code 1 if a network fails."""
-    Table(Row, HEADER, check, summary).write(library, names, out)
+main = Table(Row, HEADER, check, summary).write
 
 
 if __name__ == "__main__":

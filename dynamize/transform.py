@@ -311,6 +311,18 @@ def has_gates_to_refine(step: Transform, network: DynamicNetwork) -> bool:
     return bool(network.changing)
 
 
+def comes_first(step: Transform, network: DynamicNetwork) -> None:
+    """Refuse a step that puts networks in front of another one where there are some.
+
+    Raises:
+        DynamizeError: there are.
+    """
+    if network.members:
+        raise DynamizeError(
+            f"{step.pass_name}: the network has others in front of it already: use one of `cascade` and `glance_focus`"
+        )
+
+
 def check_order(steps: Sequence[Transform], done: Sequence[str | Mapping[str, Any]] = ()) -> None:
     """Refuse an order of steps that cannot work, naming both steps and the repair.
 

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, Self, get_args
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, PositiveInt, ValidationError, model_validator
@@ -22,7 +22,7 @@ from dynamize.graph.nodes import output_value, placeholder
 from dynamize.measure.accuracy import accuracy, everything
 from dynamize.measure.latency import interleave
 from dynamize.nn.cascade import Answer, MemberConfidence, Restart, Verdict
-from dynamize.nn.joining import Joining
+from dynamize.nn.joining import Joining, joinings
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.piece import MAIN, Piece
 from dynamize.preprocessing import Normalisation, Steps, of_images, published, steps_between
@@ -31,7 +31,7 @@ from dynamize.rewrite.preprocessed import preprocessed
 from dynamize.runtime.compiled import compile_network
 from dynamize.sections import Section
 from dynamize.sources import Checkpoint, Scalar, SourceSpec, load_source
-from dynamize.transform import Applied, Context, Kind, Transform
+from dynamize.transform import Applied, Context, Kind, Transform, comes_first
 from dynamize.transforms.prune import Prune
 
 _NAME = re.compile(r"[A-Za-z_][\w-]*")
@@ -151,10 +151,7 @@ class Cascade(Transform):
     kind: ClassVar[Kind] = Kind.ADDS_EXITS
 
     def apply(self, network: DynamicNetwork, context: Context) -> Applied:
-        if network.members:
-            raise DynamizeError(
-                "cascade: the network has others in front of it already: use one of `cascade` and `glance_focus`"
-            )
+        comes_first(self, network)
         names = names_of(self.first, [one.name for one in network.decisions()])
         named = [one.model_copy(update={"name": name}) for one, name in zip(self.first, names, strict=True)]
         built = [build(member, network, context) for member in named]
@@ -162,7 +159,7 @@ class Cascade(Transform):
         _check_row(nets, network)
         _link(network, nets, self.confidence)
         network.made = tuple(name for name, member in zip(names, named, strict=True) if member.shrink is not None)
-        network.combining = get_args(Joining) if self.combine == "auto" else (self.combine,)
+        network.combining = joinings(self.combine)
         resolved = self.model_copy(update={"first": [member for member, _ in built]})
         return Applied(network, resolved, [_cost_note(nets, network), *_accuracy_notes(network, context)])
 

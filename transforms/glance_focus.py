@@ -1,7 +1,7 @@
 """`glance_focus`: a glance at the whole image, then crops of it where the glance says, then the whole image."""
 
 import copy
-from typing import Annotated, ClassVar, Literal, get_args
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveInt
 from torch import fx
@@ -11,13 +11,13 @@ from dynamize.graph.evidence import last_map
 from dynamize.graph.macs import annotated_macs
 from dynamize.graph.nodes import output_value, placeholder
 from dynamize.nn.cascade import Answer, MemberConfidence, Restart, Verdict
-from dynamize.nn.joining import Joining
+from dynamize.nn.joining import Joining, joinings
 from dynamize.nn.looking import Anywhere, Crop, Look, Map, Policy
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.piece import Piece
 from dynamize.preprocessing import Steps
 from dynamize.rewrite.preprocessed import preprocessed
-from dynamize.transform import Applied, Context, Kind, Transform
+from dynamize.transform import Applied, Context, Kind, Transform, comes_first
 
 GLANCE = "glance"
 _ROUND = 16  # pixels that a glance is a multiple of, by default
@@ -68,10 +68,7 @@ class GlanceFocus(Transform):
     kind: ClassVar[Kind] = Kind.ADDS_EXITS
 
     def apply(self, network: DynamicNetwork, context: Context) -> Applied:
-        if network.members:
-            raise DynamizeError(
-                "glance_focus: the network has others in front of it already: use one of `cascade` and `glance_focus`"
-            )
+        comes_first(self, network)
         given: Size = (network.input_shape[1], network.input_shape[2])
         resolved = self._decided(min(given))
         assert resolved.glance != "auto"
@@ -91,7 +88,7 @@ class GlanceFocus(Transform):
         network.insert({**pieces, placeholder(own).name: Restart(), output_value(own).name: Verdict()}, nets)
         if policy:
             network.insert(policy)
-        network.combining = get_args(Joining) if self.combine == "auto" else (self.combine,)
+        network.combining = joinings(self.combine)
         return Applied(network, resolved, [_cost_note(nets, network)])
 
     def _decided(self, side: int) -> "GlanceFocus":
