@@ -1,11 +1,18 @@
 """A whole report with made-up numbers that are consistent with each other."""
 
 import base64
+import shutil
 import struct
 import zlib
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from browser import Opened
 from ledgers import leaving
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.support.ui import WebDriverWait
 
 from dynamize.calibration.operating import OperatingPoint
 from dynamize.report import (
@@ -21,10 +28,24 @@ from dynamize.report import (
     Row,
     Section,
     Standing,
+    html,
 )
 
 STATIC_MACS = 126_550_000.0
 STATIC_MS = 1.132
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMEDRIVER = shutil.which("chromedriver")
+FLAGS = (
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--window-size=1280,900",
+)
 
 
 def png(red: int, green: int, blue: int) -> str:
@@ -240,3 +261,34 @@ def report(ledger: Ledger, points: list[OperatingPoint], sections: list[Section]
         versions={"dynamize": "1", "python": "3.11", "threads": "2"},
         notes=["Checkpoint not trained on the calibration images."],
     )
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
+    if not (CHROMIUM and CHROMEDRIVER):
+        pytest.skip("chromium and chromedriver are not both on the PATH")
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in [*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"]:
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(CHROMEDRIVER))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def opened(chromium: webdriver.Chrome, tmp_path: Path) -> Opened:
+    """Opens a report from a file, with the logs emptied before, and waits until its script has drawn the charts."""
+    drawn = "return [...document.querySelectorAll('.plot')].every((plot) => plot.hasChildNodes())"
+
+    def open_page(report: ReportData) -> webdriver.Chrome:
+        page = tmp_path / "report.html"
+        page.write_text(html.render(report), encoding="utf-8")
+        for kind in ("browser", "performance"):
+            chromium.get_log(kind)
+        chromium.get(page.as_uri())
+        WebDriverWait(chromium, 20).until(lambda driver: driver.execute_script(drawn))
+        return chromium
+
+    return open_page

@@ -1,122 +1,17 @@
-"""The HTML page: what is in it as text, and how it behaves in headless Chromium."""
+"""How the HTML page behaves in headless Chromium."""
 
-import json
 import re
-import shutil
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
+from browser import Opened, cards, marker, middles, requests, shown, told, view_of, widths
 from selenium import webdriver
-from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.support.ui import WebDriverWait
 
-from dynamize.errors import DynamizeError
-from dynamize.report import Classes, Gallery, GalleryImage, Ledger, ReportData, Standing, cells, html
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-CHROMEDRIVER = shutil.which("chromedriver")
-FLAGS = (
-    "--headless=new",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--window-size=1280,900",
-)
-Opened = Callable[[ReportData], webdriver.Chrome]
-
-
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
-    if not (CHROMIUM and CHROMEDRIVER):
-        pytest.skip("chromium and chromedriver are not both on the PATH")
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in [*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"]:
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(CHROMEDRIVER))
-    yield driver
-    driver.quit()
-
-
-@pytest.fixture
-def opened(chromium: webdriver.Chrome, tmp_path: Path) -> Opened:
-    """Opens a report from a file, with the logs emptied before, and waits until its script has drawn the charts."""
-    drawn = "return [...document.querySelectorAll('.plot')].every((plot) => plot.hasChildNodes())"
-
-    def open_page(report: ReportData) -> webdriver.Chrome:
-        page = tmp_path / "report.html"
-        page.write_text(html.render(report), encoding="utf-8")
-        for kind in ("browser", "performance"):
-            chromium.get_log(kind)
-        chromium.get(page.as_uri())
-        WebDriverWait(chromium, 20).until(lambda driver: driver.execute_script(drawn))
-        return chromium
-
-    return open_page
-
-
-def requests(driver: webdriver.Chrome) -> list[str]:
-    """Addresses asked for since the log was last read; inline data is not asked for."""
-    messages = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
-    sent = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
-    return [url for url in sent if not url.startswith("data:")]
-
-
-def shown(driver: webdriver.Chrome, selector: str) -> list[Any]:
-    """The elements that are not hidden."""
-    script = "return [...document.querySelectorAll(arguments[0])].filter((one) => one.checkVisibility())"
-    found: list[Any] = driver.execute_script(script, selector)
-    return found
-
-
-def told(driver: webdriver.Chrome, selector: str) -> list[str]:
-    """Texts of the elements that are not hidden."""
-    script = """return [...document.querySelectorAll(arguments[0])].filter((one) => one.checkVisibility())
-        .map((one) => one.innerText || one.textContent)"""
-    found: list[str] = driver.execute_script(script, selector)
-    return found
-
-
-def cards(driver: webdriver.Chrome) -> dict[str, str]:
-    """Figures of the cards by their titles."""
-    values = [one.text for one in shown(driver, ".cards dd:not(.small)")]
-    return dict(zip([one.text for one in shown(driver, ".cards dt")], values, strict=True))
-
-
-def widths(driver: webdriver.Chrome) -> list[float]:
-    """Shares of the bar that its pieces take on the screen."""
-    (bar,) = shown(driver, "#point .bar")
-    return [piece.rect["width"] / bar.rect["width"] for piece in bar.find_elements(By.TAG_NAME, "div")]
-
-
-def middles(driver: webdriver.Chrome, chart: str, kind: str) -> list[list[float]]:
-    """Where marks of a kind come to rest on the screen, from the top left corner of their chart."""
-    time.sleep(0.3)
-    script = """
-        const corner = document.querySelector(`#${arguments[0]} svg`).getBoundingClientRect();
-        return [...document.querySelectorAll(`#${arguments[0]} ${arguments[1]}`)].map((mark) => {
-            const box = mark.getBoundingClientRect();
-            return [box.x + box.width / 2 - corner.x, box.y + box.height / 2 - corner.y];
-        });"""
-    found: list[list[float]] = driver.execute_script(script, chart, kind)
-    return found
-
-
-def marker(driver: webdriver.Chrome, chart: str) -> list[float]:
-    """Middle of the highlighted point."""
-    return middles(driver, chart, ".here circle")[0]
-
+from dynamize.report import Gallery, Ledger, ReportData, Standing, cells
 
 CHARTS = ("chart-macs", "chart-1", "chart-64")
 
@@ -484,20 +379,6 @@ def test_classes_are_told_static_beside_dynamic(opened: Opened, report: ReportDa
     assert [static[0], static[3], dynamic[0], dynamic[3]] == ["936", "64", "926", "74"]
 
 
-def test_of_many_classes_those_that_change_most_are_told(report: ReportData) -> None:
-    confused = [(3, 4, 9)]
-    static = Classes(count=[10] * 40, right=[9] * 40, confused=confused)  # the others are not listed
-    dynamic = Classes(count=[10] * 40, right=[9] * 30 + [5] + [9] * 9, confused=[(30, 1, 5), *confused])
-    many = {"classes": static, "class_names": [f"class {k}" for k in range(40)]}
-    stands = [one.model_copy(update={"classes": dynamic}) for one in report.standings]
-    page = html.render(report.model_copy(update=many | {"standings": stands}))
-    assert 'class="confusion"' not in page
-    assert "changed most" in page
-    assert page.index('class="left">class 30<') < page.index('class="left">class 0<')
-    assert re.search(r'class="left">class 3</th><td class="left">class 4</td><td>9</td><td>9</td>', page)
-    assert re.search(r'class="left">class 30</th><td class="left">class 1</td><td>≤ 9</td><td>5</td>', page)
-
-
 def test_training_curves_are_those_of_the_metrics(opened: Opened, report: ReportData) -> None:
     driver = opened(report)
     titles = [one.text for one in driver.find_elements(By.CSS_SELECTOR, "#training figcaption")]
@@ -505,62 +386,3 @@ def test_training_curves_are_those_of_the_metrics(opened: Opened, report: Report
     lines = driver.find_elements(By.CSS_SELECTOR, "#training polyline")
     assert len(lines) == 4
     assert lines[-1].get_attribute("points") == "0.00,0.00 33.33,66.67 66.67,88.89 100.00,100.00"
-
-
-def test_page_names_no_address(report: ReportData) -> None:
-    page = html.render(report)
-    addresses = set(re.findall(r"https?://[^\"'\s<]+", page))
-    assert addresses == {"http://www.w3.org/2000/svg"}
-    assert not re.search(r"\b(?:src|href)=\"(?!data:)", page)
-
-
-def view_of(report: ReportData) -> dict[str, Any]:
-    """What the script in the page draws from."""
-    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', html.render(report), re.DOTALL)
-    assert found is not None
-    view: dict[str, Any] = json.loads(found[1], parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
-    return view
-
-
-def test_exits_are_called_by_their_decisions(report: ReportData) -> None:
-    names = {"exit.1": "member.small", "exit.2": "focus.2"}
-    last = report.ledger.rows[-1]
-    decisions = {names[name]: last.decisions[name] for name in names}
-    row = last.model_copy(update={"decisions": decisions, "leaving": [*decisions]})
-    found = ReportData(ledger=Ledger(rows=[report.ledger.rows[0], row]))
-    assert found.exit_names() == ["member small", "focus 2", "last exit"]
-    assert "<b>focus 2</b>" in html.render(found)
-
-
-def test_nothing_endless_is_said(report: ReportData) -> None:
-    page = html.render(report.model_copy(update={"pictures": ["iVBO"] * len(report.pictures)}))
-    for text in ("Infinity", "NaN", "e+308", "surer"):
-        assert text not in page
-
-
-def test_dearer_options_are_darker(report: ReportData) -> None:
-    page = html.render(report.model_copy(update={"standings": report.standings[6:7]}))
-    legend = re.findall(r'<li><i class="([a-z ]+)"(?: style="background: hsl\(225 \d+% (\d+)%\)")?></i>', page)
-    legend = [one for one in legend if one[0] in ("path", "gone")]
-    assert legend[0] == ("path", "")  # what is skipped has no blue
-    lightness = [int(light) for look, light in legend[1:5]]
-    assert lightness == sorted(lightness, reverse=True)
-    assert lightness[-1] == 48
-    assert legend[5:] == [("gone", "")]
-    pieces = re.findall(r'<div class="(path|path pale|gone pale)" title="([a-z0-9% ]+): [0-9.]+ %"', page)
-    assert {title for look, title in pieces if look == "path"} == {"whole"}
-    assert {title for look, title in pieces if look == "gone pale"} == {"left before"}
-
-
-def test_picture_must_be_base64_and_there(report: ReportData) -> None:
-    with pytest.raises(ValidationError, match="pictures"):
-        ReportData(ledger=report.ledger, pictures=['x" onerror="alert(1)'])
-    with pytest.raises(ValidationError, match="a picture that is not there"):
-        ReportData(ledger=report.ledger, standings=report.standings, sections=report.sections)
-    image = GalleryImage(picture=0, label=0, answer=0, confidence=1.0)
-    assert image.macs is None
-
-
-def test_empty_ledger_is_refused() -> None:
-    with pytest.raises(DynamizeError, match="no rows"):
-        html.render(ReportData(ledger=Ledger()))
