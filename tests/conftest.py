@@ -1,6 +1,7 @@
 """Every test runs on one thread from the same seed, so that it fails or passes for the same reason everywhere, and
 compares times for a moment only: none judges how long something takes."""
 
+import gc
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that a test starts
@@ -22,6 +23,14 @@ torch.set_num_threads(1)  # before fixtures of a whole session, which are made a
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     slow_besides(items, whole=not any("[" in argument for argument in config.args))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """What there is by now stays: garbage is looked for in what tests make, and less often."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.fixture(autouse=True)

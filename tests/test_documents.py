@@ -55,6 +55,7 @@ SLOW = (  # how commands begin that take longer, or are near to one that is run 
     "dynamize check examples/ci",
     "cp runs/baseline",
     "cat runs/ci",
+    "pip install efficientnet",
     "python examples/",
 )
 NOT_RUN = {  # how commands begin that no test runs as they stand, and why

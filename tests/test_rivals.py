@@ -89,6 +89,7 @@ def test_ledger_file_stays_a_list_of_the_steps(compared: Path) -> None:
     assert "lead" not in rows[-1]
 
 
+@pytest.mark.slow
 def test_finished_run_goes_on_with_other_rivals_or_none(compared: Path, tmp_path: Path) -> None:
     states = {file: file.stat().st_mtime_ns for file in compared.rglob("state.json")}
     outcome = run(compared, CALIBRATED, [], resume=True)

@@ -34,6 +34,10 @@ def join(how: Joining, before_NC: Floats, added_NC: Floats) -> Floats:
 
 def log_probabilities(logits_NC: Floats) -> Floats:
     """Of softmax(logits)."""
+    if _is_one(logits_NC):
+        values: list[float] = logits_NC[0].tolist()
+        top = max(values)
+        return logits_NC - logits_NC.dtype.type(top + log(sum([exp(value - top) for value in values])))
     found = logits_NC - logits_NC.max(axis=1, keepdims=True)
     found -= np.log(np.exp(found).sum(axis=1, keepdims=True))
     return found
@@ -41,7 +45,7 @@ def log_probabilities(logits_NC: Floats) -> Floats:
 
 def top_probability(logits_NC: Floats) -> Floats:
     """Log-odds of the top class, (N, C) -> (N,), as :func:`dynamize.nn.confidence.top_probability`."""
-    if len(logits_NC) == 1 and logits_NC.size <= _FEW:
+    if _is_one(logits_NC):
         return _of_one(logits_NC)
     rows, tops = np.arange(len(logits_NC)), logits_NC.argmax(axis=1)
     others = logits_NC - logits_NC[rows, tops][:, None]
@@ -49,6 +53,10 @@ def top_probability(logits_NC: Floats) -> Floats:
     second: Floats = others.max(axis=1)
     found: Floats = -second - np.log(np.exp(others - second[:, None]).sum(axis=1))
     return found
+
+
+def _is_one(logits_NC: Floats) -> bool:
+    return len(logits_NC) == 1 and logits_NC.size <= _FEW
 
 
 def _of_one(logits_1C: Floats) -> Floats:

@@ -22,6 +22,9 @@ BUDGETS = {
 }
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The finished run of a recipe."""
@@ -37,7 +40,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 @pytest.mark.parametrize("name", STEPS)
-@pytest.mark.fast("dynamic_int8")
 def test_weights_shrink_and_answers_stay(name: str, run: Callable[[str], Path]) -> None:
     rows = ledger_of(run(name))
     assert [row["transform"] for row in rows] == ["static", *STEPS[name]]
@@ -47,7 +49,6 @@ def test_weights_shrink_and_answers_stay(name: str, run: Callable[[str], Path]) 
     assert not list(run(name).rglob("checkpoint.pt"))
 
 
-@pytest.mark.slow
 def test_pruned_macs_stay(run: Callable[[str], Path]) -> None:
     rows = ledger_of(run("compress_static"))
     assert rows[1]["macs_ratio"] <= 0.6

@@ -29,6 +29,7 @@ def test_beside_sessions_of_the_user_s_own(code: str) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_a_shared_pool_is_there_for_good() -> None:
     done = run(f"{SHARES} ours('own'); ours()\ntry: ours('own')\nexcept dz.DynamizeError as e: print(e); sys.exit(3)")
     assert done.returncode == 3, done.stderr[-2000:]
