@@ -11,9 +11,10 @@ from functools import partial
 
 import pytest
 import torch
+from built import read_once
 from quick import slow_besides
 
-from dynamize import evaluation
+from dynamize import conversion, evaluation
 from dynamize.calibration import collect
 from dynamize.transforms import fuse_gates
 
@@ -46,4 +47,12 @@ def short_timing() -> Iterator[None]:
         patch.setattr(evaluation, "_INPUTS", 2)
         for module, name in ((collect, "exit_latency"), (collect, "option_latency"), (fuse_gates, "option_latency")):
             patch.setattr(module, name, partial(getattr(module, name), seconds=0.02))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fewer_readings() -> Iterator[None]:
+    """What a conversion begins with is the same again and again."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conversion, "trace", read_once(conversion.trace))
         yield

@@ -133,6 +133,7 @@ def test_resume_refuses_damaged_or_other_states(reference: Path, tmp_path: Path)
         run(reference, "seed=5", resume=True)
 
 
+@pytest.mark.slow
 def test_changed_step_is_done_again_and_those_before_it_are_not(reference: Path, tmp_path: Path) -> None:
     out = Path(shutil.copytree(reference, tmp_path / "out"))
     before = [(out / "steps" / str(step) / "state.json").read_bytes() for step in range(4)]

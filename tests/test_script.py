@@ -83,6 +83,7 @@ def test_images_of_a_recipe_and_a_network_of_a_name_make_an_artifact_for_the_com
     assert dz.load(tmp_path / "out").source.source == "dynamize:digits_resnet_small"
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = [EXIT, dz.Distill(epochs=1), dz.Calibrate(macs_ratio=1.0)]
     whole = run(tmp_path / "whole", *steps)
@@ -125,6 +126,7 @@ def test_runs_of_other_weights_or_images_are_not_gone_on_with(tmp_path: Path) ->
         run(tmp_path / "out", EXIT)
 
 
+@pytest.mark.slow
 def test_networks_from_python_stand_in_front_also_after_a_stop(tmp_path: Path) -> None:
     steps, small = [dz.Cascade(first=[{"name": "small"}]), dz.Calibrate(macs_ratio=1.5)], Small()
     run(tmp_path / "out", steps[0], members={"small": small})

@@ -258,6 +258,7 @@ def test_from_python_with_the_users_own_loader(splits: Splits) -> None:
 @pytest.mark.usefixtures("untimed")
 @pytest.mark.parametrize(("exits", "judging"), [(False, 1.0), (True, 0.6)])
 @pytest.mark.fast("False-1.0")
+@pytest.mark.slow
 def test_limits_of_gated_networks_are_certified(splits: Splits, exits: bool, judging: float) -> None:
     network = gated_digits(splits, exits)
     context = Context(data=splits, teacher=TEACHER)

@@ -64,6 +64,7 @@ def test_calibrate_replaces_the_manifest_only(artifact: Path, cli: Cli) -> None:
     assert "solved again" in " ".join(cli("report", artifact).stdout.split())
 
 
+@pytest.mark.slow
 def test_calibrate_again_for_the_same_budget_changes_nothing_but_times(artifact: Path, cli: Cli) -> None:
     first = read_manifest(artifact).operating_point
     assert cli("calibrate", artifact, "--max-drop", "5").exit_code == 0
@@ -86,6 +87,7 @@ def test_infeasible_budget_leaves_the_artifact_alone(artifact: Path, cli: Cli) -
     assert "max_drop" in cli("calibrate", artifact, "--max-drop", "-1").stderr
 
 
+@pytest.mark.slow
 def test_calibrate_without_the_original_checkpoint(artifact: Path, cli: Cli) -> None:
     manifest = json.loads((artifact / "manifest.json").read_text())
     weights = Path(artifacts.__file__).parent / "models" / "digits_resnet.safetensors"

@@ -3,12 +3,14 @@
 import json
 from pathlib import Path
 
+import pytest
 from commandline import ON_DIGITS, call
 from ledgers import ledger_of
 
 LAYERS = "--set=steps.0.layers=[layer1.0.conv1, layer2.0.conv1]"
 
 
+@pytest.mark.slow
 def test_reparam_costs_in_the_end_what_it_cost_at_first(tmp_path: Path) -> None:
     result = call(
         "run",

@@ -48,6 +48,7 @@ def test_failed_expectation_is_exit_code_1_and_a_table(finished_run: Path, cli: 
     assert "1 of what the recipe expects does not hold" in result.stderr
 
 
+@pytest.mark.slow
 def test_what_changed_since_the_baseline_is_shown(finished_run: Path, tmp_path: Path, cli: Cli) -> None:
     baseline = tmp_path / "then.json"
     baseline.write_text((finished_run / "ledger.json").read_text())
@@ -121,6 +122,7 @@ def test_bad_input_is_one_error_and_exit_code_2(arguments: list[str], told: str,
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_code_runs_if_named_on_the_command_line_only(tmp_path: Path, cli: Cli) -> None:
     (tmp_path / "own.py").write_text(
         "from dynamize.models import create\n"
