@@ -87,27 +87,26 @@ def apply(network: DynamicNetwork, transform: Transform, context: Context) -> tu
     """Apply one transform and write its resolved form into the history. Returns the network and notes."""
     history, source, training = network.history, network.source, network.training
     notes: list[str] = []
-    for member in _meant(network, transform):
-        network, resolved, more = _apply(network.eval(), transform, context, member)
+    for members in _meant(network, transform):
+        network, resolved, more = _apply(network.eval(), transform, context, members)
         history = [*history, resolved.describe()]
-        notes += [f"{member}: {note}" for note in more] if network.members and member else more
+        notes += [f"{', '.join(members)}: {note}" for note in more] if network.members and members else more
     network.history, network.source = history, source
     return network.train(training), notes
 
 
 def _apply(
-    network: DynamicNetwork, transform: Transform, context: Context, member: str | None
+    network: DynamicNetwork, transform: Transform, context: Context, members: Sequence[str]
 ) -> tuple[DynamicNetwork, Transform, list[str]]:
-    """One transform, on the whole row or on one of its networks."""
-    if member is None or not network.members:
+    """One transform, on the whole row or on some of its networks."""
+    if not members or not network.members:
         applied = transform.apply(network, context)
         return applied.network, applied.resolved, applied.notes
-    _refuse_other_images(network, transform, member)
-    alone = network.take(member)
-    alone.history = [step for step in network.history if step.get("member", MAIN) == member]
-    work = None if context.work is None else context.work / member
-    applied = transform.apply(alone, replace(context, work=work))
-    network.put(member, applied.network)
+    taken = _take(network, transform, members)
+    (member,) = members if len(members) == 1 else (None,)
+    work = context.work if context.work is None or member is None else context.work / member
+    applied = transform.apply(taken, replace(context, work=work))
+    network.put(members, applied.network)
     return network, applied.resolved.model_copy(update={"member": member}), applied.notes
 
 
@@ -117,36 +116,44 @@ def alone(network: DynamicNetwork, transform: Transform) -> Iterator[DynamicNetw
     Raises:
         DynamizeError: it names none of them.
     """
-    for member in _meant(network, transform):
-        if member is None or not network.members:
+    for members in _meant(network, transform):
+        if not members or not network.members:
             yield network
             continue
-        _refuse_other_images(network, transform, member)
-        one = network.take(member)
-        one.history = [step for step in network.history if step.get("member", MAIN) == member]
-        yield one
-        network.put(member, one)
+        taken = _take(network, transform, members)
+        yield taken
+        network.put(members, taken)
+
+
+def _take(network: DynamicNetwork, transform: Transform, members: Sequence[str]) -> DynamicNetwork:
+    """Networks of the row by themselves, with the steps that they have behind them."""
+    _refuse_other_images(network, transform, members[0])
+    taken = network.take(members)
+    taken.history = [step for step in network.history if step.get("member", MAIN) in members]
+    return taken
 
 
 def _refuse_other_images(network: DynamicNetwork, transform: Transform, member: str) -> None:
     """Refuse to show the recipe's images to a network that sees parts of them."""
     seen = network.sizes[member]
     if seen != network.input_shape and transform.kind & (Kind.TRAINS | Kind.ESTIMATES):
+        together = any(member in group for group in network.made) and transform.kind & Kind.TRAINS
+        instead = "leave out member: all looks learn together" if together else "do this before crops are taken"
         raise DynamizeError(
             f"{transform.pass_name}: member: {member} sees crops of {seen[1]} x {seen[2]} pixels, and the images are "
-            f"whole: train the network before `{network.history[-1]['pass']}` puts it to use there"
+            f"whole: {instead}"
         )
 
 
-def _meant(network: DynamicNetwork, transform: Transform) -> list[str | None]:
-    """The networks of the row that a step is for; None stands for all of them together.
+def _meant(network: DynamicNetwork, transform: Transform) -> Sequence[Sequence[str]]:
+    """The networks of the row that a step is for, in groups that it takes together; an empty one is the whole row.
 
     Raises:
         DynamizeError: none of this name, or a training step could mean only networks that were given trained.
     """
     name = transform.member
     if transform.whole:
-        return [None]
+        return [()]
     if name is not None and name not in (*network.members, MAIN):
         known = ", ".join([*network.members, MAIN])
         raise DynamizeError(
@@ -159,8 +166,8 @@ def _meant(network: DynamicNetwork, transform: Transform) -> list[str | None]:
                 f"{transform.pass_name}: all networks of the row came trained, and stay as they are: name the one to "
                 f"train, with member: {MAIN} or {' or '.join(network.members)}, or leave the step out"
             )
-        return list(network.made)
-    return [name or MAIN]
+        return network.made
+    return [(name or MAIN,)]
 
 
 def replay(
@@ -180,7 +187,7 @@ def replay(
     for plain in history:
         step = parse_step(plain if "version" in plain else upgraded_names(plain, rebuilt))
         if step.structural:
-            rebuilt = _apply(rebuilt, step, context, None if step.whole else step.member or MAIN)[0]
+            rebuilt = _apply(rebuilt, step, context, () if step.whole else (step.member or MAIN,))[0]
         steps.append(step)
     rebuilt.history = [step.describe() for step in steps]
     return rebuilt.train(network.training)

@@ -158,7 +158,7 @@ class Cascade(Transform):
         nets = {name: net for name, (_, net) in zip(names, built, strict=True)}
         _check_row(nets, network)
         _link(network, nets, self.confidence)
-        network.made = tuple(name for name, member in zip(names, named, strict=True) if member.shrink is not None)
+        network.made = tuple((name,) for name, member in zip(names, named, strict=True) if member.shrink is not None)
         network.combining = joinings(self.combine)
         resolved = self.model_copy(update={"first": [member for member, _ in built]})
         return Applied(network, resolved, [_cost_note(nets, network), *_accuracy_notes(network, context)])
@@ -344,11 +344,12 @@ def _accuracy_notes(network: DynamicNetwork, context: Context) -> list[str]:
     names = [piece.name for piece in network.leaving]
     found = {name: accuracy(logits, seen.labels) for name, logits in zip([*names, MAIN], seen.logits, strict=True)}
     notes = [f"alone on the calibration images: {', '.join(f'{name} {one:.1%}' for name, one in found.items())}"]
-    if network.made:
-        notes.append(f"not trained yet, until a `distill` step behind does it: {', '.join(network.made)}")
+    untrained = [name for (name,) in network.made]
+    if untrained:
+        notes.append(f"not trained yet, until a `distill` step behind does it: {', '.join(untrained)}")
     guessing = _CHANCE / seen.logits[0].shape[1]
     for name in network.members:
-        if name not in network.made and found[name] < guessing <= found[MAIN]:
+        if name not in untrained and found[name] < guessing <= found[MAIN]:
             notes.append(
                 f"{name} is right on {found[name]:.1%} of the calibration images, as by chance: its classes have "
                 "another order, its images another normalisation, or its checkpoint is missing"

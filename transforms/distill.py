@@ -64,6 +64,11 @@ class Distill(Transform):
     from_last: Annotated[float, Field(ge=0)] = Field(
         0.0, description="weight of the distillation of early exits from the last exit"
     )
+    joined: Annotated[float, Field(ge=0)] | None = Field(
+        None,
+        description="weight of the loss of the answers so far joined, of each exit behind the first; null: 1 for the "
+        "looks of `glance_focus`, which complete each other, else 0",
+    )
     exit_weights: list[PositiveFloat] | None = Field(None, description="one for each exit; null weighs all alike")
     gradient_equilibrium: bool = Field(
         False, description="rescale gradients so that each exit counts alike in the shared layers (IMTA, sec. 3.2)"
@@ -88,6 +93,7 @@ class Distill(Transform):
     exact: ClassVar[bool] = False
     kind: ClassVar[Kind] = Kind.TRAINS
     not_after: ClassVar[Kind] = Kind.ESTIMATES
+    added: ClassVar[tuple[str, ...]] = (*Transform.added, "joined")
 
     def passes(self, data: "Splits") -> float:
         return self.epochs * (len(data.train) * (4 if self.alpha else 3) + len(data.calibration))
@@ -128,12 +134,14 @@ class Distill(Transform):
             trackers=tuple(self.trackers),
             label=self.pass_name,
         )
+        joined = float(bool(network.members)) if self.joined is None else self.joined
         answers = MultiExitLoss(
             teacher,
             alpha=self.alpha,
             temperature=self.temperature,
             from_last=self.from_last,
             weights=self.exit_weights,
+            joined=joined,
         )
         hints = HintLoss(answers, self.features, network, context.needs_teacher(self)) if self.features else None
         gated = bool(network.changing) and self.train == "all"  # heads alone are trained with the gates as they are
@@ -145,7 +153,7 @@ class Distill(Transform):
             rows = train(network, data, loss, plan, context.progress)
         network.choose = Choose()
         exits = ", ".join(f"{accuracy:.1%}" for accuracy in rows[-1]["calibration_accuracy"])
-        found: dict[str, object] = {"precision": precision}
+        found: dict[str, object] = {"precision": precision, "joined": joined}
         if gated:
             found |= {"gate_budget": self._target, "gate_noise": self._noise(network)}
         resolved = self.model_copy(update=found)
@@ -172,7 +180,7 @@ class Distill(Transform):
         counted = exit_costs(network)
         opened = float(counted.cumulative()[-1])
         options: dict[str, list[float]] = {one.name: list(one.macs) for one in counted.changing}
-        whole = count_macs(network.plain, blank(network.plain, 1, *network.input_shape))
+        whole = sum(count_macs(net, blank(net, 1, *network.seen_by(name))) for name, net in network.graphs.items())
         if self.gate_cost == "ms":
             times = option_latency(network, context.backend, context.device)
             options, opened, whole = times.options, times.opened, times.static
@@ -202,5 +210,12 @@ class Distill(Transform):
             )
         if self.features and self.train == "heads":
             raise DynamizeError("distill: features, but train: heads leaves the feature maps as they are: set one only")
-        if self.train == "heads" and network.exit_count == 1:
+        if self.features and network.members:
+            raise DynamizeError(
+                "distill: features, but looks at parts of an image have no feature maps of the original network's to "
+                "compare: set features: 0"
+            )
+        if self.train == "heads" and not any(
+            True for piece in network.row if piece.answers for _ in piece.parameters()
+        ):
             raise DynamizeError("distill: train: heads, but the network has no exit heads: put an `exits` step before")

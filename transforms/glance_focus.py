@@ -31,7 +31,8 @@ class GlanceFocus(Transform):
 
     No training is needed: crops are where the glance's class activation map has its peaks (Zhou et al. 2016), and
     `calibrate` solves the thresholds, chooses who is asked, and how answers are joined. With all of them off the
-    network answers as before.
+    network answers as before. A `distill` step behind trains all looks together; the network itself only if it says
+    ``member: main``.
 
     Example:
         >>> net = dz.source("dynamize:digits_resnet", pretrained=True)
@@ -88,7 +89,7 @@ class GlanceFocus(Transform):
         network.insert({**pieces, placeholder(own).name: Restart(), output_value(own).name: Verdict()}, nets)
         if policy:
             network.insert(policy)
-        network.combining = joinings(self.combine)
+        network.made, network.combining = (tuple(nets),), joinings(self.combine)
         return Applied(network, resolved, [_cost_note(nets, network)])
 
     def _decided(self, side: int) -> "GlanceFocus":

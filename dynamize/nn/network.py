@@ -1,6 +1,6 @@
 """The converted network: a row of pieces, through which each image takes its own way."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
@@ -43,7 +43,7 @@ class DynamicNetwork(nn.Module):
         setting: the operating point at which it runs unless another one is given.
         choose: how decisions are taken in training.
         shapes: of one image's features at each border between pieces (:meth:`parts`).
-        made: names of the networks in front that were made here, and have to be trained.
+        made: names of the networks in front that were made here, to be trained; those of a group learn together.
         combining: how answers of several networks may be joined; calibration chooses.
         sizes: of the images that each of the networks sees, (C, H, W), by name.
         openings: numbers of the borders at which images come in.
@@ -75,7 +75,7 @@ class DynamicNetwork(nn.Module):
         self.shapes: list[tuple[int, ...]] = []
         self.openings: set[int] = {0}
         self.sizes: dict[str, tuple[int, ...]] = {}
-        self.made: tuple[str, ...] = ()
+        self.made: tuple[tuple[str, ...], ...] = ()
         self.combining: tuple[Joining, ...] = ("last",)
         self.contexts: dict[str, int] = {}
         self._row: tuple[Piece, ...] = ()
@@ -211,23 +211,28 @@ class DynamicNetwork(nn.Module):
         self.pieces = nn.ModuleDict({known[id(piece)]: piece for piece in self._row if id(piece) in known})
         self.count()
 
-    def take(self, member: str) -> "DynamicNetwork":
-        """One of the networks of the row as a network by itself, of the same layers, to be changed and :meth:`put`."""
-        alone = DynamicNetwork(self.nets[member], input_shape=self.sizes[member])
+    def take(self, members: Sequence[str]) -> "DynamicNetwork":
+        """Neighbouring networks of the row as a row by themselves, of the same layers, to be changed and :meth:`put`;
+        the last of them is the main one there."""
+        *front, last = members
+        alone = DynamicNetwork(self.nets[last], input_shape=self.sizes[last])
+        alone.input_shape = self.sizes[members[0]]
+        alone.nets = nn.ModuleDict({**{name: self.nets[name] for name in front}, MAIN: self.nets[last]})
         for piece in self._pieces():
-            if piece.member == member and not piece.links:
-                piece.member = MAIN
+            if piece.member in members and not _at_an_end(piece, members):
+                piece.member = MAIN if piece.member == last else piece.member
                 alone.pieces[key_of(piece.name)] = piece
         alone.rebuild()
         return alone.train(self.training)
 
-    def put(self, member: str, alone: "DynamicNetwork") -> None:
-        """Let a network that :meth:`take` gave stand in the row again, as it is now."""
-        self.nets[member] = alone.nets[MAIN]
-        kept = [piece for piece in self._pieces() if piece.member != member or piece.links]
+    def put(self, members: Sequence[str], alone: "DynamicNetwork") -> None:
+        """Let networks that :meth:`take` gave stand in the row again, as they are now."""
+        for name, net in zip(members, alone.nets.values(), strict=True):
+            self.nets[name] = net
+        kept = [piece for piece in self._pieces() if piece.member not in members or _at_an_end(piece, members)]
         given = alone._pieces()
         for piece in given:
-            piece.member = member
+            piece.member = members[-1] if piece.member == MAIN else piece.member
         self.pieces = nn.ModuleDict({key_of(piece.name): piece for piece in [*given, *kept]})
         self.rebuild()
 
@@ -388,6 +393,11 @@ def record_routing(network: DynamicNetwork) -> Iterator[Routing]:
         yield network.routing
     finally:
         network.routing = outer
+
+
+def _at_an_end(piece: Piece, members: Sequence[str]) -> bool:
+    """Whether it links networks to what is before or behind them."""
+    return piece.links and piece.member == (members[0] if piece.restarts else members[-1])
 
 
 def _located(place: Any) -> tuple[str, tuple[str, str]]:

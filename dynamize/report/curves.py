@@ -48,7 +48,8 @@ def curves(metrics: Sequence[dict[str, Any]], exits: Sequence[str]) -> list[Curv
         right = [row["calibration_accuracy"] for row in rows if row.get("calibration_accuracy")]
         if right:
             every = list(zip(*right, strict=False))
-            names = exits if len(every) == len(exits) else [f"exit {k + 1}" for k in range(len(every))]
+            known = len(every) >= len(exits) - 1  # those in front of the network's own may have learned without it
+            names = exits[: len(every)] if known else [f"exit {k + 1}" for k in range(len(every))]
             names = names if len(every) > 1 else ["network"]
             lines = {name: [100 * value for value in values] for name, values in zip(names, every, strict=True)}
             found.append(_curve(step, "accuracy on calibration images, %", epochs, lines))

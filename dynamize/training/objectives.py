@@ -1,6 +1,8 @@
 """What the exits are trained towards: labels, the teacher, and the last exit."""
 
 from collections.abc import Sequence
+from itertools import accumulate
+from operator import add
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +30,7 @@ class MultiExitLoss:
 
     Of each exit's loss, ``alpha`` is T^2 KL(teacher || exit) at temperature T (Hinton et al. 2015, eq. 4), the rest
     cross entropy. ``from_last`` adds the same distance to the last exit, detached (Phuong & Lampert 2019, sec. 3).
+    ``joined`` adds the loss of the answers so far joined, as products of probabilities.
     Images labelled -1 have no label: all of their loss is distillation.
 
     Args:
@@ -36,6 +39,7 @@ class MultiExitLoss:
         temperature: T.
         from_last: weight of the distance of each early exit to the last exit.
         weights: one for each exit; None weighs all alike. They are normalised to a sum of K.
+        joined: weight of the loss of each joined answer, of two or more exits.
 
     Example:
         >>> import torch
@@ -54,10 +58,11 @@ class MultiExitLoss:
         temperature: float = 2.0,
         from_last: float = 0.0,
         weights: Sequence[float] | None = None,
+        joined: float = 0.0,
     ) -> None:
         self.teacher = None if teacher is None else given_network(teacher, "dz.MultiExitLoss").eval()
         self.alpha = alpha if teacher is not None else 0.0
-        self.temperature, self.from_last = temperature, from_last
+        self.temperature, self.from_last, self.joined = temperature, from_last, joined
         self.weights = None if weights is None else [w * len(weights) / sum(weights) for w in weights]
 
     def __call__(self, output: Output, images: Tensor, labels: Tensor) -> Tensor:
@@ -76,15 +81,19 @@ class MultiExitLoss:
                 "teacher and alpha above 0, or label them"
             )
         shares_N = torch.where(labels == UNLABELLED, 1.0, self.alpha)
-        losses = []
-        for k, one in enumerate(exits):
-            loss = (1 - self.alpha) * cross_entropy(one, labels, ignore_index=UNLABELLED, reduction="none").mean()
-            if taught is not None:
-                loss = loss + (shares_N * self.distances(one, taught)).mean()
-            if self.from_last and k < len(exits) - 1:
-                loss = loss + self.from_last * self.distance(one, exits[-1].detach())
-            losses.append(weights[k] * loss)
+        losses = [weight * self._one(one, labels, taught, shares_N) for weight, one in zip(weights, exits, strict=True)]
+        for k, one in enumerate(exits[:-1] if self.from_last else ()):
+            losses.append(weights[k] * self.from_last * self.distance(one, exits[-1].detach()))
+        together = accumulate((one.log_softmax(1) for one in exits), add)
+        for one in list(together)[1:] if self.joined else ():
+            losses.append(self.joined * self._one(one, labels, taught, shares_N))
         return torch.stack(losses).sum()
+
+    def _one(self, logits: Tensor, labels: Tensor, taught: Tensor | None, shares_N: Tensor) -> Tensor:
+        """Of one answer, from labels and teacher."""
+        by_label = cross_entropy(logits, labels, ignore_index=UNLABELLED, reduction="none")
+        loss = (1 - self.alpha) * by_label.mean()
+        return loss if taught is None else loss + (shares_N * self.distances(logits, taught)).mean()
 
     def distance(self, logits: Tensor, target: Tensor) -> Tensor:
         """T^2 KL(softmax(target / T) || softmax(logits / T)), mean over the batch."""

@@ -3,6 +3,7 @@
 from itertools import product
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from backends import FLOAT32
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 import dynamize as dz
 from dynamize.graph.macs import count_macs
 from dynamize.measure.costs import exit_costs
-from dynamize.nn.looking import Peaks
+from dynamize.nn.looking import Peaks, cut, windows
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.piece import Dense, Setting
 
@@ -120,6 +121,13 @@ def test_a_crop_is_where_the_evidence_is() -> None:
     assert places[0].tolist() == pytest.approx([0, 1, 1, 0])
     assert places[1, :2].tolist() == pytest.approx([0.75, 0.75])
     assert places[1, 2:].tolist() != pytest.approx([0.75, 0.75])
+
+
+def test_crops_of_a_batch_are_those_of_each_image(images: Tensor) -> None:
+    places = torch.rand(40, 4, generator=torch.Generator().manual_seed(1))
+    for number, where in ((0, places), (1, places), (0, None)):
+        at_once = windows(images, where, number, (7, 10))
+        assert torch.equal(at_once, cut(images, np.arange(40), where, number, (7, 10)))
 
 
 def test_it_is_saved_and_loaded(images: Tensor, tmp_path) -> None:

@@ -39,6 +39,14 @@ def distance(logits: Tensor, target: Tensor, t: float) -> float:
     return t * t * total / len(logits)
 
 
+def test_joined_answers_are_judged_as_products() -> None:
+    first, second, third = (one.log_softmax(1) for one in exits())
+    wanted = sum(cross_entropy(one) for one in exits())
+    wanted += 0.5 * (cross_entropy(first + second) + cross_entropy(first + second + third))
+    assert float(MultiExitLoss(joined=0.5)(exits(), IMAGES, LABELS)) == pytest.approx(wanted, rel=1e-5)
+    assert float(MultiExitLoss(joined=0.5)(exits(1), IMAGES, LABELS)) == pytest.approx(cross_entropy(exits(1)[0]))
+
+
 def test_labels_only_is_the_sum_of_cross_entropies() -> None:
     found = MultiExitLoss()(exits(), IMAGES, LABELS)
     assert float(found) == pytest.approx(sum(cross_entropy(one) for one in exits()), rel=1e-5)

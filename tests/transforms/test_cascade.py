@@ -61,7 +61,7 @@ def test_smaller_images_and_smaller_copies(net: torch.nn.Module, context: Contex
         dz.Calibrate(macs_ratio=0.9, points=2),
     ]
     network = dz.convert(net, steps, SHAPE, context).eval()
-    assert network.made == ("few",)
+    assert network.made == (("few",),)
     assert [step.get("member") for step in network.history] == [None, "few", None]
     costs = {piece.name: piece.macs for piece in network.row}
     own = sum(cost for name, cost in costs.items() if "/" not in name)

@@ -1,5 +1,6 @@
 """`glance_focus`: calibrated, quantised and loaded again; and what is refused."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,10 @@ SHAPE = (1, 16, 16)
 def context() -> Context:
     spec = DataSpec(source="digits", image_size=16, train_limit=64, test_limit=60, normalize=((0.305,), (0.376,)))
     return Context(data=load_data(spec, SHAPE, 10), backend="eager")
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def net() -> nn.Module:
@@ -69,6 +74,33 @@ def test_crops_are_not_trained_on_whole_images(context: Context) -> None:
     steps = [dz.GlanceFocus(glance=8), dz.Distill(epochs=1, member="focus-1")]
     with pytest.raises(DynamizeError, match="sees crops of 11 x 11 pixels"):
         dz.convert(net(), steps, SHAPE, context)
+
+
+def test_looks_learn_together_and_the_network_stays(context: Context, tmp_path: Path) -> None:
+    look = dz.GlanceFocus(glance=8, crops=1, crop=0.75)
+    network = dz.convert(net(), [look, dz.Distill(epochs=1)], SHAPE, replace(context, work=tmp_path)).eval()
+    assert network.history[-1]["joined"] == 1
+    assert [row["step"] for row in read_lines(tmp_path / "metrics.jsonl")] == ["distill"]
+    before, after = net().state_dict(), network.state_dict()
+    for name, values in before.items():
+        assert torch.equal(after[f"nets.main.{name}"], values)
+        if name.endswith("conv1.weight"):
+            assert not torch.equal(after[f"nets.glance.{name}"], values)
+            assert not torch.equal(after[f"nets.focus-1.{name}"], values)
+    images = next(context.data.test.batches(20))[0]
+    assert len(network.all_exits(images)) == 3
+    assert torch.equal(network.all_exits(images)[-1], net().eval()(images))
+    trained = dz.convert(net(), [look, dz.Distill(epochs=1, member="main")], SHAPE, context).state_dict()
+    assert not torch.equal(trained["nets.main.conv1.weight"], before["conv1.weight"])
+    assert torch.equal(trained["nets.glance.conv1.weight"], before["conv1.weight"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"), [({"train": "heads"}, "no exit heads"), ({"features": 1}, "no feature maps of the original")]
+)
+def test_what_looks_cannot_learn(context: Context, fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(DynamizeError, match=said):
+        dz.convert(net(), [dz.GlanceFocus(glance=8), dz.Distill(**fields)], SHAPE, context)
 
 
 def test_it_stands_alone_in_front(context: Context) -> None:
