@@ -22,8 +22,9 @@ from dynamize.runtime.trial import agree, limit_of
 Precision = Literal["f32", "bf16"]
 _CAPABILITY = "BF16"
 _WARM, _TIMED = 3, 15  # calls
-_OFTEN = 128  # batches of a size: compiling its model takes as long as these lose
+_OFTEN = 64  # batches of a size: compiling its model takes about as long as these lose
 _MOST_SHAPES = 20
+_FEW = 16  # images, that take less than the 2 ms below
 _SMALL_MODEL, _SMALL_FEATURES = 2**23, 2**22  # bytes
 
 
@@ -88,8 +89,9 @@ class _Shaped:
 
     Single images always have a model of their own (a ResNet-56 in bytes: 0.93 against 1.38 ms). The model for any size
     takes 2 ms longer for a batch of another size than the one before (the same network: 8 images in 3.9 ms instead of
-    1.9), and behind an exit they are of all sizes; so, while models are small, sizes that come often have one too, and
-    a batch is filled up to the next of these sizes. One that answers otherwise than the model for any is not used.
+    1.9), and behind an exit they are of all sizes; so, while models are small, sizes that come often have one too, and batches are
+    filled up to them: small ones to a power of two at first. One that answers otherwise than the model for any is not
+    used.
     """
 
     def __init__(self, make: Callable[[int, int | None], Session], threads: int, small: bool, limit: float) -> None:
@@ -99,12 +101,14 @@ class _Shaped:
         self._asked: Counter[int] = Counter()
 
     def __call__(self, inputs: list[Tensor]) -> list[Tensor]:
-        size = _filled_up(len(inputs[0]))
-        if size not in self._fixed and self._worth_a_model(size, inputs):
-            made = self._of_one_shape(size, inputs)
-            alike = agree(made(inputs), self._any(inputs), self._limit)
-            self._fixed[size] = made if alike else self._any
-        return self._fixed.get(size, self._any)(inputs)
+        sizes = _filled_up(len(inputs[0]))
+        for size in sizes:
+            if size not in self._fixed and self._worth_a_model(size, inputs):
+                made = self._of_one_shape(size, inputs)
+                alike = agree(made(inputs), self._any(inputs), self._limit)
+                self._fixed[size] = made if alike else self._any
+        session = next((self._fixed[size] for size in sizes if size in self._fixed), self._any)
+        return session(inputs)
 
     def _worth_a_model(self, size: int, inputs: list[Tensor]) -> bool:
         self._asked[size] += 1
@@ -122,10 +126,13 @@ class _Shaped:
         return min(made, key=lambda session: _seconds(session, inputs)) if made[1:] else made[0]
 
 
-def _filled_up(images: int) -> int:
-    """The next size of which there may be a model: up to 8 each, then four to a doubling."""
-    step = 2 ** max(0, (images - 1).bit_length() - 3)
-    return -(-images // step) * step
+def _filled_up(images: int) -> list[int]:
+    """Sizes of which there may be a model for so many images, the best first: up to 8 each, then four to a doubling; for
+    a few images the next power of two also."""
+    doublings = (images - 1).bit_length()
+    step = 2 ** max(0, doublings - 3)
+    best = -(-images // step) * step
+    return sorted({best, 2**doublings}) if images <= _FEW else [best]
 
 
 def _seconds(session: Session, inputs: list[Tensor]) -> float:

@@ -175,9 +175,25 @@ def test_a_size_that_comes_often_has_a_model_up_to_which_batches_are_filled(monk
     for images in range(1, 65):
         for _ in range(openvino._OFTEN + 1):
             last = models.last(shaped, images)
-        filled = openvino._filled_up(images)
+        filled = openvino._filled_up(images)[0]
         assert images <= filled < 1.25 * images
         assert last == (1 if images == 1 else 2, filled if filled < 64 else None, images)
+
+
+def test_a_few_images_are_filled_up_to_a_power_of_two_until_their_own_size_comes_often(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    models = FakeModels(monkeypatch)
+    shaped = openvino._Shaped(models, threads=2, small=True, limit=1e-3)
+    for _ in range(openvino._OFTEN // 2):
+        models.last(shaped, 5)
+        models.last(shaped, 7)
+    assert models.last(shaped, 6) == (2, 8, 6)
+    for _ in range(openvino._OFTEN):
+        last = models.last(shaped, 7)
+    assert last == (2, 7, 7)
+    assert models.last(shaped, 5) == (2, 8, 5)
+    assert models.last(shaped, 17) == (2, None, 17)
 
 
 def test_a_model_of_one_shape_that_answers_otherwise_is_not_used() -> None:
