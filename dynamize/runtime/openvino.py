@@ -89,9 +89,9 @@ class _Shaped:
 
     Single images always have a model of their own (a ResNet-56 in bytes: 0.93 against 1.38 ms). The model for any size
     takes 2 ms longer for a batch of another size than the one before (the same network: 8 images in 3.9 ms instead of
-    1.9), and behind an exit they are of all sizes; so, while models are small, sizes that come often have one too, and batches are
-    filled up to them: small ones to a power of two at first. One that answers otherwise than the model for any is not
-    used.
+    1.9), and behind an exit they are of all sizes. So, while models are small, sizes that come often have one too, and
+    batches are filled up to them, small ones to a power of two at first. One that answers otherwise than the model for
+    any is not used.
     """
 
     def __init__(self, make: Callable[[int, int | None], Session], threads: int, small: bool, limit: float) -> None:
@@ -127,8 +127,8 @@ class _Shaped:
 
 
 def _filled_up(images: int) -> list[int]:
-    """Sizes of which there may be a model for so many images, the best first: up to 8 each, then four to a doubling; for
-    a few images the next power of two also."""
+    """Sizes of which there may be a model for so many images, the best first: up to 8 each, then four to a doubling;
+    for a few images also the next power of two."""
     doublings = (images - 1).bit_length()
     step = 2 ** max(0, doublings - 3)
     best = -(-images // step) * step
