@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from dynamize.transforms import Quantize as Quantize
     from dynamize.transforms import Recalibrate as Recalibrate
     from dynamize.transforms import SkipGates as SkipGates
+    from dynamize.transforms import SpatialSampling as SpatialSampling
 
 _HOMES = {
     "Calibrate": "transforms",
@@ -64,6 +65,7 @@ _HOMES = {
     "Quantize": "transforms",
     "Recalibrate": "transforms",
     "SkipGates": "transforms",
+    "SpatialSampling": "transforms",
     "calibrate": "calibration.offsets",
     "compile_network": "runtime.compiled",
     "convert": "conversion",

@@ -81,7 +81,7 @@ class TestOrder:
         [
             (
                 [Calibrate()],
-                "step 1 `calibrate` needs `cascade` or `exits` or .*`skip_gates` or `channel_gates` before",
+                "step 1 `calibrate` needs `cascade` or `exits` or .*`skip_gates` or .*`channel_gates` before",
             ),
             (
                 [Exits(), Calibrate(), Distill()],

@@ -9,7 +9,7 @@ import dynamize as dz
 from dynamize.transform import Kind, check_order, of_kind, parse_step
 
 # The rules as the first edition stated them, name by name.
-GATES = {"skip_gates", "channel_gates"}
+GATES = {"skip_gates", "channel_gates", "spatial_sampling"}
 NEEDED = {
     "calibrate": {"exits", *GATES},
     "fuse_gates": GATES,
@@ -37,8 +37,9 @@ TOO_LATE_AFTER = {
     "quantize": set[str](),
     "recalibrate": {TO_BYTES, SOLVED},
     "skip_gates": OF_GATES,
+    "spatial_sampling": OF_GATES,
 }
-ONCE = {"channel_gates", "exits", "quantize", "skip_gates"}
+ONCE = {"channel_gates", "exits", "quantize", "skip_gates", "spatial_sampling"}
 
 STEPS = {name: parse_step({"pass": name}) for name in TOO_LATE_AFTER}
 
@@ -87,7 +88,7 @@ def test_two_steps_behind_what_they_need(first: str, second: str) -> None:
 def test_calibrate_may_follow_exits_of_an_earlier_conversion() -> None:
     check_order([dz.Calibrate()], done=["exits", "distill"])
     with pytest.raises(
-        dz.DynamizeError, match="needs `cascade` or `exits` or `glance_focus` or `skip_gates` or `channel_gates`"
+        dz.DynamizeError, match="needs `cascade` or `exits` or `glance_focus` or `skip_gates` or `spatial_sampling` or"
     ):
         check_order([dz.Calibrate()])
 
@@ -105,6 +106,7 @@ def test_steps_of_a_kind_come_with_the_gentlest_first() -> None:
         "exits",
         "glance_focus",
         "skip_gates",
+        "spatial_sampling",
         "channel_gates",
     ]
     assert of_kind(Kind.SOLVES) == ["calibrate"]

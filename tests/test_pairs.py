@@ -49,9 +49,10 @@ SETTINGS: dict[str, dict[str, Any]] = {  # the smallest that do something
     "quantize": {"images": 50, "max_drop": None},
     "recalibrate": {"images": 50},
     "skip_gates": {"blocks": [["layer1.1"], ["layer2.0"], ["layer2.1", "layer2.2"]]},
+    "spatial_sampling": {"blocks": [["layer1.0"]]},
 }
 WITH_GATES = {"distill": {"gate_budget": 0.9}}  # fields besides, for networks with gates
-GATES = ("skip_gates", "channel_gates")
+GATES = ("skip_gates", "channel_gates", "spatial_sampling")
 ELSEWHERE = {"cascade", "glance_focus"}  # make rows of several networks: see transforms/test_cascade.py and its like
 NEEDS = {  # where the digits network would give a step nothing to do, or less than elsewhere
     "fuse_branches": ("expand_branches",),

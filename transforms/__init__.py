@@ -17,6 +17,7 @@ from dynamize.transforms.q_gates import QGates
 from dynamize.transforms.quantize import Quantize
 from dynamize.transforms.recalibrate import Recalibrate
 from dynamize.transforms.skip_gates import SkipGates
+from dynamize.transforms.spatial_sampling import SpatialSampling
 
 __all__ = [
     "Calibrate",
@@ -36,4 +37,5 @@ __all__ = [
     "Quantize",
     "Recalibrate",
     "SkipGates",
+    "SpatialSampling",
 ]

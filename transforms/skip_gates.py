@@ -1,31 +1,18 @@
 """`skip_gates`: residual blocks that each image runs or skips."""
 
-import math
 from collections.abc import Sequence
-from typing import Annotated, ClassVar, Literal
+from typing import Literal
 
-import torch
-from pydantic import Field, PositiveInt
+from pydantic import Field
 from torch import fx
 
-from dynamize.errors import DynamizeError, closest
+from dynamize.block_gates import PATHS, BlockGates
 from dynamize.graph.extract import extract
-from dynamize.graph.macs import annotated_macs
-from dynamize.graph.residual import ResidualBlock, bypass, keeping_input, masked, residual_blocks
-from dynamize.graph.trace import annotate
-from dynamize.nn.network import DynamicNetwork
-from dynamize.nn.units import GateMaker, SkipUnit, gate_maker, unique_names
-from dynamize.runtime.profile import gate_price
-from dynamize.transform import Applied, Context, Kind, Transform
-
-_PATHS = 2  # skip, run
-_SKIPPED = 0.5  # share of images for which a gate has to pay
-_LONGEST = 4  # blocks under one gate: more leave too little to decide
-
-Run = Annotated[list[str], Field(min_length=1)]
+from dynamize.graph.residual import ResidualBlock, bypass, keeping_input, masked
+from dynamize.nn.units import GateMaker, SkipUnit
 
 
-class SkipGates(Transform):
+class SkipGates(BlockGates):
     """Put a gate before residual blocks (SkipNet, Wang et al. 2018; ConvNet-AIG, Veit & Belongie 2018).
 
     A skipped block costs nothing but its projection shortcut, if it has one. All gates start open.
@@ -38,135 +25,23 @@ class SkipGates(Transform):
     """
 
     pass_name: Literal["skip_gates"] = Field("skip_gates", alias="pass")
-    blocks: Literal["auto"] | Annotated[list[Run], Field(min_length=1)] = Field(
-        "auto", description="lists of neighbouring blocks under one gate each, by module path or node name; or auto"
-    )
-    gate: Literal["linear", "recurrent", "conv"] = Field(
-        "linear",
-        description="linear: on pooled features; recurrent: an LSTM over pooled features, shared by all gates "
-        "(SkipNet); conv: a strided convolution (SkipNet's FFGate-II)",
-    )
-    group: Literal["auto"] | PositiveInt = Field(
-        "auto",
-        description="blocks under one gate, for `blocks: auto`; auto: as few as make up for the gate's own time on the "
-        "backend when half of the images skip them",
-    )
-    keep: list[str] = Field([], description="blocks that always run, for `blocks: auto`")
-    keep_first: bool = Field(True, description="the first block always runs, for `blocks: auto`")
 
-    once: ClassVar[bool] = True
-    kind: ClassVar[Kind] = Kind.ADDS_GATES
-    not_after: ClassVar[Kind] = Kind.TRAINS
+    def _fits(self, block: ResidualBlock) -> bool:
+        return True
 
-    def apply(self, network: DynamicNetwork, context: Context) -> Applied:
-        annotate(network.plain, network.input_shape)
-        found = residual_blocks(network.plain)
-        if not found:
-            raise DynamizeError(
-                "skip_gates: the network has no residual block, that is, no sum of a shortcut and a branch between two "
-                "cut points. `dynamize inspect MODEL` says why for each block; `exits` works without."
-            )
-        notes: list[str] = []
-        if self.blocks == "auto":
-            runs, notes = self._group(network, self._gateable(found), context)
-        else:
-            runs = [[_find(found, name) for name in names] for names in self.blocks]
-            _check_runs(network, runs)
-        self._insert(network, runs)
-        resolved = self.model_copy(
-            update={"blocks": [[b.upto for b in run] for run in runs], "group": max(map(len, runs)), "keep": []}
+    def _lacking(self) -> str:
+        return (
+            "the network has no residual block, that is, no sum of a shortcut and a branch between two cut points. "
+            "`dynamize inspect MODEL` says why for each block; `exits` works without."
         )
-        share = sum(unit.path_macs[-1] - unit.path_macs[0] for unit in network.changing) / annotated_macs(network.plain)
-        notes = [f"{len(runs)} gates over {sum(map(len, runs))} blocks, {share:.0%} of the MACs", *notes]
-        return Applied(network, resolved, notes)
-
-    def _gateable(self, found: list[ResidualBlock]) -> list[ResidualBlock]:
-        kept = {_find(found, name).upto for name in self.keep} | ({found[0].upto} if self.keep_first else set())
-        gateable = [block for block in found if block.upto not in kept]
-        if not gateable:
-            raise DynamizeError(
-                f"skip_gates: all {len(found)} residual blocks are kept open: shorten `keep` or set keep_first: false"
-            )
-        return gateable
-
-    def _group(
-        self, network: DynamicNetwork, blocks: list[ResidualBlock], context: Context
-    ) -> tuple[list[list[ResidualBlock]], list[str]]:
-        if self.group != "auto":
-            return _runs(blocks, self.group, network.exit_places), []
-        trial = _runs(blocks, 1, network.exit_places)
-        price = gate_price(network, lambda one: self._insert(one, trial), context.backend, context.device)
-        per_mac = price.blocks_ms / sum(block.macs - block.bypass_macs for block in blocks)
-        mean_ms = per_mac * sum(block.macs for block in blocks) / len(blocks)
-        length = min(_LONGEST, max(1, math.ceil(price.gate_ms / (_SKIPPED * mean_ms))))
-        notes = [
-            f"on {context.backend} at batch 1 a gate takes {1e3 * price.gate_ms:.0f} us and a block "
-            f"{1e3 * mean_ms:.0f} us, so one gate governs up to {length} blocks"
-        ]
-        if price.gate_ms > _SKIPPED * mean_ms * length:
-            notes.append("even so, gates take longer here than skipping half of the blocks saves at batch 1")
-        return _runs(blocks, length, network.exit_places), notes
-
-    def _insert(self, network: DynamicNetwork, runs: Sequence[Sequence[ResidualBlock]]) -> None:
-        """Put a unit into ``network`` in the place of each run."""
-        plain = network.plain
-        with torch.random.fork_rng():  # initialising layers draws from the global generator
-            torch.manual_seed(0)
-            gates = gate_maker(self.gate, network.changing)
-            taken = [piece.name for piece in network.row]
-            names = unique_names([_label(run) for run in runs], [run[-1].upto for run in runs], taken)
-            units = [self._unit(plain, run, name, gates) for run, name in zip(runs, names, strict=True)]
-        network.insert({(run[0].after, run[-1].upto): unit for run, unit in zip(runs, units, strict=True)})
 
     def _unit(self, plain: fx.GraphModule, run: Sequence[ResidualBlock], name: str, gates: GateMaker) -> SkipUnit:
         first, last = run[0], run[-1]
         detour = len(run) == 1 and not first.identity
         return SkipUnit(
             name,
-            gates(first.shape[0], _PATHS),
+            gates(first.shape[0], PATHS),
             keeping_input(extract(plain, first.after, last.upto), first.shape),
             bypass(plain, first) if detour else None,
             masked(plain, first) if detour else None,
         )
-
-
-def _label(run: Sequence[ResidualBlock]) -> str:
-    return run[0].module if len(run) == 1 else f"{run[0].module} to {run[-1].module}"
-
-
-def _runs(blocks: Sequence[ResidualBlock], length: int, cuts: Sequence[str]) -> list[list[ResidualBlock]]:
-    """Neighbours of one shape that return their input when skipped: ``length`` at most, none across an exit."""
-    runs: list[list[ResidualBlock]] = []
-    for block in blocks:
-        if runs and len(runs[-1]) < length and _joins(runs[-1][-1], block) and block.after not in cuts:
-            runs[-1].append(block)
-        else:
-            runs.append([block])
-    return runs
-
-
-def _joins(last: ResidualBlock, block: ResidualBlock) -> bool:
-    alike = last.identity and block.identity and last.shape == block.shape
-    return alike and last.upto == block.after
-
-
-def _check_runs(network: DynamicNetwork, runs: Sequence[Sequence[ResidualBlock]]) -> None:
-    for run in runs:
-        if len(_runs(run, len(run), network.exit_places)) != 1:
-            raise DynamizeError(
-                f"skip_gates: the blocks {[block.upto for block in run]} cannot share a gate: they must follow each "
-                "other without an exit between them, have one shape and no projection. Give each a list of its own."
-            )
-    names = [block.upto for run in runs for block in run]
-    if len(set(names)) < len(names):
-        raise DynamizeError(f"skip_gates: a block is named twice in {names}: name each once")
-
-
-def _find(blocks: Sequence[ResidualBlock], name: str) -> ResidualBlock:
-    for block in blocks:
-        if name in (block.upto, block.module):
-            return block
-    known = [block.module for block in blocks]
-    raise DynamizeError(
-        f"skip_gates: '{name}' is no residual block of this network. {closest(name, known)}Known: {', '.join(known)}."
-    )

@@ -107,7 +107,7 @@ def bypass(traced: fx.GraphModule, block: ResidualBlock) -> fx.GraphModule | Non
     Raises:
         DynamizeError: ``block`` is not one of ``traced``.
     """
-    region, parts = _taken_out(traced, block)
+    region, (parts,) = taken_out(traced, [block])
     if block.identity:
         return None
     parts.sum.replace_all_uses_with(parts.shortcut)
@@ -127,7 +127,7 @@ def masked(traced: fx.GraphModule, block: ResidualBlock) -> fx.GraphModule:
     Raises:
         DynamizeError: ``block`` is not one of ``traced``.
     """
-    region, parts = _taken_out(traced, block)
+    region, (parts,) = taken_out(traced, [block])
     graph = region.graph
     with graph.inserting_after(placeholder(graph)):
         runs = graph.placeholder("runs")
@@ -155,30 +155,44 @@ def keeping_input(path: fx.GraphModule, shape: Sequence[int]) -> fx.GraphModule:
     return path
 
 
-def _taken_out(traced: fx.GraphModule, block: ResidualBlock) -> tuple[fx.GraphModule, "_Parts"]:
-    if block not in residual_blocks(traced):
-        raise DynamizeError(
-            f"'{block.module}' from `{block.after}` to `{block.upto}` is no residual block of this network. "
-            "Take one that `residual_blocks` lists for the same traced network."
-        )
-    region = extract(traced, block.after, block.upto)
-    parts = _read(region, placeholder(region.graph), output_value(region.graph))
-    assert not isinstance(parts, str), "a region reads like the graph that it is a copy of"
-    return region, parts
+def taken_out(traced: fx.GraphModule, run: Sequence[ResidualBlock]) -> tuple[fx.GraphModule, list["Parts"]]:
+    """Neighbouring blocks as a module of its own, which shares its layers with ``traced``, and the parts of each.
+
+    Raises:
+        DynamizeError: one is no block of ``traced``.
+    """
+    known = residual_blocks(traced)
+    for block in run:
+        if block not in known:
+            raise DynamizeError(
+                f"'{block.module}' from `{block.after}` to `{block.upto}` is no residual block of this network. "
+                "Take one that `residual_blocks` lists for the same traced network."
+            )
+    region = extract(traced, run[0].after, run[-1].upto)
+    nodes = nodes_by_name(region.graph) | {run[0].after: placeholder(region.graph)}
+    nodes[run[-1].upto] = output_value(region.graph)
+    found = [_read(region, nodes[block.after], nodes[block.upto]) for block in run]
+    assert not any(isinstance(parts, str) for parts in found), "a region reads like the graph that it is a copy of"
+    return region, [parts for parts in found if isinstance(parts, Parts)]
 
 
 @dataclass(frozen=True)
-class _Summand:
+class Summand:
+    """What a branch adds to the shortcut."""
+
     value: fx.Node  # before the operators that pass it on as it is
     operand: fx.Node  # what they give
     addition: fx.Node
 
 
 @dataclass(frozen=True)
-class _Parts:
+class Parts:
+    """Nodes of a residual block."""
+
     sum: fx.Node
     shortcut: fx.Node
-    branch: tuple[_Summand, ...]
+    handed_on: fx.Node  # the shortcut as it is added
+    branch: tuple[Summand, ...]
     post: tuple[fx.Node, ...]
     macs: float
     bypass_macs: float
@@ -220,23 +234,25 @@ class _Region:
                 return
 
 
-def _regions(traced: fx.GraphModule) -> Iterator[tuple[CutPoint, CutPoint, _Parts | str]]:
+def _regions(traced: fx.GraphModule) -> Iterator[tuple[CutPoint, CutPoint, Parts | str]]:
     nodes = nodes_by_name(traced.graph)
     cuts = cut_points(traced)
     for before, cut in zip(cuts, cuts[1:], strict=False):
         yield before, cut, _read(traced, nodes[before.name], nodes[cut.name])
 
 
-def _read(module: fx.GraphModule, first: fx.Node, last: fx.Node) -> _Parts | str:
+def _read(module: fx.GraphModule, first: fx.Node, last: fx.Node) -> Parts | str:
     """The parts of a residual block, or why the region is none."""
     region = _Region(first, last)
     reasons: list[str] = []
     for joint in region.joints():
         shortcut = _shortcut(module, region, joint)
         if isinstance(shortcut, fx.Node):
-            branch = tuple(one for one in _summands(module, region, joint) if one.value is not shortcut)
+            summands = _summands(module, region, joint)
+            branch = tuple(one for one in summands if one.value is not shortcut)
+            handed_on = next(one.operand for one in summands if one.value is shortcut)
             post = tuple(region.nodes[region.position[joint] + 1 :])
-            return _Parts(joint, shortcut, branch, post, region.macs(last), region.macs(shortcut))
+            return Parts(joint, shortcut, handed_on, branch, post, region.macs(last), region.macs(shortcut))
         reasons.append(shortcut)
     return next((reason for reason in reasons if reason != _NO_SUM), _NO_SUM)
 
@@ -290,16 +306,16 @@ def _is_plain(addition: fx.Node) -> bool:
     return bool(scale == 1) and out is None and len(addition.args) <= 2
 
 
-def _summands(module: fx.GraphModule, region: _Region, addition: fx.Node) -> list[_Summand]:
+def _summands(module: fx.GraphModule, region: _Region, addition: fx.Node) -> list[Summand]:
     """All summands of a sum of sums, without the operators that pass a value on as it is."""
-    found: list[_Summand] = []
+    found: list[Summand] = []
     for operand in _operands(region, addition):
         node, alone = operand, len(region.users(operand)) == 1
         while node is not region.first and _passes_on(module, node):
             node = node.all_input_nodes[0]
             alone = alone and len(region.users(node)) == 1
         nested = alone and node is not region.first and len(_operands(region, node)) == 2 and _is_plain(node)
-        found += _summands(module, region, node) if nested else [_Summand(node, operand, addition)]
+        found += _summands(module, region, node) if nested else [Summand(node, operand, addition)]
     return found
 
 
@@ -320,7 +336,7 @@ def _is_linear(module: fx.GraphModule, region: _Region, node: fx.Node) -> bool:
     return bool(operands) and _is_plain(node) and set(node.all_input_nodes) <= set(operands)
 
 
-def _is_identity(traced: fx.GraphModule, first: fx.Node, parts: _Parts) -> bool:
+def _is_identity(traced: fx.GraphModule, first: fx.Node, parts: Parts) -> bool:
     if parts.shortcut is not first:
         return False
     low, high = _range(traced, first)

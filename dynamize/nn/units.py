@@ -10,6 +10,7 @@ from typing import ClassVar, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from dynamize.errors import DynamizeError
 from dynamize.graph.macs import count_macs, counting_macs
@@ -243,6 +244,49 @@ class SkipUnit(Unit):
         computed = body(features_NCHW)
         skips, runs = shares_NP.to(computed.dtype)[:, :, None, None, None].unbind(1)
         blended: Tensor = runs * computed + skips * features_NCHW
+        return blended
+
+
+class CoarseUnit(Unit):
+    """A residual block, or a run of them, whose branches an image computes on a coarser grid or in full (Xie et al.
+    2020, sec. 3, with a grid in the place of sampled positions).
+
+    Both ways share batch-norm statistics, which are those of the whole one, also while it is trained: means over two
+    ways, of which each has other variances, would fit neither.
+
+    Args:
+        body: the block; it does not write to its input. Its layers are the network's.
+        coarse: the same layers on the coarser grid (:func:`dynamize.graph.coarse.coarse`).
+    """
+
+    kind = "grid"
+
+    def __init__(self, label: str, gate: Gate, body: nn.Module, coarse: nn.Module) -> None:
+        super().__init__(label, gate, 2)
+        self._sharing = (coarse, body)  # a tuple: their modules are the network's, which registers them
+
+    def ways(self) -> Sequence[nn.Module | None]:
+        return self._sharing
+
+    def options(self) -> Sequence[str]:
+        return "coarse", "whole"
+
+    def count(self, flow: Flow) -> None:
+        """An offset moves its gate as far as one that skips: by what the cheaper way saves, taken as one."""
+        super().count(flow)
+        self.path_costs.copy_(torch.tensor([0.0, 1.0]))
+
+    def blend(self, features_NCHW: Tensor, shares_NP: Tensor) -> Tensor:
+        coarse, body = self._sharing
+        computed = body(features_NCHW)
+        norms = [one for one in coarse.modules() if isinstance(one, _BatchNorm) and one.training]
+        for norm in norms:
+            norm.training = False
+        roughly = coarse(features_NCHW)
+        for norm in norms:
+            norm.training = True
+        first, last = shares_NP.to(computed.dtype)[:, :, None, None, None].unbind(1)
+        blended: Tensor = last * computed + first * roughly
         return blended
 
 

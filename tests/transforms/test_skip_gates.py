@@ -22,7 +22,7 @@ from networks import (
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from dynamize import artifact
+from dynamize import artifact, block_gates
 from dynamize.calibration.operating import OperatingPoint, OperatingPoints
 from dynamize.conversion import apply, convert, replay, wrap
 from dynamize.errors import DynamizeError
@@ -33,7 +33,7 @@ from dynamize.nn.piece import Setting
 from dynamize.runtime.profile import GatePrice
 from dynamize.training.objectives import exit_logits
 from dynamize.transform import Context, parse_step
-from dynamize.transforms import ChannelGates, Exits, SkipGates, skip_gates
+from dynamize.transforms import ChannelGates, Exits, SkipGates
 
 BLOCKS = ["layer1.0", "layer1.1", "layer2.0", "layer2.1", "layer3.0", "layer3.1"]
 
@@ -153,12 +153,12 @@ class TestWhichBlocks:
             trial.extend(one.changing)
             return GatePrice(gate_ms, float(len(one.changing)))
 
-        monkeypatch.setattr(skip_gates, "gate_price", price)
+        monkeypatch.setattr(block_gates, "gate_price", price)
         applied = SkipGates(keep_first=False).apply(network, Context())
         assert len(trial) == 8
         assert applied.resolved.group == wanted
         assert len(applied.network.changing) == 8 // wanted
-        assert f"a gate takes {1000 * gate_ms:.0f} us and a block 1000 us" in applied.notes[1]
+        assert f"a gate takes {1000 * gate_ms:.0f} us and the cheaper way of a block saves 1000 us" in applied.notes[1]
         assert f"up to {wanted} blocks" in applied.notes[1]
         assert len(applied.notes) == (3 if gate_ms > 2 else 2)
 
@@ -361,7 +361,7 @@ def test_the_note_says_how_much_can_be_skipped() -> None:
         ({"blocks": [["layer1.0", "layer1.1"], ["layer1.1"]]}, "a block is named twice"),
         ({"blocks": [["layer1.0", "layer1.0"]]}, "cannot share a gate"),
         ({"blocks": [["layer1.0", "layer2.1"]]}, "cannot share a gate: they must follow each other"),
-        ({"blocks": [["layer1.1", "layer2.0"]]}, "no projection. Give each a list of its own"),
+        ({"blocks": [["layer1.1", "layer2.0"]]}, "no projection. Give each one its own list"),
         ({"blocks": [["layer1.1", "layer1.0"]]}, "cannot share a gate"),
         ({"keep": BLOCKS}, "all 6 residual blocks are kept open: shorten `keep` or set keep_first: false"),
     ],

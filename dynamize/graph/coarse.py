@@ -1,0 +1,52 @@
+"""Residual blocks whose branches are computed on a grid of half the resolution."""
+
+from collections.abc import Sequence
+
+from torch import fx
+from torch.nn import functional as F
+
+from dynamize.graph.extract import cone
+from dynamize.graph.residual import Parts, ResidualBlock, keeping_input, taken_out
+
+_STEP = 2
+
+
+def coarse(traced: fx.GraphModule, run: Sequence[ResidualBlock]) -> fx.GraphModule:
+    """``a -> post(a + up(branch(down(a))))`` for each block: the branch sees means of 2 x 2 positions, and what it adds
+    to the shortcut is interpolated between them (as Xie et al. 2020 interpolate between sampled positions).
+
+    Modules and parameters are shared with ``traced`` under the same names. The input, (N, C, H, W), is not written to.
+
+    Args:
+        run: neighbouring blocks whose shortcut is their input.
+
+    Raises:
+        DynamizeError: one is no block of ``traced``.
+    """
+    region, found = taken_out(traced, run)
+    for block, parts in zip(run, found, strict=True):
+        _pool_for_branch(parts, block.shape)
+        for summand in parts.branch:
+            with region.graph.inserting_before(summand.addition):
+                wanted = {"size": tuple(block.shape[1:]), "mode": "bilinear", "align_corners": False}
+                fine = region.graph.call_function(F.interpolate, (summand.operand,), wanted)
+            summand.addition.replace_input_with(summand.operand, fine)
+    path = fx.GraphModule(region, region.graph, "Coarse")
+    path.train(traced.training)
+    return keeping_input(path, run[0].shape)
+
+
+def _pool_for_branch(parts: Parts, shape: Sequence[int]) -> None:
+    """Put a pool wherever the branch leaves the way of the shortcut."""
+    first = parts.shortcut
+    shortcut = {first, *cone(parts.handed_on, first)}
+    branch = {node for summand in parts.branch for node in cone(summand.operand, first)} - shortcut
+    odd = any(side % _STEP for side in shape[1:])
+    for node in shortcut:
+        users = [user for user in node.users if user in branch]
+        if users:
+            with node.graph.inserting_after(node):
+                wanted = {"ceil_mode": odd, "count_include_pad": not odd}
+                pooled = node.graph.call_function(F.avg_pool2d, (node, _STEP), wanted)
+            for user in users:
+                user.replace_input_with(node, pooled)
