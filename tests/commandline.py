@@ -32,6 +32,7 @@ def _at_budget(step: int) -> list[str]:
 _FEW = ["--set=data.train_limit=400", "--set=data.calibration=200"]
 FEW_EPOCHS = {  # for recipes with gates; after so little training the budget that calibration asks for closes them
     "skip_gates": [*_FEW, "--set=steps.0.group=1", "--set=steps.1.epochs=1", *_at_budget(2)],
+    "spatial_sampling": [*_FEW, "--set=steps.0.group=1", "--set=steps.1.epochs=1", *_at_budget(2)],
     "channel_gates": [
         "--set=data.calibration=200",
         "--set=steps.0.multiple=4",
