@@ -1,6 +1,7 @@
 """Residual blocks whose branches are computed on a grid of half the resolution."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import fx
 from torch.nn import functional as F
@@ -28,7 +29,7 @@ def coarse(traced: fx.GraphModule, run: Sequence[ResidualBlock]) -> fx.GraphModu
         _pool_for_branch(parts, block.shape)
         for summand in parts.branch:
             with region.graph.inserting_before(summand.addition):
-                wanted = {"size": tuple(block.shape[1:]), "mode": "bilinear", "align_corners": False}
+                wanted: dict[str, Any] = {"size": tuple(block.shape[1:]), "mode": "bilinear", "align_corners": False}
                 fine = region.graph.call_function(F.interpolate, (summand.operand,), wanted)
             summand.addition.replace_input_with(summand.operand, fine)
     path = fx.GraphModule(region, region.graph, "Coarse")
@@ -46,7 +47,7 @@ def _pool_for_branch(parts: Parts, shape: Sequence[int]) -> None:
         users = [user for user in node.users if user in branch]
         if users:
             with node.graph.inserting_after(node):
-                wanted = {"ceil_mode": odd, "count_include_pad": not odd}
+                wanted: dict[str, Any] = {"ceil_mode": odd, "count_include_pad": not odd}
                 pooled = node.graph.call_function(F.avg_pool2d, (node, _STEP), wanted)
             for user in users:
                 user.replace_input_with(node, pooled)
