@@ -1,5 +1,6 @@
 """Residual blocks whose branches are computed on a grid of half the resolution."""
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,8 +30,7 @@ def coarse(traced: fx.GraphModule, run: Sequence[ResidualBlock]) -> fx.GraphModu
         _pool_for_branch(parts, block.shape)
         for summand in parts.branch:
             with region.graph.inserting_before(summand.addition):
-                wanted: dict[str, Any] = {"size": tuple(block.shape[1:]), "mode": "bilinear", "align_corners": False}
-                fine = region.graph.call_function(F.interpolate, (summand.operand,), wanted)
+                fine = _interpolated(summand.operand, block.shape)
             summand.addition.replace_input_with(summand.operand, fine)
     path = fx.GraphModule(region, region.graph, "Coarse")
     path.train(traced.training)
@@ -42,7 +42,7 @@ def _pool_for_branch(parts: Parts, shape: Sequence[int]) -> None:
     first = parts.shortcut
     shortcut = {first, *cone(parts.handed_on, first)}
     branch = {node for summand in parts.branch for node in cone(summand.operand, first)} - shortcut
-    odd = any(side % _STEP for side in shape[1:])
+    odd = _is_odd(shape)
     for node in shortcut:
         users = [user for user in node.users if user in branch]
         if users:
@@ -51,3 +51,18 @@ def _pool_for_branch(parts: Parts, shape: Sequence[int]) -> None:
                 pooled = node.graph.call_function(F.avg_pool2d, (node, _STEP), wanted)
             for user in users:
                 user.replace_input_with(node, pooled)
+
+
+def _interpolated(value: fx.Node, shape: Sequence[int]) -> fx.Node:
+    """By a factor, which ONNX Runtime computes in its blocked layout (a block of a ResNet-50 at 56 x 56: 1.4 ms; to a
+    size: 2.5 ms); what is too much of it is cut off."""
+    wanted: dict[str, Any] = {"scale_factor": float(_STEP), "mode": "bilinear", "align_corners": False}
+    found = value.graph.call_function(F.interpolate, (value,), wanted)
+    if not _is_odd(shape):
+        return found
+    inside = (slice(None), slice(None), *(slice(side) for side in shape[1:]))
+    return value.graph.call_function(operator.getitem, (found, inside))
+
+
+def _is_odd(shape: Sequence[int]) -> bool:
+    return any(side % _STEP for side in shape[1:])

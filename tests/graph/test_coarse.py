@@ -19,7 +19,7 @@ def down(x: Tensor) -> Tensor:
 
 
 def up(x: Tensor, like: Tensor) -> Tensor:
-    return F.interpolate(x, size=like.shape[2:], mode="bilinear")
+    return F.interpolate(x, scale_factor=2, mode="bilinear")[:, :, : like.shape[2], : like.shape[3]]
 
 
 BLOCKS: dict[str, tuple[Forward, Forward]] = {
