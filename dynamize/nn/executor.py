@@ -114,7 +114,7 @@ class Routed(Taken):
         self.logits = _in_order(flow.answered)
         self.seen = flow.seen or []
         self.leaving, self.changing = leaving, changing
-        self._log, self.images = flow.log, len(flow.images)
+        self._log, self._chosen, self.images = flow.log, flow.chosen, len(flow.images)
 
     @property
     def taken(self) -> dict[str, Tensor]:
@@ -122,6 +122,17 @@ class Routed(Taken):
         for name, rows, options in self._log:
             found[name][rows] = options
         return {name: torch.from_numpy(options) for name, options in found.items()}
+
+    @property
+    def crops(self) -> dict[str, Tensor]:
+        """By network that saw a part of each image: left, top, right and bottom of it in pixels, (N, 4), int64; -1 for
+        images that it was not asked about."""
+        found = {}
+        for name, rows, corners, (height, width) in self._chosen:
+            boxes = found.setdefault(name, np.full((self.images, 4), -1))
+            top, left = corners.T
+            boxes[rows] = np.stack([left, top, left + width, top + height], axis=1)
+        return {name: torch.from_numpy(boxes) for name, boxes in found.items()}
 
 
 def exits_of(taken: Mapping[str, Tensor], leaving: Sequence[str], images: int) -> Tensor:

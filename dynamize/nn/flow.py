@@ -24,6 +24,7 @@ class Flow:
         extra: what else pieces hand on (context, memory), (n, ...) each.
         rows: (n,), which image of the batch each row is.
         log: (decision, rows, option of each row), in order of execution; shared by all flows of a batch.
+        chosen: (network, rows, top and left of each row, height and width): which part of an image it sees; shared too.
         answered: (rows, logits) of images that have left; shared too.
         seen: while nobody leaves: (decision, logits, score) of all images; None otherwise.
         shares: training: by decision, (N, P).
@@ -31,7 +32,20 @@ class Flow:
         owned: whether the features are known not to lie in the user's images; whoever goes back to those says so.
     """
 
-    __slots__ = ("ahead", "answered", "extra", "features", "images", "log", "means", "owned", "rows", "seen", "shares")
+    __slots__ = (
+        "ahead",
+        "answered",
+        "chosen",
+        "extra",
+        "features",
+        "images",
+        "log",
+        "means",
+        "owned",
+        "rows",
+        "seen",
+        "shares",
+    )
 
     def __init__(self, images_NCHW: Tensor, everyone: bool = False) -> None:
         self.images = self.features = images_NCHW
@@ -39,6 +53,7 @@ class Flow:
         self.extra: dict[str, Tensor] = {}
         self.rows: Indices = ONLY if len(images_NCHW) == 1 else np.arange(len(images_NCHW))
         self.log: list[tuple[str, Indices, Options]] = []
+        self.chosen: list[tuple[str, Indices, Indices, tuple[int, int]]] = []
         self.answered: list[tuple[Indices, Tensor]] = []
         self.seen: list[tuple[str, Tensor, Tensor | None]] | None = [] if everyone else None
         self.shares: dict[str, Tensor] = {}
@@ -103,7 +118,7 @@ class Flow:
     def _slice(self, start: int, stop: int) -> "Flow":
         part = Flow.__new__(Flow)
         part.images, part.log, part.answered, part.seen = self.images, self.log, self.answered, self.seen
-        part.shares, part.ahead, part.owned = self.shares, self.ahead, self.owned
+        part.shares, part.ahead, part.owned, part.chosen = self.shares, self.ahead, self.owned, self.chosen
         part.features = self.features[start:stop]
         part.means = None if self.means is None else self.means[start:stop]
         part.extra = {name: values[start:stop] for name, values in self.extra.items()}

@@ -215,7 +215,12 @@ class Crop(Restart):
 
     def go_back(self, flow: Flow) -> None:
         restart(flow)
-        flow.features = cut(flow.images, flow.rows, flow.extra.get(PLACES), self.number, self.side)
+        places = flow.extra.get(PLACES)
+        free = (flow.images.shape[2] - self.side[0], flow.images.shape[3] - self.side[1])
+        known = None if places is None else places.detach().float().cpu().numpy()
+        found = corners(known, self.number, len(flow), free)
+        flow.chosen.append((self.member, flow.rows, found, self.side))
+        flow.features = cut(flow.images, flow.rows, found, self.side)
 
     def dense(self, flow: Flow, choose: Choose) -> None:
         restart(flow)
@@ -234,7 +239,7 @@ def corners(places: np.ndarray | None, number: int, count: int, free: tuple[int,
 
 
 def windows(images_NCHW: Tensor, places: Tensor | None, number: int, side: tuple[int, int]) -> Tensor:
-    """One crop (N, C, *side) of each image, where :func:`cut` has it, without a loop over images."""
+    """One crop (N, C, *side) of each image, where :func:`corners` has it, without a loop over images."""
     free = [have - want for have, want in zip(images_NCHW.shape[2:], side, strict=True)]
     if places is None:
         y, x = free[0] // 2, free[1] // 2
@@ -246,14 +251,10 @@ def windows(images_NCHW: Tensor, places: Tensor | None, number: int, side: tuple
     return found
 
 
-def cut(images: Tensor, rows: np.ndarray, places: Tensor | None, number: int, side: tuple[int, int]) -> Tensor:
-    """One crop (n, C, *side) of each image in ``rows``."""
+def cut(images: Tensor, rows: np.ndarray, corners_N2: np.ndarray, side: tuple[int, int]) -> Tensor:
+    """One crop (n, C, *side) of each image in ``rows``, from its top and left."""
     height, width = side
-    free = (images.shape[2] - height, images.shape[3] - width)
-    known = None if places is None else places.detach().float().cpu().numpy()
     found = images.new_empty(len(rows), images.shape[1], height, width)
-    for one, row, (top, left) in zip(
-        found, rows.tolist(), corners(known, number, len(rows), free).tolist(), strict=True
-    ):
+    for one, row, (top, left) in zip(found, rows.tolist(), corners_N2.tolist(), strict=True):
         one.copy_(images[row, :, top : top + height, left : left + width])
     return found

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import dynamize as dz
 from dynamize.graph.macs import count_macs
 from dynamize.measure.costs import exit_costs
-from dynamize.nn.looking import Peaks, cut, windows
+from dynamize.nn.looking import Peaks, corners, cut, windows
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.piece import Dense, Setting
 
@@ -123,11 +123,24 @@ def test_a_crop_is_where_the_evidence_is() -> None:
     assert places[1, 2:].tolist() != pytest.approx([0.75, 0.75])
 
 
+def test_what_was_looked_at_is_recorded(network: DynamicNetwork, images: Tensor) -> None:
+    routed = network.run(images, Setting(SETTINGS[0]))
+    for name, boxes in routed.crops.items():
+        reached = routed.taken[name] >= 0
+        assert torch.equal(boxes[:, 0] >= 0, reached)
+        sides = (boxes[:, 2:] - boxes[:, :2])[reached]
+        assert torch.equal(sides, torch.full_like(sides, 8))
+        assert int(boxes.max()) <= 16
+    assert list(routed.crops) == ["focus-1", "focus-2"]
+    assert not network.run(images, Setting()).crops
+
+
 def test_crops_of_a_batch_are_those_of_each_image(images: Tensor) -> None:
     places = torch.rand(40, 4, generator=torch.Generator().manual_seed(1))
     for number, where in ((0, places), (1, places), (0, None)):
         at_once = windows(images, where, number, (7, 10))
-        assert torch.equal(at_once, cut(images, np.arange(40), where, number, (7, 10)))
+        found = corners(None if where is None else where.numpy(), number, 40, (9, 6))
+        assert torch.equal(at_once, cut(images, np.arange(40), found, (7, 10)))
 
 
 def test_it_is_saved_and_loaded(images: Tensor, tmp_path) -> None:
