@@ -127,7 +127,7 @@ class Routed(Taken):
     def crops(self) -> dict[str, Tensor]:
         """By network that saw a part of each image: left, top, right and bottom of it in pixels, (N, 4), int64; -1 for
         images that it was not asked about."""
-        found = {}
+        found: dict[str, Indices] = {}
         for name, rows, corners, (height, width) in self._chosen:
             boxes = found.setdefault(name, np.full((self.images, 4), -1))
             top, left = corners.T

@@ -5,7 +5,7 @@ Each face is a module with one function, `render(report)`: `terminal`, `markdown
 
 from dynamize.report.data import Answerer, Mark, ReportData
 from dynamize.report.ledger import Ledger, Rival, Row, Timing, headline
-from dynamize.report.standing import Classes, Gallery, GalleryImage, Place, Section, Standing
+from dynamize.report.standing import Classes, Gallery, GalleryImage, Glimpse, Place, Section, Standing
 from dynamize.report.verdicts import share_of_saving_shown, verdicts
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Classes",
     "Gallery",
     "GalleryImage",
+    "Glimpse",
     "Ledger",
     "Mark",
     "Place",

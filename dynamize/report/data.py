@@ -74,7 +74,7 @@ class ReportData(BaseModel):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         for one in self.standings:
-            shown = [image for gallery in one.gallery for image in (*gallery.first, *gallery.last, *gallery.wrong)]
+            shown = [image for gallery in one.gallery for image in gallery.shown]
             if any(image.picture >= len(self.pictures) for image in shown):
                 raise ValueError(f"the gallery of {one.point} names a picture that is not there")
             if one.reached and len(one.reached) != len(self.sections):

@@ -84,11 +84,26 @@ class DecisionUse(BaseModel):
         return sum(option.share * cost for option, cost in zip(self.options, self.costs, strict=True))
 
 
+class Glimpse(BaseModel):
+    """What one network of a row saw of an image, and what was answered after it.
+
+    `box` is the part of the picture, in shares of its longer side: left, top, width and height; None is all of it.
+    """
+
+    model_config = _FIXED
+
+    name: str
+    box: tuple[float, float, float, float] | None = None
+    answer: int | str
+    confidence: float
+
+
 class GalleryImage(BaseModel):
     """A test image, by its number among the pictures of the report, with its label, the network's answer (class index
     or name) and confidence where it left.
 
-    `macs`, where given, are shown instead of the confidence.
+    `macs`, where given, are shown instead of the confidence. `glimpses` say, one after the other, where a network
+    looked that looks at parts.
     """
 
     model_config = _FIXED
@@ -98,6 +113,7 @@ class GalleryImage(BaseModel):
     answer: int | str
     confidence: float
     macs: Macs | None = None
+    glimpses: list[Glimpse] = []
 
 
 class Gallery(BaseModel):
@@ -114,6 +130,11 @@ class Gallery(BaseModel):
     first: list[GalleryImage] = []
     last: list[GalleryImage] = []
     wrong: list[GalleryImage] = []
+
+    @property
+    def shown(self) -> list[GalleryImage]:
+        """All of its images."""
+        return [*self.first, *self.last, *self.wrong]
 
     @property
     def rows(self) -> list[tuple[str, list[GalleryImage]]]:

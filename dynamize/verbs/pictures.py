@@ -2,6 +2,7 @@
 
 import base64
 import io
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -10,10 +11,13 @@ from torch import Tensor
 
 from dynamize.data import ImageSet
 from dynamize.evaluation import Judgement, gather
-from dynamize.report import Gallery, GalleryImage
+from dynamize.report import Gallery, GalleryImage, Glimpse
 
 _SHOWN = 8
-_LARGEST = 64  # pixels of a side
+_LARGEST, _LOOKED_AT = 64, 96  # pixels of a side; of images on which crops are drawn
+
+Looks = Callable[[Tensor], list[list[Glimpse]]]
+"""Network input (N, C, H, W) -> what was looked at of each image."""
 
 
 class Pictures:
@@ -21,23 +25,42 @@ class Pictures:
 
     Args:
         images: the test split.
+        large: whether crops are drawn on them.
     """
 
-    def __init__(self, images: ImageSet) -> None:
-        self._images = images
+    def __init__(self, images: ImageSet, large: bool = False) -> None:
+        self._images, self._side = images, _LOOKED_AT if large else _LARGEST
         self._numbers: dict[int, int] = {}
 
-    def galleries(self, names: list[str], changes: bool, judged: Judgement) -> list[Gallery]:
+    def galleries(
+        self, names: list[str], changes: bool, judged: Judgement, looks: Looks | None = None
+    ) -> list[Gallery]:
         """Of one operating point.
 
         Args:
             names: of the places where images leave.
             changes: whether images cost more or less beside leaving sooner or later.
+            looks: of a network that looks at parts.
         """
         found = []
         if len(names) > 1:
             found = [self._leaving_at(number, name, judged) for number, name in enumerate(names)]
-        return [*found, self._cheapest_and_dearest(judged)] if changes else found
+        found += [self._cheapest_and_dearest(judged)] if changes else []
+        return found if looks is None else self._with_glimpses(found, looks)
+
+    def _with_glimpses(self, galleries: list[Gallery], looks: Looks) -> list[Gallery]:
+        numbers = list(self._numbers)
+        shown = sorted({image.picture for gallery in galleries for image in gallery.shown})
+        inputs = self._images.prepare(self._images.__getitems__([numbers[picture] for picture in shown])[0])
+        found = dict(zip(shown, looks(inputs), strict=True))
+
+        def drawn(images: list[GalleryImage]) -> list[GalleryImage]:
+            return [image.model_copy(update={"glimpses": found[image.picture]}) for image in images]
+
+        return [
+            one.model_copy(update={"first": drawn(one.first), "last": drawn(one.last), "wrong": drawn(one.wrong)})
+            for one in galleries
+        ]
 
     def base64(self) -> list[str]:
         """All pictures shown so far, as PNG."""
@@ -47,7 +70,7 @@ class Pictures:
         images = gather(self._images, torch.tensor(list(self._numbers)), torch.device("cpu"))
         mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (normalize.mean, normalize.std))
         pixels = ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
-        return [_png(one) for one in pixels]
+        return [_png(one, self._side) for one in pixels]
 
     def _leaving_at(self, number: int, name: str, judged: Judgement) -> Gallery:
         here = (judged.exits == number).nonzero().flatten()
@@ -82,9 +105,9 @@ def _sure(judged: Judgement) -> Tensor:
     return judged.sure
 
 
-def _png(pixels_HWC: np.ndarray) -> str:
+def _png(pixels_HWC: np.ndarray, side: int) -> str:
     image = Image.fromarray(pixels_HWC.squeeze(2) if pixels_HWC.shape[2] == 1 else pixels_HWC)
-    image.thumbnail((_LARGEST, _LARGEST))
+    image.thumbnail((side, side))
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
     return base64.b64encode(buffer.getvalue()).decode()

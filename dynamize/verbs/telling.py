@@ -2,6 +2,7 @@
 answers, what is decided where, and how answers fall on classes."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.piece import MAIN
 from dynamize.report import Answerer, Classes, Ledger, Mark, Place, ReportData, Section, Standing
 from dynamize.report.data import exit_names
+from dynamize.verbs.glimpses import glimpses, looks_at_parts
 from dynamize.verbs.pictures import Pictures
 
 _BUDGETS = 12  # points of a budgeted-batch curve
@@ -33,7 +35,7 @@ def report_data(
     names = answerer_names(network)
     judged = [evaluator.reference, *(one.judged for one in final.points)]
     classes = max(len(data.classes), *(int(one.answers.max()) + 1 for one in judged))
-    pictures = Pictures(data.test) if isinstance(data.test, ImageSet) else None
+    pictures = Pictures(data.test, looks_at_parts(network)) if isinstance(data.test, ImageSet) else None
     report = ReportData(
         ledger=ledger,
         operating_points=list(network.operating_points or []),
@@ -74,13 +76,14 @@ def _standing(
     right = judged.answers == judged.labels
     at = [right[judged.exits == k] for k in range(len(names))]
     ways = torch.stack([*judged.taken.values()], 1).unique(dim=0) if judged.taken else None
+    looks = partial(glimpses, network, setting=point.setting) if looks_at_parts(network) else None
     new = {
         "words": {piece.name: piece.condition(point.setting.thresholds.get(piece.name)) for piece in network.leaving},
         "reached": [float(one.mean()) for one in exit_costs(network).runs(judged.taken, images)],
         "right": [float(one.double().mean()) if len(one) else None for one in at],
         "routings": None if ways is None else len(ways),
         "classes": _classes(judged, classes),
-        "gallery": [] if pictures is None else pictures.galleries(names, bool(network.changing), judged),
+        "gallery": [] if pictures is None else pictures.galleries(names, bool(network.changing), judged, looks),
     }
     return point.standing.model_copy(update=new)
 
