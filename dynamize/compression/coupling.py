@@ -57,11 +57,11 @@ def _faithful(network: DynamicNetwork, groups: list[ChannelGroup], halves: Remov
 
 
 def _groups(network: DynamicNetwork, keep: Sequence[str]) -> list[ChannelGroup]:
-    import torch_pruning as pruning
+    from dynamize.compression.search import Search
 
     dense = Dense(copy.deepcopy(network))
     kept = _kept(dense, keep)
-    graph = pruning.DependencyGraph()
+    graph = Search()
     with torch.inference_mode(False), torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dense.eval().requires_grad_(True)
@@ -102,10 +102,10 @@ def _kept(dense: Dense, keep: Sequence[str]) -> list[nn.Module]:
 
 
 def _coupled(graph: Any, found: Any, dense: Dense) -> Coupled:
-    """A group of torch-pruning as our own data; whole where something in it cannot be cut."""
+    """A group of torch-pruning as our own data; whole where something in it cannot be cut, or is not known."""
     items: list[Item] = []
     channels = len(found[0].idxs)
-    whole = False
+    whole = not found.ended
     for item in found:
         target = item.dep.target.module
         if not isinstance(target, nn.Parameter) and not any(True for _ in _tensors(target)):

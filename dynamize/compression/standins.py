@@ -51,8 +51,8 @@ class _Mixing(nn.Conv2d):
         self.shape = shape
 
     def forward(self, features: Tensor) -> Tensor:
-        features = functional.adaptive_avg_pool2d(features, cast(Any, self.shape[-2:]))
-        return super().forward(features)
+        pooled = functional.adaptive_avg_pool2d(features.to(self.weight), cast(Any, self.shape[-2:]))
+        return super().forward(pooled).to(features)  # a mask stays one
 
 
 def put_stand_ins(traced: fx.GraphModule) -> dict[nn.Module, Stand]:
@@ -92,7 +92,9 @@ class _Places:
             self._joined(node)
         elif self._shuffle(node, module) or self._scaled(node) or self._pieces(node) or self._rearranged(node):
             return
-        elif sources := list(self._hidden(node)):
+        elif single := list(self._broadcast(node)):
+            self._spread(node, single)
+        elif sources := [*self._cut(node), *self._hidden(node)]:
             self._opaque(node, sources)
 
     # each kind
@@ -158,7 +160,7 @@ class _Places:
 
     def _pieces(self, node: fx.Node) -> bool:
         """Chunks of the channels: of each of them the same channel goes, so that they stay of one size."""
-        name = getattr(node.target, "__name__", str(node.target))
+        name = _name(node)
         users = list(node.users)
         if name not in _CHUNKS or not users or not all(_is_piece(user) for user in users):
             return False
@@ -191,7 +193,7 @@ class _Places:
 
     def _shuffle(self, node: fx.Node, module: nn.Module | None) -> bool:
         """Positions become channels, or channels become positions."""
-        name = operator_name(node) or getattr(node.target, "__name__", str(node.target))
+        name = operator_name(node) or _name(node)
         kind = next((one for one, cls in _SHUFFLES.items() if name == one or isinstance(module, cls)), None)
         if kind is None or len(node.meta["shape"] or ()) != 4:
             return False
@@ -214,6 +216,19 @@ class _Places:
         self._per_channel(node, sorted(leaves))
         return True
 
+    def _broadcast(self, node: fx.Node) -> Iterator[fx.Node]:
+        """The maps of one channel that an operator reads beside a map of as many channels as it gives."""
+        maps = [one for one in node.all_input_nodes if one not in self.constants and len(_shape(one)) == 4]
+        if node.op == "call_module" or len(_shape(node)) != 4 or _shape(node)[1] == 1:
+            return
+        if any(_shape(one)[1] == _shape(node)[1] for one in maps):
+            yield from (one for one in maps if _shape(one)[1] == 1)
+
+    def _cut(self, node: fx.Node) -> Iterator[fx.Node]:
+        """The map that is split into pieces of sizes that are written down, of which this is one."""
+        if _is_piece(node) and not _shape(node.all_input_nodes[0]) and _name(node.all_input_nodes[0]) in _CHUNKS:
+            yield node.all_input_nodes[0].all_input_nodes[0]
+
     def _hidden(self, node: fx.Node) -> Iterator[fx.Node]:
         """The maps that an operator reads whose channels are no channels of what it gives."""
         shape = node.meta.get("shape")
@@ -227,7 +242,7 @@ class _Places:
         if operator_name(node) == "getitem" and node.args[1] == 0 and not sources:
             call = node.all_input_nodes[0]
         read = [one for one in call.all_input_nodes if len(one.meta.get("shape") or ()) == 4]
-        name = getattr(call.target, "__name__", str(call.target))
+        name = _name(call)
         if len(read) == 1 and name in _REDUCTIONS and shape[1] != read[0].meta["shape"][1]:
             yield read[0]
 
@@ -256,6 +271,18 @@ class _Places:
         shape = node.meta["shape"]
         stand = Stand(key, held, {(key, side): labels for side, labels in blocks.items()})
         self._replace(node, source, _Mixing(source.meta["shape"][1], shape[1], shape), stand)
+
+    def _spread(self, node: fx.Node, single: list[fx.Node]) -> None:
+        """Let an operator read maps of one channel as maps with a channel for each of its own."""
+        for i, source in enumerate(single):
+            name = f"_{node.name}_spread_{i}"
+            layer = _Mixing(1, node.meta["shape"][1], source.meta["shape"])
+            self.traced.add_module(name, layer)
+            self.stands[layer] = Stand(f"#{name}")
+            with self.graph.inserting_before(node):
+                spread = self.graph.call_module(name, (source,))
+            spread.meta.update(source.meta)
+            node.replace_input_with(source, spread)
 
     def _opaque(self, node: fx.Node, sources: list[fx.Node]) -> None:
         shape = node.meta["shape"]
@@ -289,6 +316,14 @@ class _Places:
     def _put(self, node: fx.Node, other: fx.Node) -> None:
         other.meta.update(node.meta)
         node.replace_all_uses_with(other)
+
+
+def _shape(node: fx.Node) -> tuple[int, ...]:
+    return node.meta.get("shape") or ()
+
+
+def _name(node: fx.Node) -> str:
+    return getattr(node.target, "__name__", str(node.target))
 
 
 def _longest(shape: tuple[int, ...]) -> int:

@@ -60,6 +60,24 @@ def scaled(n: Net, x: Tensor) -> Tensor:
     return F.conv2d(x, n.affine.kernel) * n.affine.scale + n.affine.shift
 
 
+def modulated(n: Net, x: Tensor) -> Tensor:
+    """Maps of one channel, cut out of a map, weigh others (FocalNet)."""
+    query, context, gates = torch.split(n.c(x), (16, 16, 2), 1)
+    total = n.d(context) * gates[:, :1] + context.mean((2, 3), keepdim=True) * gates[:, 1:]
+    return query * n.e(total)
+
+
+def masked(n: Net, x: Tensor) -> Tensor:
+    one, other = n.c(x)[:, :1], n.d(x.mean((2, 3), keepdim=True))
+    return torch.where(one > 0, x - one, x) * torch.sigmoid(one * other)
+
+
+def entangled(n: Net, x: Tensor) -> Tensor:
+    for _ in range(8):
+        x = torch.cat([x[:, 1:] * x[:, :-1], x[:, :1]], 1)
+    return x
+
+
 def conv(inputs: int, outputs: int, size: int = 1, groups: int = 1) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, size, padding=size // 2, groups=groups)
 
@@ -102,6 +120,14 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], list[tuple[str, int, int]]]] 
         lambda: Net(spatial, c=conv(16, 16), where=conv(2, 1, 3)),
         [("a", 16, 1), ("b", 8, 1)],
     ),
+    "focal modulation": (
+        lambda: Net(
+            lambda n, x: n.f(modulated(n, x)), c=conv(16, 34), d=conv(16, 16, 3, 16), e=conv(16, 16), f=conv(16, 16)
+        ),
+        [("a", 16, 1), ("f", 16, 1), ("b", 8, 1)],
+    ),
+    "one channel for all": (lambda: Net(masked, c=conv(16, 2), d=conv(16, 16)), [("a", 16, 1), ("b", 8, 1)]),
+    "coupled without end": (lambda: Net(entangled), [("b", 8, 1)]),
     "parameters": (lambda: Net(scaled, affine=Affine()), [("a", 16, 1), ("affine.kernel", 16, 1), ("b", 8, 1)]),
     "tied": (tied, [("a", 16, 1), ("b", 8, 1)]),
 }
