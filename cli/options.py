@@ -8,6 +8,7 @@ import typer
 from dynamize.errors import DynamizeError
 from dynamize.runtime.engine import backend_names
 
+_DIGITS = 15  # of a whole number
 BACKENDS = ", ".join(backend_names())
 
 Artifact = Annotated[Path, typer.Argument(metavar="OUT", help="Folder that `dynamize run` wrote.", show_default=False)]
@@ -39,18 +40,24 @@ def shape(text: str | None) -> tuple[int, int, int] | None:
     if text is None:
         return None
     numbers = text.replace("x", ",").split(",")
-    if len(numbers) != 3 or not all(number.strip().isdecimal() and int(number) > 0 for number in numbers):
+    channels, height, width = map(_count, numbers) if len(numbers) == 3 else (0, 0, 0)
+    if not channels * height * width:
         raise DynamizeError(f"--input {text}: write channels, height and width, e.g. --input 3,224,224")
-    channels, height, width = map(int, numbers)
     return channels, height, width
 
 
 def counts(text: str, option: str) -> list[int]:
     """`1,8,64` as whole numbers from 1 on."""
-    numbers = text.split(",")
-    if not all(number.strip().isdecimal() and int(number) > 0 for number in numbers):
+    numbers = [_count(number) for number in text.split(",")]
+    if 0 in numbers:
         raise DynamizeError(f"{option} {text}: write whole numbers from 1 on with commas between, e.g. {option} 1,8,64")
-    return [int(number) for number in numbers]
+    return numbers
+
+
+def _count(text: str) -> int:
+    """A whole number, 0 for what is none, or none that anything could be counted with."""
+    text = text.strip()
+    return int(text) if text.isdecimal() and len(text) <= _DIGITS else 0
 
 
 def names(text: str | None) -> list[str]:

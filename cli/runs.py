@@ -154,11 +154,12 @@ def _print(outcome: "Outcome", folder: Path, as_json: bool, quiet: bool) -> None
         told = {"failures": [vars(one) for one in verdict.failures], "changes": [vars(one) for one in verdict.changes]}
         show_json({"out": str(folder), "ledger": found["rows"], "rivals": found["rivals"], **told})
         return
-    if not quiet:
-        from dynamize.report import terminal
+    from dynamize.report import terminal
 
-        show(terminal.render(outcome.report))
-        show(f"\nReport: {folder / 'report.html'}", f"Artifact: {folder}")
+    if quiet:
+        show(*terminal.summary(outcome.report), f"Artifact: {folder}")
+    else:
+        show(terminal.render(outcome.report), f"\nReport: {folder / 'report.html'}", f"Artifact: {folder}")
     for warning in [*outcome.warnings, *verdict.notes]:
         warn(warning)
     if verdict.failures or (verdict.changes and not quiet):

@@ -14,7 +14,7 @@ from dynamize.data import Images
 from dynamize.measure.accuracy import routed_answers, top_answers
 from dynamize.measure.costs import exit_costs
 from dynamize.measure.latency import DISTURBED, LEAST_ROUNDS, Contender, Times, interleave
-from dynamize.measure.memory import peak_bytes, saved_bytes
+from dynamize.measure.memory import check_batches, peak_bytes, saved_bytes
 from dynamize.nn.executor import exits_of
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.piece import Decision, Setting
@@ -91,7 +91,7 @@ class Evaluator:
         threads: of sessions, "own" or "shared" (:func:`dynamize.compile_network`).
 
     Raises:
-        DynamizeError: an unknown backend.
+        DynamizeError: an unknown backend, or a batch that memory cannot hold.
     """
 
     def __init__(
@@ -113,6 +113,7 @@ class Evaluator:
         for backend in self.backends:
             engine_class(backend)  # an unknown one is refused before anything is timed
         chosen_threads(threads)
+        check_batches(static, self.batches, device)
 
     @cached_property
     def reference(self) -> Judgement:

@@ -14,6 +14,18 @@ Place = tuple[int | str, ...]
 _SHOULD_BE = "Input should be "
 
 
+class FieldError(ValueError):
+    """What a section as a whole refuses about one of its fields.
+
+    Attributes:
+        field: the name that the user wrote.
+    """
+
+    def __init__(self, field: str, text: str) -> None:
+        super().__init__(text)
+        self.field = field
+
+
 def explain(error: ValidationError, model: type[BaseModel], given: Mapping[str, Any]) -> str:
     """What follows a colon: one refused field, or several on a line of their own: where, why, and what was given.
 
@@ -42,6 +54,8 @@ def _place(given: Any, one: Mapping[str, Any]) -> Place:
             if not (isinstance(given, Mapping) and part in given.values()):
                 continue
         place.append(part)
+    if isinstance(raised := one.get("ctx", {}).get("error"), FieldError):
+        place.append(raised.field)
     return (*place, one["loc"][-1]) if one["type"] == "missing" else tuple(place)
 
 

@@ -11,7 +11,6 @@ from pydantic import (
     Field,
     GetJsonSchemaHandler,
     PlainValidator,
-    PositiveFloat,
     PositiveInt,
     SerializeAsAny,
     ValidationError,
@@ -83,7 +82,7 @@ class Settings(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="of everything random")
     backends: list[Backend] = Field([], description="what is timed, the main one first; empty: the fastest here")
     batches: list[PositiveInt] = Field([1, 64], description="sizes of the batches that are timed")
-    timing_seconds: Literal["auto"] | PositiveFloat = Field(
+    timing_seconds: Literal["auto"] | Annotated[float, Field(gt=0, le=86400)] = Field(
         "auto", description="how long each comparison of times takes; auto: up to 5, a tenth of the run in all"
     )
     steps: list[Step] = Field(description="what is done, in this order")

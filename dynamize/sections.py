@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, cast, get_args
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from dynamize.errors import DynamizeError
-from dynamize.faults import explain
+from dynamize.faults import FieldError, explain
 
 if TYPE_CHECKING:
     from pydantic._internal._model_construction import ModelMetaclass
@@ -47,7 +47,7 @@ class Section(BaseModel):
 
 
 def _refuse_quotes(value: Any, kind: Any, name: str) -> None:
-    """ValueError for a text where only numbers or truth values may stand, or one of these in the other's place."""
+    """FieldError for a text where only numbers or truth values may stand, or one of these in the other's place."""
     kinds = list(_kinds(kind))
     if isinstance(value, list | tuple):
         inner = [get_args(one) for one in kinds if get_origin(one) in (list, tuple)]
@@ -64,11 +64,11 @@ def _refuse_quotes(value: Any, kind: Any, name: str) -> None:
     numbers, truths = int in allowed or float in allowed, bool in allowed
     if isinstance(value, str) and (numbers or truths):
         wanted = "a number" if numbers else "true or false"
-        raise ValueError(f"{name}: {wanted} is expected, without quotes (given: {value!r})")
+        raise FieldError(name, f"{wanted} is expected, without quotes (given: {value!r})")
     if isinstance(value, bool) and numbers and not truths:
-        raise ValueError(f"{name}: a number is expected (given: {str(value).lower()})")
+        raise FieldError(name, f"a number is expected (given: {str(value).lower()})")
     if isinstance(value, int | float) and not isinstance(value, bool) and truths and not numbers:
-        raise ValueError(f"{name}: true or false is expected (given: {value!r})")
+        raise FieldError(name, f"true or false is expected (given: {value!r})")
 
 
 def _kinds(kind: Any) -> Iterator[Any]:

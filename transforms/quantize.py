@@ -12,7 +12,7 @@ from dynamize.compression.comparison import points
 from dynamize.compression.fidelity import layer_fidelity, part_errors
 from dynamize.compression.neural_compressor import chosen_steps
 from dynamize.compression.quantization import assemble, observe, placeholder_steps, sample, steps_of
-from dynamize.compression.rounding import Key, layer_names, prepare
+from dynamize.compression.rounding import Key, layer_names, left_in_float, prepare
 from dynamize.compression.steps import RangeName, Steps
 from dynamize.data import Images, Splits
 from dynamize.errors import DynamizeError, closest
@@ -96,6 +96,7 @@ class Quantize(Transform):
         chosen = self._choose(prepared, find, list(fidelity), data.calibration, batches, context)
         quantized, kept = chosen.network, chosen.kept
         notes = [_summary(network, quantized, names, kept, self.ranges, sum(map(len, batches)))]
+        notes += _left_note(left_in_float(prepared))
         if rare:
             notes.append(f"{rare} parts that fewer than 16 of these images reach have their ranges from all of them")
         notes += [chosen.accuracy_note(), *chosen.fallback_note(self), chosen.parts_note(), _fidelity_note(fidelity)]
@@ -224,6 +225,13 @@ def _summary(
         f"{len(names) - len(floats)} of {len(names)} layers compute in bytes, with ranges by {ranges} from {images} "
         f"calibration images; weights take {_bytes(quantized) / _bytes(network):.2f} of the space before"
     )
+
+
+def _left_note(left: dict[str, str]) -> list[str]:
+    """Which layers no bytes are known for, by reason."""
+    reasons = dict.fromkeys(left.values())
+    each = [f"{_listed([name for name, why in left.items() if why == reason])} ({reason})" for reason in reasons]
+    return [f"{len(left)} layers have no form in bytes and compute in float: {'; '.join(each)}"] if left else []
 
 
 def _fidelity_note(fidelity: dict[str, float]) -> str:

@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, fx
 
-from dynamize.graph.integers import Places, find_places, note_shapes, prepared
+from dynamize.graph.integers import Places, find_places, note_shapes, prepared, whys
 from dynamize.graph.nodes import output_value, placeholder, positions
 from dynamize.graph.tracer import blank
 from dynamize.nn.network import DynamicNetwork
@@ -101,6 +101,15 @@ def layer_names(network: DynamicNetwork) -> list[str]:
     """Names of all layers of a prepared network that can compute in bytes."""
     whole = rounded_parts(network, [])
     return list(dict.fromkeys(one.layer_name(node) for one in whole for node in one.places.layers))
+
+
+def left_in_float(network: DynamicNetwork) -> dict[str, str]:
+    """Names of the convolutions and products of a prepared network that have no form in bytes, and why not."""
+    found: dict[str, str] = {}
+    for part in _graphs(network):
+        here = whys(cast(fx.GraphModule, part.graph))
+        found |= {part.prefix + path: why for path, why in here.items()}
+    return found
 
 
 def _graphs(network: DynamicNetwork) -> list[Part]:

@@ -28,6 +28,7 @@ _SUMS: tuple[Any, ...] = (operator.add, torch.add, operator.mul, torch.mul, "add
 _POOLS: tuple[Any, ...] = (nn.AdaptiveAvgPool2d, nn.AvgPool2d, functional.adaptive_avg_pool2d, functional.avg_pool2d)
 _MOVES: tuple[Any, ...] = (nn.MaxPool2d, functional.max_pool2d, nn.Flatten, torch.flatten, torch.reshape, "flatten",
                            "view", "reshape", "squeeze")  # fmt: skip
+_PRODUCTS = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear)
 _IN_PLACE: dict[Any, Any] = {operator.iadd: operator.add, operator.imul: operator.mul, "add_": torch.add,
                              "mul_": torch.mul, "relu_": torch.relu}  # fmt: skip
 
@@ -136,6 +137,30 @@ def _layers(module: fx.GraphModule, keep_float: Collection[str]) -> list[fx.Node
     calls = [node for node in module.graph.nodes if node.op == "call_module" and str(node.target) not in keep_float]
     uses = Counter(str(node.target) for node in calls)
     return [node for node in calls if uses[str(node.target)] == 1 and can_quantize(callee(module, node))]
+
+
+def whys(module: fx.GraphModule) -> dict[str, str]:
+    """Paths of the convolutions and products of a prepared graph that have no form in bytes, and why not."""
+    uses = Counter(str(node.target) for node in module.graph.find_nodes(op="call_module"))
+    found: dict[str, str] = {}
+    for node in module.graph.nodes:
+        called = callee(module, node)
+        if called in (functional.conv2d, functional.linear, torch.matmul, torch.bmm):
+            found[node.name] = "called as a function"
+        elif isinstance(called, nn.Module) and any(isinstance(one, _PRODUCTS) for one in called.modules()):
+            if not can_quantize(called):
+                found[str(node.target)] = _why(called)
+            elif uses[str(node.target)] > 1:
+                found[str(node.target)] = "called more than once"
+    return found
+
+
+def _why(layer: nn.Module) -> str:
+    if not isinstance(layer, _PRODUCTS):
+        return f"inside of {type(layer).__name__}, which is kept whole"
+    if type(layer) is nn.Conv2d and not has_hooks(layer):
+        return "pads otherwise than with zeros"
+    return f"of the class {type(layer).__name__}"
 
 
 def can_quantize(layer: nn.Module) -> bool:

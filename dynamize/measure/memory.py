@@ -1,14 +1,16 @@
 """Bytes that a network takes: on disk, and at most at once while it answers. The same on every run and machine."""
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import psutil
 import torch
 from safetensors.torch import save
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from dynamize.errors import DynamizeError
 from dynamize.graph.tracer import blank
 from dynamize.nn.gates import ALL_OPEN
 from dynamize.nn.network import DynamicNetwork
@@ -28,11 +30,16 @@ def peak_bytes(network: DynamicNetwork) -> int:
     while they are alive, not what an operator needs inside; a backend that fuses operators needs less, and integers
     that eager PyTorch only imitates count as the floats that it computes with.
     """
+    weights = sum({id(one): one.nbytes for one in network.state_dict(keep_vars=True).values()}.values())
+    return weights + image_bytes(network)
+
+
+def image_bytes(network: DynamicNetwork) -> int:
+    """As :func:`peak_bytes`, without the weights."""
     training = network.training
     never = {name: None if one is None else float("inf") for name, one in network.setting.thresholds.items()}
     dearest = Setting(never, ALL_OPEN)
     network.eval()
-    weights = sum({id(one): one.nbytes for one in network.state_dict(keep_vars=True).values()}.values())
     image = blank(network, 1, *network.input_shape)
     try:
         with torch.no_grad():
@@ -41,7 +48,26 @@ def peak_bytes(network: DynamicNetwork) -> int:
                 network.run(image, dearest)
     finally:
         network.train(training)
-    return weights + image.nbytes + live.peak
+    return image.nbytes + live.peak
+
+
+def check_batches(network: DynamicNetwork, batches: Sequence[int], device: torch.device) -> None:
+    """Refuse batches that no memory can hold.
+
+    Raises:
+        DynamizeError: the images of one and their feature maps are larger than the memory of the device.
+    """
+    each, most = image_bytes(network), max(batches, default=0)
+    here = (
+        torch.cuda.get_device_properties(device).total_memory
+        if device.type == "cuda"
+        else psutil.virtual_memory().total
+    )
+    if most * each > here:
+        raise DynamizeError(
+            f"a batch of {most} images takes {most * each / 1e9:.3g} GB, and this machine has {here / 1e9:.3g} GB of "
+            f"memory: give batches of at most {here // each}"
+        )
 
 
 class LiveBytes(TorchDispatchMode):

@@ -36,6 +36,15 @@ def render(report: ReportData) -> Group:
     return Group(*_parts(report))
 
 
+def summary(report: ReportData) -> list[Text]:
+    """What the last row came to against the first in a sentence, below one on what would be better, if anything is.
+
+    Raises `DynamizeError` if the ledger has no rows.
+    """
+    found = headline(report.ledger)
+    return [*(Text(line, style="bold") for line in [best(report.ledger)] if line), Text(found)]
+
+
 def text(report: ReportData) -> str:
     """The same as plain text, for ``print``."""
     console = Console(width=WIDTH, color_system=None, highlight=False, markup=False, emoji=False)
@@ -46,12 +55,12 @@ def text(report: ReportData) -> str:
 
 def _parts(report: ReportData) -> Iterator[RenderableType]:
     ledger, shown = report.ledger, report.ledger.with_rivals()
-    summary = headline(ledger)
+    lines = summary(report)
     backends = ledger.backends()
     main = backends[:1]
     yield Text(" · ".join(filter(None, [ledger.title, ledger.model])), style="bold")
-    yield from (Text(line, style="bold") for line in [best(ledger)] if line)
-    yield Text(summary + "\n")
+    yield from lines
+    yield Text()
     parts = [cells.result_columns(shown)]
     for backend in main:
         parts.append(cells.timing_columns(shown, backend, _shown_batches(ledger.batches(backend))))

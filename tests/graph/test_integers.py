@@ -7,7 +7,7 @@ from random_blocks import SamePadding
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from dynamize.graph.integers import Places, find_places, note_shapes, prepared
+from dynamize.graph.integers import Places, find_places, note_shapes, prepared, whys
 
 
 def places(network: nn.Module, *shape: int, keep: tuple[str, ...] = (), **ends: bool) -> tuple[fx.GraphModule, Places]:
@@ -159,3 +159,30 @@ def test_zeros_around_a_map_have_its_steps(rounded_input: bool) -> None:
         assert close(graph(batch), network(batch))
     assert len(found.layers) == 3
     assert names(found) == {"x", "first", "second", "last"}  # and no steps of their own for zeros and the pool
+
+
+class Squared(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) ** 2
+
+
+class FewBytes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain, self.twice = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+        self.edge, self.up = nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect"), nn.ConvTranspose2d(3, 3, 1)
+        self.last = Squared(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(self.edge(self.twice(functional.relu(self.twice(self.plain(x))))))
+        return self.last(functional.conv2d(x, x.mean((0, 2, 3)).expand(3, 3)[..., None, None]).mean((2, 3)))
+
+
+def test_what_has_no_form_in_bytes_is_told_with_a_reason() -> None:
+    module = prepared(FewBytes(), torch.zeros(1, 3, 8, 8))
+    told = {
+        "twice": "called more than once",
+        "edge": "pads otherwise than with zeros",
+        "conv2d": "called as a function",
+    }
+    assert whys(module) == told | {"up": "of the class ConvTranspose2d", "last": "of the class Squared"}
