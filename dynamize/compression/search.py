@@ -13,7 +13,7 @@ _ROUNDS = (
 )
 
 
-class Search(DependencyGraph):  # type: ignore[misc]  # torch-pruning has no types
+class Search(DependencyGraph):
     """A dependency graph whose groups say in ``ended`` whether all that belongs to them was found.
 
     A search passes most layers once. Where slices of channels meet it follows every subset of them by itself, and with

@@ -1,5 +1,6 @@
 """Answers of an artifact on image files: class, confidence, the exit each image left at and what that cost."""
 
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,7 +90,8 @@ class Predictor:
             return
         points = self.network.operating_points
         if points is None:
-            raise DynamizeError(f"{self.path} has no operating points yet: run `dynamize calibrate {self.path}`")
+            path = shlex.quote(str(self.path))
+            raise DynamizeError(f"{self.path} has no operating points yet: run `dynamize calibrate {path}`")
         if point is not None:
             self.network.set_operating_point(point)
         elif macs_ratio is not None:
