@@ -21,17 +21,17 @@ def transforms(
 
     Example: dynamize transforms exits
     """
-    from dynamize.cli import tables
+    from dynamize.cli import fields
     from dynamize.transform import find_transform, registered
 
     if name is None and as_json:
         show_json({one: cls.model_json_schema(by_alias=True) for one, cls in sorted(registered().items())})
     elif name is None:
-        show(tables.transforms(registered()))
+        show(fields.transforms(registered()))
     elif as_json:
         show_json(find_transform(name).model_json_schema(by_alias=True))
     else:
-        show(tables.transform(find_transform(name)))
+        show(fields.transform(find_transform(name)))
 
 
 @recipes.command("list")

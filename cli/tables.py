@@ -1,7 +1,5 @@
 """How results look in a terminal of 80 columns: trees and tables, no figures of their own."""
 
-import inspect
-import json
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -19,7 +17,6 @@ if TYPE_CHECKING:
     from dynamize.graph.gateable import GateableBlock
     from dynamize.graph.tree import Block, NetworkTree, Stage
     from dynamize.report.cells import Column
-    from dynamize.transform import Transform
     from dynamize.verbs.bench import Benchmark, Comparison
     from dynamize.verbs.inspect import DecisionFacts, Inspection
     from dynamize.verbs.predict import Prediction
@@ -241,38 +238,3 @@ def named(found: dict[str, str], what: str) -> Table:
     for name, text in found.items():
         made.add_row(Text(name), Text(text))
     return made
-
-
-def transforms(found: "dict[str, type[Transform]]") -> Table:
-    """Every transform with the first line of its documentation."""
-    return named({name: (cls.__doc__ or "").split("\n")[0] for name, cls in sorted(found.items())}, "transform")
-
-
-def transform(cls: "type[Transform]") -> Group:
-    """A transform's documentation and fields."""
-    made = table(("field", "left"), ("type", "left"), ("default", "left"), ("", "left"))
-    for name, facts in cls.model_json_schema(by_alias=True)["properties"].items():
-        if name != "pass":
-            cells = [name, kind(facts), json.dumps(facts.get("default")), facts.get("description", "")]
-            made.add_row(*map(Text, cells))
-    prose, *_ = inspect.cleandoc(cls.__doc__ or "").partition("\n\nExample:")  # in Python
-    paragraphs = prose.replace("``", "`").split("\n\n")
-    return Group(*(Text(" ".join(one.split()) + "\n") for one in paragraphs), made)
-
-
-def kind(facts: dict[str, Any]) -> str:
-    """A JSON schema in a few words: whole number, list of texts, auto or text, ..."""
-    if "anyOf" in facts:
-        return " or ".join(said for one in facts["anyOf"] if (said := kind(one)) != "null")
-    if "$ref" in facts:
-        return str(facts["$ref"]).rpartition("/")[2]
-    if "enum" in facts or "const" in facts:
-        return " | ".join(str(value) for value in facts.get("enum", [facts.get("const")]))
-    if "oneOf" in facts:
-        return "step"
-    if "prefixItems" in facts:
-        return f"[{', '.join(map(kind, facts['prefixItems']))}]"
-    if facts.get("type") == "array":
-        return f"list of {kind(facts.get('items', {}))}"
-    names = {"integer": "whole number", "string": "text", "boolean": "true | false"}
-    return names.get(facts.get("type", ""), facts.get("type", "any"))

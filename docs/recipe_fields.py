@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dynamize.cli.tables import kind
+from dynamize.cli.fields import default, typed
 from dynamize.files import write_text
 from dynamize.recipe import schema
 from dynamize.report.markdown import plain
@@ -56,22 +56,13 @@ def section(title: str, facts: dict[str, Any]) -> Iterator[str]:
     yield "| field | type | default | |\n|---|---|---|---|"
     for name, one in facts["properties"].items():
         if name not in ("pass", "version") or facts.get("title") == "Recipe":
-            yield f"| `{name}` | {plain(typed(one))} | {default(name, facts)} | {plain(one.get('description', ''))} |"
+            told = plain(one.get("description", ""))
+            yield f"| `{name}` | {plain(typed(one))} | {code(default(name, facts))} | {told} |"
     yield ""
 
 
-def typed(facts: dict[str, Any]) -> str:
-    """The kind of a field, with the range of a number."""
-    limits = {"minimum": "from {}", "exclusiveMinimum": "above {}", "maximum": "to {}", "exclusiveMaximum": "below {}"}
-    found = [text.format(facts[name]) for name, text in limits.items() if name in facts]
-    return " ".join([kind(facts), *found])
-
-
-def default(name: str, facts: dict[str, Any]) -> str:
-    if name in facts.get("required", []):
-        return "required"
-    value = facts["properties"][name].get("default")
-    return "" if value in (None, "", [], {}) or isinstance(value, dict) else f"`{json.dumps(value)}`"
+def code(value: str) -> str:
+    return f"`{value}`" if value not in ("", "required") else value
 
 
 if __name__ == "__main__":

@@ -5,14 +5,15 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dynamize.calibration.intervals import prediction_interval
+from dynamize.calibration.intervals import guessed, prediction_interval
 from dynamize.evaluation import Contestant, Evaluator, Judgement, latency_table, speedup_table
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.piece import Setting, setting_at
-from dynamize.report.ledger import Interval, Rival, Row
+from dynamize.report.ledger import RIVAL, Interval, Rival, Row
 from dynamize.report.standing import Standing
 from dynamize.rivals import Rivals
 from dynamize.transform import Transform
+from dynamize.transforms.cascade import chance_notes
 
 _HERE = "dynamic"  # the contestant that stands as the run leaves the network, as rows of earlier steps call it
 UNNAMED_POINT = "as the steps left it"
@@ -90,7 +91,8 @@ def measure(
     for number, name in enumerate(others, start=last.step + 1):
         row = evaluator.timed(evaluator.describe(number, name, others[name], beside[name]), name, times)
         lead, lead_ci = _lead(beside[name], here)
-        rival_rows.append(Rival(**dict(row), lead=lead, lead_ci=lead_ci))
+        told = {"notes": [*row.notes, *_chance(name, beside[name], here)]}
+        rival_rows.append(Rival(**dict(row) | told, lead=lead, lead_ci=lead_ci))
     if notes:
         rival_rows[-1] = rival_rows[-1].model_copy(update={"notes": [*rival_rows[-1].notes, *notes]})
     return Final([first, *rows[1:-1], last][: len(rows)], rival_rows, points, selected)
@@ -103,6 +105,14 @@ def _settings(network: DynamicNetwork) -> tuple[dict[str, Setting], str]:
     name = UNNAMED_POINT if standing is None else standing.name
     found[name] = network.setting
     return found, name
+
+
+def _chance(name: str, rival: Judgement, ours: Judgement) -> list[str]:
+    """That a rival only guesses, where the run's own network does not."""
+    labels = rival.labels
+    if guessed(ours.answers == labels, labels) is not None:
+        return []
+    return chance_notes(name.removeprefix(RIVAL), rival.answers == labels, labels, "test")
 
 
 def _lead(rival: Judgement, ours: Judgement) -> tuple[float, Interval]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from dynamize.calibration.intervals import wilson
+from dynamize.calibration.intervals import guessed
 from dynamize.data import Splits
 from dynamize.evaluation import Evaluator, Judgement
 from dynamize.measure.costs import exit_costs
@@ -202,11 +202,10 @@ def longest_timing(settings: Settings) -> float:
 def guessing(judged: Judgement, forgotten: str) -> list[str]:
     """What to say of a network that answers no better than always the commonest class does, and what may have been
     ``forgotten``."""
-    right, count = int((judged.answers == judged.labels).sum()), len(judged.labels)
-    commonest = float(torch.bincount(judged.labels).max()) / count
-    if wilson(right, count)[0] > commonest:
+    commonest = guessed(judged.answers == judged.labels, judged.labels)
+    if commonest is None:
         return []
     return [
-        f"the untouched network answers {100 * right / count:.1f} % of the test images right, and guessing "
+        f"the untouched network answers {100 * judged.accuracy:.1f} % of the test images right, and guessing "
         f"{100 * commonest:.1f} %: {forgotten}"
     ]

@@ -141,6 +141,15 @@ def test_dearer_networks_are_compared_but_stand_in_front_of_nothing() -> None:
     assert [one.called() for one in both] == ["digits_resnet_small"]
 
 
+def test_a_rival_that_only_guesses_is_named(tmp_path: Path) -> None:
+    untrained = {"source": "dynamize:digits_resnet_small", "name": "small"}
+    run(tmp_path / "out", [{"pass": "fold_batchnorm"}], [untrained, SMALL])
+    notes = {row.transform: " ".join(row.notes) for row in read_report(tmp_path / "out").ledger.rivals}
+    assert "small is right on" in notes["rival: small"]
+    assert "as by chance" in notes["rival: small"]
+    assert "as by chance" not in notes["rival: digits_resnet_small"]
+
+
 def test_paths_under_compare_are_beside_the_recipe(tmp_path: Path) -> None:
     (tmp_path / "small.pt").touch()
     (tmp_path / "own.py").touch()

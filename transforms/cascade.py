@@ -9,9 +9,10 @@ from typing import Annotated, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, PositiveInt, ValidationError, model_validator
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from dynamize.arguments import given_network, trained_network
+from dynamize.calibration.intervals import guessed
 from dynamize.compression.layers import resize
 from dynamize.compression.shrink import blocks_to_leave_out, leave_out
 from dynamize.data.spec import check_normalisation
@@ -19,7 +20,7 @@ from dynamize.errors import DynamizeError
 from dynamize.graph.given import own_copy, unwrapped
 from dynamize.graph.macs import annotated_macs
 from dynamize.graph.nodes import output_value, placeholder
-from dynamize.measure.accuracy import accuracy, everything
+from dynamize.measure.accuracy import everything
 from dynamize.measure.latency import interleave
 from dynamize.nn.cascade import Answer, MemberConfidence, Restart, Verdict
 from dynamize.nn.joining import Joining, joinings
@@ -38,7 +39,6 @@ _NAME = re.compile(r"[A-Za-z_][\w-]*")
 _RESERVED = (MAIN, "start", "verdict", "fusion")
 _ENOUGH = 0.9  # of the MACs asked for: nearer than that leaving out blocks alone is near enough
 _SECONDS = 2.0  # how long copies are timed against each other
-_CHANCE = 2.0  # times the accuracy of guessing, below which a network is taken to be at chance level
 
 
 class Member(Section):
@@ -342,16 +342,24 @@ def _accuracy_notes(network: DynamicNetwork, context: Context) -> list[str]:
     images = context.data.calibration
     seen = everything(network, images, context.device)
     names = [piece.name for piece in network.leaving]
-    found = {name: accuracy(logits, seen.labels) for name, logits in zip([*names, MAIN], seen.logits, strict=True)}
-    notes = [f"alone on the calibration images: {', '.join(f'{name} {one:.1%}' for name, one in found.items())}"]
+    labels = seen.labels
+    right = {name: logits.argmax(1) == labels for name, logits in zip([*names, MAIN], seen.logits, strict=True)}
+    found = ", ".join(f"{name} {one.double().mean():.1%}" for name, one in right.items())
+    notes = [f"alone on the calibration images: {found}"]
     untrained = [name for (name,) in network.made]
     if untrained:
         notes.append(f"not trained yet, until a `distill` step behind does it: {', '.join(untrained)}")
-    guessing = _CHANCE / seen.logits[0].shape[1]
-    for name in network.members:
-        if name not in untrained and found[name] < guessing <= found[MAIN]:
-            notes.append(
-                f"{name} is right on {found[name]:.1%} of the calibration images, as by chance: its classes have "
-                "another order, its images another normalisation, or its checkpoint is missing"
-            )
+    if guessed(right[MAIN], labels) is None:
+        trained = [name for name in network.members if name not in untrained]
+        notes += [note for name in trained for note in chance_notes(name, right[name], labels, "calibration")]
     return notes
+
+
+def chance_notes(name: str, right: Tensor, labels: Tensor, split: str) -> list[str]:
+    """What to say of a network that is ``right`` (n,) no oftener than by guessing, where another one does better."""
+    if guessed(right, labels) is None:
+        return []
+    return [
+        f"{name} is right on {100 * right.double().mean():.1f} % of the {split} images, as by chance: its classes have "
+        "another order, its images another normalisation, or its checkpoint is missing"
+    ]

@@ -146,6 +146,18 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     return low, high
 
 
+def guessed(correct: ArrayLike, labels: ArrayLike) -> float | None:
+    """What always naming the commonest class gets right, if answers are no better than that as far as so few can tell.
+
+    Args:
+        correct: (n,) bool.
+        labels: (n,), class indices.
+    """
+    right, truth = np.asarray(correct, bool), np.asarray(labels)
+    commonest = float(np.bincount(truth).max()) / len(truth)
+    return commonest if wilson(int(right.sum()), len(right))[0] <= commonest else None
+
+
 def _means(table: ConfidenceTable, thresholds: Thresholds, exits: NDArray[np.int64]) -> dict[str, float]:
     accuracy = float(table.correct[exits, np.arange(table.images)].mean())
     costs = {measure: float(table.spent(measure, thresholds, exits).mean()) for measure in table.costs}

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from calibration.tables import synthetic
-from dynamize.calibration.intervals import cross_fit, prediction_interval, wilson
+from dynamize.calibration.intervals import cross_fit, guessed, prediction_interval, wilson
 from dynamize.calibration.solver import solve_budget
 from dynamize.errors import DynamizeError
 
@@ -90,6 +90,13 @@ def test_folds_must_fit():
         cross_fit(synthetic(21, 2, seed=0), lambda part: [None])
     with pytest.raises(DynamizeError, match="cross-fitted"):
         cross_fit(synthetic(100, 2, seed=0), lambda part: [None], folds=1)
+
+
+def test_guessing_is_what_the_commonest_class_gives():
+    labels = np.repeat([0, 1], [150, 50])
+    assert guessed(labels == 0, labels) == 0.75  # always the commonest
+    assert guessed(np.arange(200) < 190, labels) is None
+    assert guessed(np.arange(4) < 3, labels[::50]) == 0.75  # of four images nothing can be told
 
 
 def test_wilson_against_published_values():

@@ -199,6 +199,21 @@ def test_transforms(cli: Cli) -> None:
     assert "Did you mean exits?" in unknown.stderr
 
 
+def test_every_transform_is_listed_with_a_whole_sentence(cli: Cli) -> None:
+    listed = cli("transforms").stdout.splitlines()[2:]
+    starts = [number for number, line in enumerate(listed) if not line.startswith(" ")]
+    assert len(starts) == len(registered())
+    for start, end in zip(starts, [*starts[1:], len(listed)], strict=True):
+        assert " ".join(listed[start:end]).rstrip().endswith("."), listed[start]
+
+
+def test_fields_inside_fields_are_told(cli: Cli) -> None:
+    told = " ".join(cli("transforms", "cascade").stdout.split())
+    assert "Member: A network in front of the recipe's own." in told
+    assert "first list of Member required" in told
+    assert "null" not in told
+
+
 @pytest.mark.parametrize("name", sorted(registered()))
 def test_a_transform_is_told_in_prose_without_its_python_example(name: str, cli: Cli) -> None:
     told = cli("transforms", name).stdout

@@ -17,7 +17,7 @@ from dynamize.nn.preprocess import Preprocess
 from dynamize.preprocessing import Preprocessing, Steps, of_images, published, steps_between
 from dynamize.sources import SourceSpec
 from dynamize.transform import Context
-from dynamize.transforms.cascade import Member
+from dynamize.transforms.cascade import Member, chance_notes
 
 SHAPE = (1, 8, 8)
 SMALL: dict[str, Any] = {"source": "dynamize:digits_resnet_small", "kwargs": {"pretrained": True}}
@@ -184,6 +184,13 @@ def test_a_network_at_chance_level_is_named(net: torch.nn.Module, context: Conte
     torch.manual_seed(0)
     applied = dz.Cascade(first=[{"source": "dynamize:digits_resnet_small"}]).apply(dz.convert(net, [], SHAPE), context)
     assert any("as by chance" in note for note in applied.notes)
+
+
+@pytest.mark.parametrize(("share", "named"), [(0.99, False), (0.75, False), (0.5, True), (0.03, True)])
+def test_chance_level_of_two_classes_is_half_or_less(share: float, named: bool) -> None:
+    labels = torch.arange(200) % 2
+    right = torch.arange(200) < 200 * share
+    assert bool(chance_notes("small", right, labels, "test")) == named
 
 
 def test_a_normalisation_for_other_channels(net: torch.nn.Module, context: Context) -> None:
