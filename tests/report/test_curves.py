@@ -18,7 +18,12 @@ def test_each_network_of_a_row_has_its_own() -> None:
 
 
 def test_exits_of_another_number_are_counted() -> None:
-    assert [line.name for line in curves([row(1)], ["early", "late", "end"])[0].lines] == ["exit 1", "exit 2"]
+    four = ["early", "middle", "late", "end"]
+    assert [line.name for line in curves([row(1)], four)[0].lines] == ["exit 1", "exit 2"]
+
+
+def test_exits_that_learned_without_the_last_network_keep_their_names() -> None:
+    assert [line.name for line in curves([row(1)], ["glance", "focus-1", "end"])[0].lines] == ["glance", "focus-1"]
 
 
 def test_one_network_without_exits_and_rows_that_say_little() -> None:

@@ -66,7 +66,7 @@ def test_smaller_images_and_smaller_copies(net: torch.nn.Module, context: Contex
     costs = {piece.name: piece.macs for piece in network.row}
     own = sum(cost for name, cost in costs.items() if "/" not in name)
     assert sum(cost for name, cost in costs.items() if name.startswith("few/")) < 0.35 * own
-    before, after = net.state_dict(), network.take(MAIN).nets[MAIN].state_dict()
+    before, after = net.state_dict(), network.take([MAIN]).nets[MAIN].state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())  # it came trained
     dz.save(network, tmp_path)
     images = torch.randn(20, *SHAPE)

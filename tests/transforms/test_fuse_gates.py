@@ -335,7 +335,7 @@ def test_refusals() -> None:
         apply(wrap(small_resnet(), SmallResNet.shape), FuseGates(), Context())
     with pytest.raises(DynamizeError, match="`fuse_gates` needs images"):
         apply(gated_resnet(), FuseGates(), Context())
-    with pytest.raises(DynamizeError, match="needs `skip_gates` or `channel_gates` before it"):
+    with pytest.raises(DynamizeError, match="needs `skip_gates` or `spatial_sampling` or `channel_gates` before it"):
         check_order([FuseGates()])
     with pytest.raises(DynamizeError, match="move `fuse_gates` above `calibrate`"):
         check_order([SkipGates(), Calibrate(), FuseGates()])

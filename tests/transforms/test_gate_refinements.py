@@ -57,7 +57,7 @@ def test_what_they_have_in_common_is_written_once(step: Transform) -> None:
 def test_their_place_in_a_recipe(step: Transform) -> None:
     name = step.pass_name
     check_order([SkipGates(), Distill(), step, Calibrate()])
-    with pytest.raises(DynamizeError, match=f"`{name}` needs `skip_gates` or `channel_gates` before it"):
+    with pytest.raises(DynamizeError, match=f"`{name}` needs `skip_gates` or .* or `channel_gates` before it"):
         check_order([step])
     with pytest.raises(DynamizeError, match=f"move `{name}` above `calibrate`"):
         check_order([SkipGates(), Calibrate(), step])
