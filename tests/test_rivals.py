@@ -141,6 +141,7 @@ def test_dearer_networks_are_compared_but_stand_in_front_of_nothing() -> None:
     assert [one.called() for one in both] == ["digits_resnet_small"]
 
 
+@pytest.mark.slow
 def test_a_rival_that_only_guesses_is_named(tmp_path: Path) -> None:
     untrained = {"source": "dynamize:digits_resnet_small", "name": "small"}
     run(tmp_path / "out", [{"pass": "fold_batchnorm"}], [untrained, SMALL])

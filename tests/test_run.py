@@ -106,6 +106,7 @@ def test_training_of_one_network_in_a_row_is_written_down(tmp_path: Path) -> Non
     assert [(line["member"], line["epoch"]) for line in lines] == [("small", 1)]
 
 
+@pytest.mark.slow
 def test_source_without_checkpoint_is_the_same_network_after_resume(tmp_path: Path) -> None:
     first = run(tmp_path / "a", "model.kwargs={}", "steps=[{pass: fold_batchnorm}]")
     torch.manual_seed(99)
@@ -183,6 +184,7 @@ def test_failure_before_the_first_step_leaves_the_old_run(reference: Path, tmp_p
     assert sorted(file.name for file in reference.iterdir()) == before
 
 
+@pytest.mark.slow
 def test_distill_trains_the_whole_network_and_heads_only_the_heads(reference: Path, tmp_path: Path) -> None:
     run(tmp_path / "out", "steps.1.train=heads")
     for out, trained in ((reference, True), (tmp_path / "out", False)):

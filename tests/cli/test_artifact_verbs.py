@@ -75,6 +75,7 @@ def test_calibrate_again_for_the_same_budget_changes_nothing_but_times(artifact:
     assert again.macs == first.macs
 
 
+@pytest.mark.slow
 def test_infeasible_budget_leaves_the_artifact_alone(artifact: Path, cli: Cli) -> None:
     before = (artifact / "manifest.json").read_bytes()
     result = cli("calibrate", artifact, "--macs-ratio", "0.0001")

@@ -3,10 +3,12 @@
 import json
 from pathlib import Path
 
+import pytest
 from commandline import ON_DIGITS, call
 from ledgers import ledger_of
 
 
+@pytest.mark.slow
 def test_the_report_shows_where_it_looked_and_names_its_rival(tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = call(

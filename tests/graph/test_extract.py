@@ -137,7 +137,7 @@ def separators(traced: fx.GraphModule) -> set[str]:
     return {node.name for node in nodes[1:-1] if not reaches_end(node)}
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(plans(), st.integers(0, 2**16))
 @pytest.mark.slow
 def test_random_networks(plan: list[tuple[str, list[int], int]], seed: int) -> None:
@@ -146,7 +146,7 @@ def test_random_networks(plan: list[tuple[str, list[int], int]], seed: int) -> N
     assert_cuts_change_nothing(network, (3, 5, 5))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(plans())
 def test_cut_points_of_random_networks_are_the_separating_nodes(plan: list[tuple[str, list[int], int]]) -> None:
     traced = trace(RandomNet(plan), (3, 5, 5))

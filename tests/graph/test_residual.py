@@ -357,7 +357,7 @@ def is_identity(plan: Plan, before: type[nn.Module] | None) -> bool:
     return CLAMPS[before][1] <= CLAMPS[plan.activation][1]
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(PLANS, min_size=1, max_size=4), st.integers(0, 2**16))
 def test_random_networks(plans: list[Plan], seed: int) -> None:
     torch.manual_seed(seed)

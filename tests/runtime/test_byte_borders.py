@@ -93,6 +93,7 @@ def test_sides_that_differ_are_left_alone() -> None:
         assert statics(network)[1](images()[:, :1].expand(-1, 8, -1, -1)).dtype == torch.uint8
 
 
+@pytest.mark.slow
 def test_with_gates_and_exits() -> None:
     network = in_bytes(gated_resnet({"size": [16, 16]}, keep_first=False))
     assert nn.Conv2d not in {

@@ -111,7 +111,7 @@ def test_killed_and_resumed_gives_the_bits_of_an_uninterrupted_run(
 
 
 @pytest.mark.parametrize("step", LONGER, ids=lambda step: step.pass_name)
-@pytest.mark.fast("hybrid_gates")
+@pytest.mark.slow
 def test_they_stay_accurate_and_save_macs(step: Transform) -> None:
     data = digit_splits(None)
     network = gated_digits()

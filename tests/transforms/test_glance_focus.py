@@ -115,6 +115,7 @@ def looking(network: DynamicNetwork) -> Look:
     return found
 
 
+@pytest.mark.slow
 def test_crops_follow_what_the_glance_became(tmp_path: Path) -> None:
     steps: list[Any] = [
         dz.GlanceFocus(glance=10, crops=1, crop=0.5),
