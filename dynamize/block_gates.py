@@ -60,11 +60,12 @@ class BlockGates(Transform, ABC):
         else:
             runs = [[self._find(found, name) for name in names] for names in self.blocks]
             self._check_runs(network, runs)
+        before = {unit.name for unit in network.changing}
         self._insert(network, runs)
         resolved = self.model_copy(
             update={"blocks": [[b.upto for b in run] for run in runs], "group": max(map(len, runs)), "keep": []}
         )
-        saved = sum(unit.path_macs[-1] - unit.path_macs[0] for unit in network.changing)
+        saved = sum(unit.path_macs[-1] - unit.path_macs[0] for unit in network.changing if unit.name not in before)
         share = saved / annotated_macs(network.plain)
         notes = [f"{len(runs)} gates over {sum(map(len, runs))} blocks, {share:.0%} of the MACs", *notes]
         return Applied(network, resolved, notes)

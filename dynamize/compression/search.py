@@ -8,9 +8,8 @@ from typing import Any
 
 from torch_pruning import DependencyGraph
 
-_ROUNDS = (
-    8  # how often a search may pass each layer; in densenet121 and hrnet_w18_small it passes less than half of them
-)
+# How often a search may pass each layer; in densenet121 and hrnet_w18_small it passes less than half of them.
+_ROUNDS = 8
 
 
 class Search(DependencyGraph):
