@@ -92,6 +92,12 @@ class PredictionTable:
             raise DynamizeError(f"the networks have different numbers of classes: {whole}. They must be the same ones.")
         self.labels = None if labels is None else as_labels(labels, self.images)
         self.costs = {"macs": as_costs("macs", macs, self.names)}
+        dearest = self.names[int(np.argmax(self.costs["macs"]))]
+        if max(self.costs["macs"]) > self.costs["macs"][-1]:
+            raise DynamizeError(
+                f"{dearest} takes more MACs than {self.names[-1]}, which is asked after it and with which all is "
+                "compared: give the dearest network last."
+            )
         if ms is not None:
             self.costs["ms"] = as_costs("ms", ms, self.names)
         tops = [one.classes for one in self.named.values()] + ([] if self.labels is None else [self.labels])

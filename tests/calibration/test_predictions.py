@@ -158,6 +158,7 @@ TWO = {"one": 1.0, "two": 2.0}
         ({"one": FINE, "two": FINE[:20]}, {}, "different numbers of images"),
         ({"one": FINE, "two": FINE}, {"macs": {"one": 1.0}}, "macs of two is missing"),
         ({"one": FINE, "two": FINE}, {"macs": {"one": 1.0, "two": -1.0}}, "positive"),
+        ({"two": FINE, "one": FINE}, {}, "two takes more MACs than one, .* give the dearest network last"),
         ({"one": FINE * 8, "two": FINE}, {}, "from_logits"),
         ({"one": FINE / 2, "two": FINE}, {}, "give the classes beside them"),
         ({"one": FINE[0], "two": FINE}, {}, "images, classes"),
