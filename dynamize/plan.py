@@ -8,6 +8,7 @@ from torch import nn
 
 from dynamize.calibration.intervals import guessed
 from dynamize.data import Splits
+from dynamize.data.splits import SPLITS
 from dynamize.evaluation import Evaluator, Judgement
 from dynamize.measure.costs import exit_costs
 from dynamize.nn.network import DynamicNetwork
@@ -156,7 +157,7 @@ class Planner:
             source=self.subject.name,
             input=self.subject.input_shape,
             macs=static,
-            images={name: len(getattr(data, name)) for name in ("train", "calibration", "test")},
+            images={name: len(getattr(data, name)) for name in SPLITS},
             classes=len(data.classes),
             accuracy=evaluator.reference.accuracy,
             cheapest_ratio=exit_costs(changed).cheapest() / static,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dynamize.arguments import given_data, given_network, trained_network
 from dynamize.data import Splits, load_data
+from dynamize.data.splits import SPLITS
 from dynamize.errors import DynamizeError
 from dynamize.graph.given import own_copy, unwrapped
 from dynamize.inputs import other_size
@@ -83,8 +84,12 @@ class Named(Subject):
         return load_source(self.source, self._trust)
 
     def images(self, classes: int, seed: int) -> Splits:
-        spec = self._recipe.data
-        return load_data(spec.model_copy(update={"seed": spec.seed or seed}), self.input_shape, classes)
+        spec = self._recipe.data.model_copy(update={"seed": self._recipe.data.seed or seed})
+        learns = any(step.learns for step in self._recipe.steps)
+        decoded = SPLITS if learns else [name for name in SPLITS if name != "train"]
+        return load_data(
+            spec.model_copy(update={"seed": spec.seed or seed}), self.input_shape, classes, decoded=decoded
+        )
 
     def identity(self) -> dict[str, Any]:
         return {"code": [hashlib.sha256(file.read_bytes()).hexdigest() for file in self.code]} if self.code else {}

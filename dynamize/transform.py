@@ -150,6 +150,11 @@ class Transform(Section, ABC, metaclass=InWords):
     def apply(self, network: DynamicNetwork, context: Context) -> Applied:
         """Transform ``network``, which may be changed or consumed."""
 
+    @property
+    def learns(self) -> bool:
+        """Whether it goes through all train images again and again, so that they are decoded in advance."""
+        return Kind.TRAINS in self.kind
+
     def passes(self, data: "Splits") -> float:
         """About how many images the step takes through the network, forwards, of which training is three or four: for
         an estimate of its time."""

@@ -110,6 +110,10 @@ class Prune(Transform):
             raise ValueError(f"steps: {self.steps} need recovery between them; give recovery_epochs")
         return self
 
+    @property
+    def learns(self) -> bool:
+        return bool(self.recovery_epochs)
+
     def passes(self, data: Splits) -> float:
         return self.steps * (4 * self.recovery_epochs * len(data.train) + self.statistics_images)
 

@@ -13,7 +13,7 @@ from dynamize.data.images import ImageSet, Together
 from dynamize.data.pools import Pool
 from dynamize.data.readers import IMAGE_ENDINGS, images_below
 from dynamize.data.spec import DataSpec
-from dynamize.data.splits import Splits, decode_what_fits, image_set
+from dynamize.data.splits import SPLITS, Splits, decode_what_fits, image_set
 from dynamize.data.storage import FileStorage, Geometry
 from dynamize.errors import DynamizeError
 
@@ -96,6 +96,6 @@ def with_unlabelled(data: Splits, folder: str | os.PathLike[str]) -> Splits:
     images = image_set("train", pool, np.arange(len(new)), train.classes, data.spec, train.shape)
     if images.geometry.shape != train.geometry.shape:  # arrays that had their size
         images.geometry = Geometry(train.geometry.channels, train.geometry.size, resize=train.geometry.size)
-    sets = {name: one for name in ("train", "calibration", "test") if isinstance(one := getattr(data, name), ImageSet)}
+    sets = {name: one for name in SPLITS if isinstance(one := getattr(data, name), ImageSet)}
     decode_what_fits({**sets, "unlabelled": images}, data.spec.memory_gb, None)
     return replace(data, train=Together(train, images))

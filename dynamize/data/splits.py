@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from dynamize.errors import DynamizeError
 
 logger = logging.getLogger("dynamize")
 
+SPLITS = ("train", "calibration", "test")
 LARGE = 96  # from this size on: resize and centre crop, random resized crops
 FEWEST = 20  # calibration images: below this a threshold is a guess
 
@@ -67,10 +68,12 @@ def load_data(
     input_shape: tuple[int, int, int],
     num_classes: int | None = None,
     progress: Progress | None = None,
+    decoded: Collection[str] = SPLITS,
 ) -> Splits:
     """Read, split, size and decode what `spec` names, for a network with input (C, H, W).
 
-    `progress(done, total)` is called while images are decoded into memory. Raises DynamizeError, which names
+    The splits named in `decoded` are read into memory as far as they fit, the others each time that someone asks for
+    their images. `progress(done, total)` is called meanwhile. Raises DynamizeError, which names
     the file or folder: unreadable images, empty or differing class folders, a class count that is not the
     network's, labels out of range, channels that are neither 1 nor 3, fewer than 20 calibration images.
     """
@@ -83,7 +86,7 @@ def load_data(
         name: image_set(name, pool, index, source.classes, spec, input_shape) for name, (pool, index) in dealt.items()
     }
     check_disjoint({name: set(images.keys) for name, images in sets.items()})
-    decode_what_fits(sets, spec.memory_gb, progress)
+    decode_what_fits({name: sets[name] for name in decoded}, spec.memory_gb, progress)
     if spec.normalize is None:
         seen = sets["train"] if len(sets["train"]) else sets["calibration"]
         spec = spec.model_copy(update={"normalize": _pixel_statistics(seen)})
@@ -173,7 +176,7 @@ def _deal(source: Source, spec: DataSpec) -> tuple[dict[str, tuple[Pool, np.ndar
         if len(parts[name][1]) == 0 and (trains or name == "test"):
             raise DynamizeError(f"no {name} image of {spec.source} is left; lower data.calibration")
     resolved = spec.model_copy(update={"calibration": len(calibration)})
-    return {name: parts[name] for name in ("train", "calibration", "test")}, resolved
+    return {name: parts[name] for name in SPLITS}, resolved
 
 
 def _cut_single_pool(source: Source, spec: DataSpec) -> dict[str, tuple[Pool, np.ndarray]]:

@@ -100,7 +100,7 @@ def benchmark(
     chosen = choose_device(device)
     channels, height, width = manifest.input
     spec = artifact.image_spec(manifest, path, data)
-    splits = load_data(spec, (channels, height, width), len(manifest.classes) or None)
+    splits = load_data(spec, (channels, height, width), len(manifest.classes) or None, decoded=("test",))
     images = judgeable(splits, network, chosen).test
     names = tuple(backends) or (default_backend(chosen),)
     evaluator = Evaluator(static, images, chosen, names, batches, seconds, progress, sessions)

@@ -73,8 +73,9 @@ def recalibrate(
     teacher = original(manifest, path, checkpoint, trust_code).to(chosen).requires_grad_(False)
     channels, height, width = manifest.input
     spec = artifact.image_spec(manifest, path, data)
+    splits = load_data(spec, (channels, height, width), len(manifest.classes) or None, decoded=("calibration",))
     context = Context(
-        data=judgeable(load_data(spec, (channels, height, width), len(manifest.classes) or None), teacher, chosen),
+        data=judgeable(splits, teacher, chosen),
         teacher=teacher,
         device=chosen,
         seed=int(manifest.about.get("seed", 0)),

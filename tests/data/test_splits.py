@@ -7,6 +7,8 @@ from PIL import Image
 
 from dynamize.data import DataSpec, load_data
 from dynamize.errors import DynamizeError
+from dynamize.recipe import Recipe
+from dynamize.subject import Named
 
 
 def load(source, shape=(3, 8, 8), classes=2, progress=None, **options):
@@ -184,6 +186,29 @@ def test_streamed_batches_equal_those_in_memory(make_folder, caplog):
     for (a, y), (b, z) in zip(kept.test.batches(16), streamed.test.batches(16), strict=True):
         assert torch.equal(a, b)
         assert torch.equal(y, z)
+
+
+def test_train_images_stay_in_their_files_where_no_step_learns_from_them(make_folder):
+    root = make_folder(train=40, test=20, size=(8, 8))
+    for steps, decoded in (
+        ([{"pass": "exits", "at": ["layer2"]}], False),
+        ([{"pass": "prune", "macs_ratio": 0.8}], False),
+        ([{"pass": "prune", "macs_ratio": 0.8, "recovery_epochs": 1}], True),
+        ([{"pass": "exits", "at": ["layer2"]}, {"pass": "distill", "epochs": 1}], True),
+    ):
+        recipe = Recipe.model_validate(
+            {
+                "version": 1,
+                "model": {"source": "dynamize:digits_resnet", "input": [1, 8, 8]},
+                "data": {"source": f"imagefolder:{root}", "calibration": 20},
+                "steps": steps,
+            }
+        )
+        splits = Named(recipe).images(2, seed=0)
+        assert splits.train.in_memory is decoded
+        assert splits.calibration.in_memory
+        assert splits.test.in_memory
+        assert len(next(iter(splits.train.batches(8)))[0]) == 8
 
 
 def test_arrays_of_another_size_are_resized_and_said_to_differ(caplog):
