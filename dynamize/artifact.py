@@ -224,7 +224,7 @@ def write_manifest(path: str | os.PathLike[str], manifest: Manifest) -> None:
 
 
 def image_spec(manifest: Manifest, path: str | os.PathLike[str], source: str | None = None) -> DataSpec:
-    """The artifact's images, or those of another ``source``; nothing is decoded into memory in advance.
+    """The artifact's images, or those of another ``source``.
 
     Raises:
         DynamizeError: the artifact names no images and ``source`` is not given, or ``source`` is none.
@@ -234,7 +234,7 @@ def image_spec(manifest: Manifest, path: str | os.PathLike[str], source: str | N
     kept = {} if manifest.data is None else manifest.data.model_dump()
     given = {} if source is None else {"source": source}
     try:
-        return DataSpec.model_validate({**kept, **given, "memory_gb": 0.0})
+        return DataSpec.model_validate({**kept, **given})
     except ValidationError as error:
         raise DynamizeError(f"--data {source}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from error
 

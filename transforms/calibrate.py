@@ -92,6 +92,15 @@ class Calibrate(Transform):
             raise ValueError(f"{fault} (given: {ratio:g})")
         return ratio
 
+    @field_validator("macs")
+    @classmethod
+    def _is_no_share(cls, macs: float | None) -> float | None:
+        if macs is not None and macs <= 1:
+            raise ValueError(
+                f"{macs:g} for an image is less than any network takes; for a share, write macs_ratio: {macs:g}"
+            )
+        return macs
+
     def apply(self, network: DynamicNetwork, context: Context) -> Applied:
         if not network.decisions():
             if gates_are_fused(network):

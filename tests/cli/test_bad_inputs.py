@@ -109,6 +109,7 @@ RECIPE_FAULTS: dict[str, tuple[list[str], str]] = {
     "heads over their share": (["--set=steps.0.share=0.00001"], "Raise share"),
     "sizes for other exits": (["--set=steps.0.size=[16]"], "give one for each"),
     "a budget below the cheapest path": ([*BUDGET, "--set=steps.2.macs_ratio=0.01"], "Ask for macs_ratio: 0."),
+    "a share for MACs": ([*BUDGET, "--set=steps.2.macs=0.5"], "write macs_ratio: 0.5"),
     "MACs below the cheapest path": ([*BUDGET, "--set=steps.2.macs=10"], "--set steps.2.macs="),
     "a budget for gates that are not there": (["--set=steps.1.gate_budget=0.5"], "the network has no gates"),
     "a budget that gates cannot reach": (
@@ -246,6 +247,7 @@ def untrained_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["predict", "OUT"], "Missing argument"),
         (["predict", "nothere", "two"], "nothere"),
         (["calibrate", "OUT", "--macs-ratio", "50"], "write 0.5 for 50 %"),
+        (["calibrate", "OUT", "--macs", "0.5"], "write macs_ratio: 0.5"),
         (["calibrate", "OUT", "--macs-ratio", "0.5", "--max-drop", "1"], "are budgets each"),
         (["calibrate", "OUT", "--max-drop", "-1"], "max_drop"),
         (["bench", "OUT", "--batches", "one"], "--batches one"),
