@@ -12,9 +12,10 @@ from dynamize.graph.macs import annotated_macs
 from dynamize.graph.nodes import output_value, placeholder
 from dynamize.nn.cascade import Answer, MemberConfidence, Restart, Verdict
 from dynamize.nn.joining import Joining, joinings
-from dynamize.nn.looking import Anywhere, Crop, Look, Map, Policy
+from dynamize.nn.looking import Anywhere, Crop, Look, Policy
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.piece import Piece
+from dynamize.nn.where import ClassMap, Occlusion
 from dynamize.preprocessing import Steps
 from dynamize.rewrite.preprocessed import preprocessed
 from dynamize.transform import Applied, Context, Kind, Transform, comes_first
@@ -29,8 +30,9 @@ class GlanceFocus(Transform):
     """Look at the whole image in low resolution, then at crops of it in full, and answer as soon as one is sure (Wang
     et al. 2020, GFNet, sec. 3); images that no crop made sure go through the network as it was.
 
-    No training is needed: crops are where the glance's class activation map has its peaks (Zhou et al. 2016), and
-    `calibrate` solves the thresholds, chooses who is asked, and how answers are joined. With all of them off the
+    No training is needed: crops are where the glance's class activation map has its peaks (Zhou et al. 2016), or, in a
+    network that has none, where its last feature map is missed most when it is left out; and `calibrate` solves the
+    thresholds, chooses who is asked, and how answers are joined. With all of them off the
     network answers as before. A `distill` step behind trains all looks together; the network itself only if it says
     ``member: main``.
 
@@ -115,11 +117,12 @@ class GlanceFocus(Transform):
         found = last_map(glance)
         if found is None:
             raise DynamizeError(
-                "glance_focus: policy: activation needs a network that ends in the mean of a feature map of several "
-                "pixels and one linear layer, and this one does not, or the glance is too small for it: give a larger "
-                "`glance`, or policy: centre"
+                f"glance_focus: policy: {self.policy} reads a feature map of several pixels, through which the whole "
+                "answer comes, and there is none; the glance may be too small for it: give a larger `glance`, or "
+                "policy: centre"
             )
-        return {f"{GLANCE}/{found.node}": Map(), end: Look(found.linear, found.size, self.crops, share)}
+        evidence = ClassMap(found.shape[1:]) if found.means else Occlusion(found.shape, share)
+        return {f"{GLANCE}/{found.node}": Look(evidence, self.crops, share)}
 
 
 def scaled(size: Size, shorter: int) -> Size:

@@ -97,20 +97,12 @@ class Restart(Instruction):
 
 
 @dataclass(frozen=True)
-class Describe(Instruction):
-    """Images carry from here on, as ``name``, what a part makes of the features."""
+class Look(Instruction):
+    """Images carry from here on as "places" what is made of a part's description of the features."""
 
-    do = "describe"
+    do = "look"
     part: str
-    name: str
-
-
-@dataclass(frozen=True)
-class Carry(Instruction):
-    """Images carry from here on what is made of the features and of what they carry."""
-
-    do = "carry_on"
-    rows: Rows
+    places: Rows
 
 
 @dataclass(frozen=True)

@@ -1,34 +1,36 @@
 """Where to look: pieces that read a glance at the whole image and say where crops of it lie, and the crop itself.
 
-A row ``glance, Map, Look, Answer, Crop, focus, Answer, ..., Restart, whole, Verdict`` is glance and focus (Wang et al.
-2020, GFNet), with the original network on the whole image behind the last crop. A policy is the pieces that write
-``PLACES``; where none did, crops are from the middle.
+A row ``glance, Look, Answer, Crop, focus, Answer, ..., Restart, whole, Verdict`` is glance and focus (Wang et al. 2020,
+GFNet), with the original network on the whole image behind the last crop. A policy is a piece that writes ``PLACES``;
+where none did, crops are from the middle.
 """
 
-import copy
 from collections.abc import Mapping
-from functools import reduce
 from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx
 
 from dynamize.graph.macs import counting_macs
 from dynamize.nn.cascade import KEPT, PLACES, Restart, restart
 from dynamize.nn.flow import Flow
-from dynamize.nn.instructions import Carry, Describe, Draw, Instruction, Rows
 from dynamize.nn.instructions import Crop as CutOut
+from dynamize.nn.instructions import Draw, Instruction, Rows
+from dynamize.nn.instructions import Look as LookThere
 from dynamize.nn.piece import Call, Choose, Part, Piece, Run, Setting
+from dynamize.nn.where import Evidence, Peaks, Share
 
-MAP = "map"  # (n, C * h * w), in what a flow carries: the last feature map of the glance
 Policy = Literal["activation", "centre", "random"]
-_SUREST = 3  # classes whose evidence is added up
 _DRAWN = 997  # places that random crops are drawn from
 
 
 class Passing(Piece):
-    """A piece that only reads what passes, and notes what it finds among what images carry."""
+    """A piece that only reads what passes, and notes where crops are among what images carry."""
+
+    @property
+    def own_name(self) -> str:
+        return "look"
 
     @property
     def passes(self) -> bool:
@@ -56,118 +58,46 @@ class Passing(Piece):
         self.macs = counted()
 
 
-class Map(Passing):
-    """Keeps the feature map that passes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.flat = nn.Flatten()
-
-    @property
-    def own_name(self) -> str:
-        return MAP
-
-    def parts(self) -> list[Part]:
-        return [Part("gate", "gate", self.flat)]
-
-    def bind(self, calls: Mapping[str, Call]) -> Run:
-        describe = calls["gate"]
-
-        def run(flow: Flow, setting: Setting) -> None:
-            flow.extra[MAP] = describe(flow.features)
-
-        return run
-
-    def note(self, flow: Flow) -> None:
-        flow.extra[MAP] = self.flat(flow.features.detach())
-
-    def instruct(self, files: Mapping[str, str]) -> Instruction:
-        return Describe(files["gate"], MAP)
-
-
 class Look(Passing):
-    """Crops at the peaks of the class activation map (Zhou et al. 2016) of the surest classes of a glance.
+    """Crops where the last feature map of a glance has most evidence for its answer.
 
     Args:
-        linear: the network's classifier, which registers it; it reads channel means of the map. Steps behind may put
-            a product of linear layers in its place, and take channels out of it and the map.
-        size: of the map, (h, w).
+        evidence: of each cell of the map.
         crops: how many.
         share: of each side of the image that a crop holds, of height and width.
     """
 
-    def __init__(self, linear: nn.Module, size: tuple[int, int], crops: int, share: tuple[float, float]) -> None:
+    def __init__(self, evidence: Evidence, crops: int, share: Share) -> None:
         super().__init__()
-        self.peaks = Peaks(linear, size, crops, share)
+        self.evidence, self.peaks = evidence, Peaks(evidence.grid, crops, share)
 
-    @property
-    def own_name(self) -> str:
-        return "look"
+    def settle(self, plain: fx.GraphModule) -> None:
+        self.evidence.settle(plain, self.place[0])
+
+    def parts(self) -> list[Part]:
+        return [Part("gate", "gate", self.evidence)]
+
+    def bind(self, calls: Mapping[str, Call]) -> Run:
+        describe, peaks = calls["gate"], self.peaks
+
+        def run(flow: Flow, setting: Setting) -> None:
+            if len(flow):
+                flow.extra[PLACES] = peaks(describe(flow.features))
+
+        return run
 
     def note(self, flow: Flow) -> None:
-        flow.extra[PLACES] = self.peaks(flow.features, flow.extra.pop(MAP))
+        flow.extra[PLACES] = self.peaks(self.evidence(flow.features.detach()))
+
+    def fold(self) -> None:
+        self.evidence.hold()
 
     def freeze(self) -> None:
-        self.peaks.hold()
+        self.fold()
 
     def instruct(self, files: Mapping[str, str]) -> Instruction:
-        classes, channels = self.peaks.matrices[-1].shape[0], self.peaks.matrices[0].shape[1]
-        takes = {"features": classes, MAP: channels * len(self.peaks.ys)}
-        alone = copy.deepcopy(self.peaks)
-        alone.hold()
-        return Carry(Rows(alone, takes, (f"next_{PLACES}",)))
-
-
-class Peaks(nn.Module):
-    """Logits (n, classes) and a map (n, C * h * w) -> places (n, 2 * crops)."""
-
-    ys: Tensor
-    xs: Tensor
-    weight: Tensor | None
-
-    def __init__(self, linear: nn.Module, size: tuple[int, int], crops: int, share: tuple[float, float]) -> None:
-        super().__init__()
-        self._linear = (linear,)
-        self.crops, self.share = crops, share
-        height, width = size
-        ys, xs = ((torch.arange(count) + 0.5) / count for count in (height, width))
-        self.register_buffer("ys", ys.repeat_interleave(width), persistent=False)
-        self.register_buffer("xs", xs.repeat(height), persistent=False)
-        self.register_buffer("weight", None)
-
-    @property
-    def matrices(self) -> list[Tensor]:
-        """Whose product maps channel means to logits, but for the bias; the first is applied first."""
-        if self.weight is not None:
-            return [self.weight]
-        return [one.weight.detach() for one in self._linear[0].modules() if isinstance(one, nn.Linear)]
-
-    def hold(self) -> None:
-        """Keep the classifier's weights, where they are about to be rounded."""
-        self.weight = reduce(lambda product, matrix: matrix @ product, self.matrices).clone()
-
-    def forward(self, logits_NC: Tensor, map_ND: Tensor) -> Tensor:
-        *before, last = self.matrices
-        top = logits_NC.topk(min(_SUREST, last.shape[0]), dim=1)
-        rows = (top.values.softmax(1)[:, :, None].to(last.dtype) * last[top.indices]).sum(1)
-        for matrix in reversed(before):
-            rows = rows @ matrix
-        maps = map_ND.reshape(-1, rows.shape[1], len(self.ys)).to(rows.dtype)
-        evidence = torch.bmm(rows[:, None], maps)[:, 0]
-        places: list[Tensor] = []
-        for _ in range(self.crops):
-            peak = evidence.argmax(1)
-            y, x = self.ys[peak][:, None], self.xs[peak][:, None]
-            places += [_start(y, self.share[0]), _start(x, self.share[1])]
-            near = ((self.ys - y).abs() < self.share[0] / 2) & ((self.xs - x).abs() < self.share[1] / 2)
-            span = evidence.amax(1, keepdim=True) - evidence.amin(1, keepdim=True) + 1
-            evidence = evidence - near.to(evidence.dtype) * span  # seen already: looked at again last of all
-        return torch.cat(places, 1).to(logits_NC.dtype)
-
-
-def _start(centre: Tensor, share: float) -> Tensor:
-    """Where a crop around ``centre`` begins, from 0 to 1 of where it may."""
-    return ((centre - share / 2) / max(1e-6, 1 - share)).clamp(0, 1)
+        rows, columns = self.evidence.grid
+        return LookThere(files["gate"], Rows(self.peaks, {"description": rows * columns}, (PLACES,)))
 
 
 class Anywhere(Passing):
@@ -181,10 +111,6 @@ class Anywhere(Passing):
     def __init__(self, crops: int, seed: int = 0) -> None:
         super().__init__()
         self.table = np.random.RandomState(seed).random_sample((_DRAWN, 2 * crops)).astype(np.float32)
-
-    @property
-    def own_name(self) -> str:
-        return "look"
 
     def note(self, flow: Flow) -> None:
         middle = flow.images[torch.from_numpy(flow.rows), :, flow.images.shape[2] // 2].float().cpu().numpy()

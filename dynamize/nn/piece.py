@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from dynamize.errors import DynamizeError
 from dynamize.graph.macs import counting_macs
@@ -210,6 +210,9 @@ class Piece(nn.Module, ABC):
     def passes(self) -> bool:
         """Whether features may pass it unchanged, so that both sides are one border."""
         return False
+
+    def settle(self, plain: fx.GraphModule) -> None:
+        """Take from its network's graph what it needs besides what it stands between, whenever pieces are cut anew."""
 
     @abstractmethod
     def parts(self) -> list[Part]:

@@ -52,6 +52,7 @@ def _in_order(plain: nn.Module, placed: Sequence[Piece]) -> tuple[Piece, ...]:
     row: list[Piece] = []
     for piece in ordered:
         row += _between(plain, first, piece.place[0])
+        piece.settle(plain)
         row.append(piece)
         first = piece.place[1]
     row += _between(plain, first, end)

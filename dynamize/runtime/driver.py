@@ -146,14 +146,9 @@ def restart(flow: Flow, keeps: Sequence[str]) -> None:
     flow.values = {"features": images} | {name: flow.values[name] for name in keeps if name in flow.values}
 
 
-def describe(flow: Flow, part: Part, name: str) -> None:
-    """Images carry on, as ``name``, what a part makes of the features."""
-    flow.values[name] = part(flow.values)["description"]
-
-
-def carry_on(flow: Flow, rows: Part) -> None:
-    """Images carry on what is made of the features and of what they carry."""
-    flow.values = carry(flow.values, rows(flow.values))
+def look(flow: Flow, part: Part, places: Part) -> None:
+    """Images carry on the places that a part's description of the features says."""
+    flow.values["places"] = places(part(flow.values))["places"]
 
 
 def draw(flow: Flow, table: Sequence[Array]) -> None:
@@ -224,8 +219,7 @@ def passed(way: Part | None, values: Values) -> Values:
 
 
 WORDS: dict[str, Callable[..., None]] = {
-    word.__name__: word
-    for word in (through, leave, leave_joined, join, restart, choose, describe, carry_on, draw, crop)
+    word.__name__: word for word in (through, leave, leave_joined, join, restart, choose, look, draw, crop)
 }
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import dynamize as dz
 from dynamize.graph.macs import count_macs
 from dynamize.measure.costs import exit_costs
-from dynamize.nn.looking import Peaks, corners, cut, windows
+from dynamize.nn.looking import corners, cut, windows
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.piece import Dense, Setting
 
@@ -106,21 +106,6 @@ def test_training_gives_the_answers_of_all(network: DynamicNetwork, images: Tens
     before = images.clone()
     network.run(images, Setting(SETTINGS[0]))
     assert torch.equal(images, before)
-
-
-def test_a_crop_is_where_the_evidence_is() -> None:
-    linear = nn.Linear(3, 4)
-    with torch.no_grad():
-        linear.weight.copy_(torch.eye(4)[:, :3] * 10)
-    features = torch.zeros(2, 3, 4, 4)
-    features[0, 1, 0, 3], features[0, 1, 3, 0] = 5, 4
-    features[1, 2, 2, 2] = 5
-    logits = torch.tensor([[0.0, 50.0, 0.0, 0.0], [0.0, 0.0, 50.0, 0.0]])
-    places = Peaks(linear, (4, 4), 2, (0.5, 0.5))(logits, features.flatten(1))
-    assert places.shape == (2, 4)
-    assert places[0].tolist() == pytest.approx([0, 1, 1, 0])
-    assert places[1, :2].tolist() == pytest.approx([0.75, 0.75])
-    assert places[1, 2:].tolist() != pytest.approx([0.75, 0.75])
 
 
 def test_what_was_looked_at_is_recorded(network: DynamicNetwork, images: Tensor) -> None:
