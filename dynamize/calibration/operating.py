@@ -63,6 +63,12 @@ class OperatingPoint(BaseModel):
     certified: Certificate | None = None
     images: int | None = Field(None, gt=0)
 
+    def __str__(self) -> str:
+        what = "right" if self.labels == "given" else "as the original network answers"
+        time = "" if self.latency_ms is None else f", {self.latency_ms:.3g} ms"
+        lost = f"drop {100 * self.accuracy_drop:+.2f} points"
+        return f"{self.name}: {self.macs_ratio:.3f} of the MACs{time}, {self.accuracy:.1%} {what}, {lost}"
+
     @model_validator(mode="before")
     @classmethod
     def _of_format_1(cls, given: Any) -> Any:
@@ -78,6 +84,9 @@ class OperatingPoints(RootModel[tuple[OperatingPoint, ...]]):
     """A sequence of points, the cheapest first; `points["macs-0.50"]`, `points["chosen"]` and `points[0]` all work."""
 
     model_config = ConfigDict(frozen=True)
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.root))
 
     def __iter__(self) -> Iterator[OperatingPoint]:  # type: ignore[override]
         return iter(self.root)

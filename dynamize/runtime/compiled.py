@@ -15,7 +15,7 @@ from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.piece import Call, Part, Piece, Point, Setting, setting_at
 from dynamize.nn.row import needed
 from dynamize.runtime.deadline import Deadlines, Timely
-from dynamize.runtime.engine import Border, Engine, OneTorchThread, engine_class
+from dynamize.runtime.engine import Border, Engine, OneTorchThread, default_backend, engine_class
 from dynamize.runtime.inputs import why_refused
 from dynamize.runtime.maker import Maker
 from dynamize.runtime.threads import Threads, chosen_threads
@@ -215,7 +215,10 @@ class CompiledNetwork:
 
 
 def compile_network(
-    network: DynamicNetwork, backend: str, device: torch.device | str = "cpu", threads: Threads | None = None
+    network: DynamicNetwork,
+    backend: str | None = None,
+    device: torch.device | str = "cpu",
+    threads: Threads | None = None,
 ) -> CompiledNetwork:
     """Compile every static part of ``network`` for ``backend``, and compare each with torch.
 
@@ -224,7 +227,7 @@ def compile_network(
     Args:
         network: a converted network, or a static one from :func:`dynamize.conversion.wrap`.
         backend: ``eager`` (batch norms folded, channels last), ``onnxruntime``, ``openvino`` (float32) or
-            ``openvino-bf16``.
+            ``openvino-bf16``; by default the one that was measured to be the fastest on such a device.
         threads: "own": sessions of ONNX Runtime have threads of their own, beside those of any other session in this
             process. "shared": they share one pool, which is about a twentieth faster, and from then on ONNX Runtime
             refuses every session in this process that is not made to share it. By default "own", and "shared" in the
@@ -242,6 +245,7 @@ def compile_network(
         >>> torch.allclose(fast(images), dyn(images), atol=1e-4)
         True
     """
-    engine = engine_class(backend)(torch.device(device))
+    where = torch.device(device)
+    engine = engine_class(default_backend(where) if backend is None else backend)(where)
     engine.threads = chosen_threads(threads)
     return CompiledNetwork(network, engine)

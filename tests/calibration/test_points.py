@@ -64,6 +64,15 @@ def test_all_exits_off_is_a_point_where_nothing_beats_it():
         operating_points(worst_last, count=5)["full"]
 
 
+def test_points_are_printed_a_line_each(points):
+    lines = str(points).splitlines()
+    assert len(lines) == len(points)
+    assert lines[-1].startswith(f"{points[-1].name}: {points[-1].macs_ratio:.3f} of the MACs")
+    differs = points[0].model_copy(update={"labels": "none", "latency_ms": 1.25})
+    assert "MACs, 1.25 ms, " in str(differs)
+    assert "as the original network answers" in str(differs)
+
+
 def test_a_role_that_several_points_have_names_none(points):
     with pytest.raises(DynamizeError, match="no operating point 'macs'"):
         points["macs"]

@@ -23,6 +23,7 @@ from dynamize.conversion import convert, wrap
 from dynamize.errors import DynamizeError
 from dynamize.graph.macs import counting_macs
 from dynamize.runtime.compiled import compile_network
+from dynamize.runtime.engine import default_backend
 from dynamize.runtime.onnxruntime import OnnxRuntime
 from dynamize.transforms import Exits
 
@@ -234,3 +235,8 @@ def test_switching_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         assert close(found.logits, dynamic.run(images(5)).logits.detach())
         assert torch.equal(found.exits, dynamic.run(images(5)).exits)
     assert not loaded
+
+
+def test_the_backend_is_the_fastest_where_none_is_named() -> None:
+    network = wrap(small_resnet(), SmallResNet.shape)
+    assert compile_network(network).engine.name == default_backend(torch.device("cpu"))
