@@ -2,16 +2,17 @@
 
     python benchmarks/glance_focus_speed.py
 
-There is no training data for these, so who leaves where is forced at stated shares: behind the glance, the first crop,
-the second crop. What they are as sure of is computed and joined all the same. ``limit`` is what these shares would give
-if each look took as long as the glance takes by itself and nothing lay between them. The static network is the same one
-on the same backend. Times are medians of interleaved rounds in one process; nothing else may run meanwhile.
+There is no training data for these: weights and images are random, and thresholds are such that stated shares of the
+images leave behind the glance, the first crop, the second crop. ``limit`` is what these shares would give if each look
+took as long as the glance takes by itself and nothing lay between them. The static network is the same one on the same
+backend. Times are medians of interleaved rounds in one process; nothing else may run meanwhile.
 """
 
 from collections.abc import Sequence
 from functools import partial
 from typing import Annotated
 
+import numpy as np
 import torch
 import typer
 from torch import Tensor
@@ -19,7 +20,8 @@ from torch import Tensor
 import dynamize as dz
 from dynamize.measure.costs import exit_costs
 from dynamize.measure.latency import Times, interleave
-from dynamize.nn.piece import GOES_ON, LEAVES, Setting
+from dynamize.nn.network import DynamicNetwork
+from dynamize.nn.piece import Setting
 from dynamize.runtime.compiled import CompiledNetwork
 
 CPU = torch.device("cpu")
@@ -43,9 +45,9 @@ def main(
     step = dz.GlanceFocus(glance=look, size=look, crop=look / side, crops=len(leaving) - 1)
     dynamic = dz.convert(dz.source(network).eval(), [step], (3, side, side)).eval()
     noise = torch.randn(images, 3, side, side)
-    exits = exits_at(leaving, images)
-    cumulative = exit_costs(dynamic).cumulative()
-    ratio = cumulative[exits.numpy()].mean() / exit_costs(dynamic).cumulative(Setting())[-1]
+    setting = at_shares(dynamic, noise, leaving)
+    exits = dynamic.run(noise, setting).exits
+    ratio = exit_costs(dynamic).cumulative()[exits.numpy()].mean() / exit_costs(dynamic).cumulative(Setting())[-1]
     looks = float((exits + 1).clamp(max=len(leaving)).float().mean())
     print(f"{network} at {side} pixels, looks of {look}: {torch.bincount(exits).tolist()} of {images} leave at each\n")
     print(
@@ -54,7 +56,7 @@ def main(
     for backend in backends.split(","):
         compiled = dz.compile_network(dynamic, backend, threads="shared")
         for batch in map(int, batches.split(",")):
-            found = compare(compiled, noise.split(batch), exits.split(batch), seconds)
+            found = compare(compiled, noise.split(batch), setting, seconds)
             print(
                 f"| {backend} | {batch} | {ratio:.3f} | {found.median_ms('static'):.2f} ms "
                 f"| {found.median_ms('dynamic'):.2f} ms | {found.speedup('static', 'dynamic'):.2f} x "
@@ -64,31 +66,31 @@ def main(
             print("".join(found.warnings()), end="")
 
 
-def compare(compiled: CompiledNetwork, inputs: Sequence[Tensor], exits: Sequence[Tensor], seconds: float) -> Times:
+def compare(compiled: CompiledNetwork, inputs: Sequence[Tensor], setting: Setting, seconds: float) -> Times:
     """The whole images alone, each image as far as it goes, and the glance alone."""
-    members = compiled.network.members
-    decided = {id(some): forced(members, where) for some, where in zip(inputs, exits, strict=True)}
+    glance = compiled.network.members[0]
     contenders = {
         "static": partial(compiled.run, setting=Setting()),
-        "dynamic": lambda images: compiled.run(images, decided[id(images)]),
-        "glance": partial(compiled.run, setting=Setting({members[0]: float("-inf")})),
+        "dynamic": partial(compiled.run, setting=setting),
+        "glance": partial(compiled.run, setting=Setting({glance: float("-inf")})),
     }
     return interleave(contenders, inputs, CPU, seconds)
 
 
-def exits_at(shares: list[float], images: int) -> Tensor:
-    """Where each image leaves, in an order of chance."""
-    ends = (torch.tensor([0.0, *shares]).cumsum(0) * images).round().long()
-    exits = torch.full((images,), len(shares))
-    for number, (first, last) in enumerate(zip(ends, ends[1:], strict=False)):
-        exits[first:last] = number
-    return exits[torch.randperm(images)]
-
-
-def forced(members: Sequence[str], exits: Tensor) -> Setting:
-    """The images of a batch leave there, whatever they are sure of."""
-    options = {name: torch.where(exits == number, LEAVES, GOES_ON) for number, name in enumerate(members)}
-    return Setting(forced=options, combine="product")
+def at_shares(network: DynamicNetwork, images: Tensor, shares: Sequence[float]) -> Setting:
+    """Thresholds at which these shares of the images leave behind each network in front of the last one."""
+    thresholds: dict[str, float | None] = {}
+    waiting = np.ones(len(images), bool)
+    seen = network.run(images, everyone=True).seen
+    for (name, _, found), share in zip(seen, shares, strict=True):
+        assert found is not None
+        scores = found.double().numpy()
+        ranked = np.sort(scores[waiting])[::-1]
+        count = round(share * len(images))
+        bound = float("-inf") if count >= len(ranked) else float(ranked[count - 1 : count + 1].mean())
+        thresholds[name] = bound
+        waiting &= scores < bound
+    return Setting(thresholds)
 
 
 if __name__ == "__main__":

@@ -144,6 +144,9 @@ def _seeing(network: DynamicNetwork, given: Size, size: Size) -> fx.GraphModule:
 
 def _cost_note(nets: dict[str, fx.GraphModule], network: DynamicNetwork) -> str:
     own = annotated_macs(network.plain)
+    costs = {name: annotated_macs(net) for name, net in nets.items()}
+    if looking := sum(piece.macs for piece in network.row if piece.waits):
+        costs["saying where to look"] = looking
     return "before the whole image: " + ", ".join(
-        f"{name} ({annotated_macs(net) / own:.0%} of its MACs)" for name, net in nets.items()
+        f"{name} ({macs / own:.{0 if macs > 0.01 * own else 1}%} of its MACs)" for name, macs in costs.items()
     )

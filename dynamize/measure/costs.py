@@ -15,20 +15,36 @@ Bools = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
+class Once:
+    """What several legs begin with and the first of them that runs does, for images that an earlier one has seen.
+
+    Attributes:
+        macs: per image.
+        leg: number of the earlier leg.
+    """
+
+    macs: float
+    leg: int
+
+
+Step = float | Once | Decision
+
+
+@dataclass(frozen=True)
 class Costs:
     """What a network costs piece by piece.
 
     Attributes:
         legs: in order of execution, from the images to the next piece that starts from them again: the MACs per image
-            of each static piece, or a decision.
+            of each static piece, a decision, or what was put off until then.
         switchable: names of the decisions that do not run, and cost nothing, where their exit is off.
     """
 
-    legs: tuple[tuple[float | Decision, ...], ...]
+    legs: tuple[tuple[Step, ...], ...]
     switchable: frozenset[str]
 
     @property
-    def steps(self) -> list[float | Decision]:
+    def steps(self) -> list[Step]:
         """Those of all legs in order."""
         return [step for leg in self.legs for step in leg]
 
@@ -45,17 +61,22 @@ class Costs:
     def cumulative(self, setting: Setting | None = None) -> Floats:
         """MACs of leaving at each exit (K,), the dearest options taken; without a setting all exits are on."""
         start, found = 0.0, []
+        done: set[Once] = set()
+        asked: list[bool] = []
         for leg in self.legs:
             spent = needed = start  # needed: up to the last decision that is on; the rest of a leg only leads to an end
+            put_off = {step for step in leg if isinstance(step, Once) and asked[step.leg]} - done
             for step in leg:
                 if not isinstance(step, Decision):
-                    spent += step
+                    spent += _macs(step) if not isinstance(step, Once) or step in put_off else 0.0
                     continue
                 off = setting is not None and setting.thresholds.get(step.name) is None and step.name in self.switchable
                 spent += 0.0 if off else step.always + max(step.macs)
                 if step.effect == "leaves":
                     found.append(spent)
                     needed = needed if off else spent
+            asked.append(needed > start)
+            done |= put_off if asked[-1] else set()
             start, last = needed, spent
         return np.array([*found, last])
 
@@ -64,7 +85,7 @@ class Costs:
         spent, found = 0.0, []
         for step in self.steps:
             if not isinstance(step, Decision):
-                spent += step
+                spent += _macs(step)
             else:
                 spent += step.always + min(step.macs)
                 found += [spent] if step.effect == "leaves" else []
@@ -77,18 +98,27 @@ class Costs:
             if isinstance(step, Decision):
                 spent[runs] += step.always + np.array(step.macs)[taken[step.name].numpy()[runs]]
             else:
-                spent[runs] += step
+                spent[runs] += _macs(step)
         return spent
 
     def runs(self, taken: Mapping[str, Tensor], images: int) -> Iterator[Bools]:
         """For each of `steps`, which images (N,) it ran for."""
         here = np.ones(images, bool)
+        waiting: dict[Once, Bools] = {}
+        asked: list[Bools] = []
         for number, leg in enumerate(self.legs, start=1):
             last = number == len(self.legs)
-            needed = [np.ones(images, bool)] * len(leg) if last else _decided_later(leg, taken, images)
-            for step, decided in zip(leg, needed, strict=True):
+            decided = _decided_later(leg, taken, images)
+            asked.append(decided[0])
+            needed = [np.ones(images, bool)] * len(leg) if last else decided
+            for step, wanted in zip(leg, needed, strict=True):
+                if isinstance(step, Once):
+                    due = here & wanted & waiting.get(step, asked[step.leg])
+                    waiting[step] = waiting.get(step, asked[step.leg]) & ~due
+                    yield due
+                    continue
                 if not isinstance(step, Decision):
-                    yield here & decided
+                    yield here & wanted
                     continue
                 yield taken[step.name].numpy() >= 0
                 if step.effect == "leaves":
@@ -114,7 +144,11 @@ class Costs:
         return [*found, total]
 
 
-def _decided_later(leg: Sequence[float | Decision], taken: Mapping[str, Tensor], images: int) -> list[Bools]:
+def _macs(step: float | Once) -> float:
+    return step.macs if isinstance(step, Once) else step
+
+
+def _decided_later(leg: Sequence[Step], taken: Mapping[str, Tensor], images: int) -> list[Bools]:
     """For each step of a leg that is not the last, which images it runs for: those for which something behind it in the
     leg decides whether they leave."""
     found, decided = [], np.zeros(images, bool)
@@ -127,10 +161,14 @@ def _decided_later(leg: Sequence[float | Decision], taken: Mapping[str, Tensor],
 
 def exit_costs(network: DynamicNetwork) -> Costs:
     """The costs of a network as its pieces were counted."""
-    legs: list[list[float | Decision]] = [[]]
+    legs: list[list[Step]] = [[]]
+    put_off: list[Once] = []
     for piece in network.row:
         if piece.restarts and legs[-1]:
-            legs.append([])
-        legs[-1].append(piece.decision or piece.macs)
+            legs.append(list(put_off) if piece.cuts else [])
+        if piece.waits:
+            put_off.append(Once(piece.macs, len(legs) - 1))
+        else:
+            legs[-1].append(piece.decision or piece.macs)
     switchable = frozenset(piece.name for piece in network.leaving if piece.idle(Setting()))
     return Costs(tuple(map(tuple, legs)), switchable)

@@ -1,6 +1,6 @@
 """The images of a batch that are still on their way, and what became of each."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ class Flow:
         answered: (rows, logits) of images that have left; shared too.
         seen: while nobody leaves: (decision, logits, score) of all images; None otherwise.
         shares: training: by decision, (N, P).
+        seek: what says where to look in images, for the first that asks; None where nobody says, or it was asked.
         ahead: training: how many answers are still to come, the network's own counted.
         owned: whether the features are known not to lie in the user's images; whoever goes back to those says so.
     """
@@ -43,6 +44,7 @@ class Flow:
         "means",
         "owned",
         "rows",
+        "seek",
         "seen",
         "shares",
     )
@@ -57,6 +59,7 @@ class Flow:
         self.answered: list[tuple[Indices, Tensor]] = []
         self.seen: list[tuple[str, Tensor, Tensor | None]] | None = [] if everyone else None
         self.shares: dict[str, Tensor] = {}
+        self.seek: Callable[[Flow], None] | None = None
         self.ahead = 1
         self.owned = False
 
@@ -119,6 +122,7 @@ class Flow:
         part = Flow.__new__(Flow)
         part.images, part.log, part.answered, part.seen = self.images, self.log, self.answered, self.seen
         part.shares, part.ahead, part.owned, part.chosen = self.shares, self.ahead, self.owned, self.chosen
+        part.seek = self.seek
         part.features = self.features[start:stop]
         part.means = None if self.means is None else self.means[start:stop]
         part.extra = {name: values[start:stop] for name, values in self.extra.items()}

@@ -98,7 +98,7 @@ class Restart(Instruction):
 
 @dataclass(frozen=True)
 class Look(Instruction):
-    """Images carry from here on as "places" what is made of a part's description of the features."""
+    """Features are kept until the first crop; of what a part describes of them "places" are made, carried on."""
 
     do = "look"
     part: str

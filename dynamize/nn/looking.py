@@ -21,6 +21,7 @@ from dynamize.nn.instructions import Look as LookThere
 from dynamize.nn.piece import Call, Choose, Part, Piece, Run, Setting
 from dynamize.nn.where import Evidence, Peaks, Share
 
+MAP = "map"  # (n, C, h, w), in what a flow carries: the last feature map of the glance
 Policy = Literal["activation", "centre", "random"]
 _DRAWN = 997  # places that random crops are drawn from
 
@@ -59,13 +60,15 @@ class Passing(Piece):
 
 
 class Look(Passing):
-    """Crops where the last feature map of a glance has most evidence for its answer.
+    """Crops where the last feature map of a glance has most evidence for its answer, sought when the first is cut.
 
     Args:
         evidence: of each cell of the map.
         crops: how many.
         share: of each side of the image that a crop holds, of height and width.
     """
+
+    waits = True
 
     def __init__(self, evidence: Evidence, crops: int, share: Share) -> None:
         super().__init__()
@@ -80,9 +83,14 @@ class Look(Passing):
     def bind(self, calls: Mapping[str, Call]) -> Run:
         describe, peaks = calls["gate"], self.peaks
 
-        def run(flow: Flow, setting: Setting) -> None:
+        def seek(flow: Flow) -> None:
+            found = flow.extra.pop(MAP)
             if len(flow):
-                flow.extra[PLACES] = peaks(describe(flow.features))
+                flow.extra[PLACES] = peaks(describe(found))
+
+        def run(flow: Flow, setting: Setting) -> None:
+            flow.extra[MAP] = flow.features.clone()  # layers behind may write over it
+            flow.seek = seek
 
         return run
 
@@ -140,6 +148,9 @@ class Crop(Restart):
         return "crop"
 
     def go_back(self, flow: Flow) -> None:
+        if flow.seek is not None:
+            flow.seek(flow)
+            flow.seek = None
         restart(flow)
         places = flow.extra.get(PLACES)
         free = (flow.images.shape[2] - self.side[0], flow.images.shape[3] - self.side[1])

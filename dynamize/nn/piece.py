@@ -156,6 +156,7 @@ class Piece(nn.Module, ABC):
         links: whether it stands between two networks of the row, and is no part of the one that it belongs to.
         restarts: whether it goes back to the images, so that whatever runs before it only serves decisions.
         cuts: whether what comes in again is a part of each image, so that it runs even where the images have just come.
+        waits: whether what it does waits until a part of an image is asked for, and is left out where none is.
         scored: whether it has a ``temperature``, by which logits are divided before they are scored or joined.
         reads_means: whether it reads nothing but channel means, which the piece before can hand on.
         passes: whether features may pass it unchanged, so that both sides are one border.
@@ -170,6 +171,7 @@ class Piece(nn.Module, ABC):
     links: ClassVar[bool] = False
     restarts: ClassVar[bool] = False
     cuts: ClassVar[bool] = False
+    waits: ClassVar[bool] = False
     scored: ClassVar[bool] = False
     rank: ClassVar[int] = 0
     straight = False

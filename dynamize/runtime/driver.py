@@ -68,6 +68,7 @@ class Flow:
         values: what these carry.
         taken: (decision, rows, option of each), in order.
         answered: (rows, place, logits) of those that have left.
+        seek: lets these carry on where to look, for the first that asks.
     """
 
     def __init__(self, images: Array, point: Mapping[str, Any]) -> None:
@@ -75,6 +76,7 @@ class Flow:
         self.values: Values = {"features": images}
         self.taken: list[tuple[str, Array, Array]] = []
         self.answered: list[tuple[Array, str, Array]] = []
+        self.seek: Callable[[], None] | None = None
 
     def through(self, part: Part) -> Values:
         """Let all go through a part; what it gives."""
@@ -147,8 +149,14 @@ def restart(flow: Flow, keeps: Sequence[str]) -> None:
 
 
 def look(flow: Flow, part: Part, places: Part) -> None:
-    """Images carry on the places that a part's description of the features says."""
-    flow.values["places"] = places(part(flow.values))["places"]
+    """Keep the features, of which a part says where to look, for the first crop."""
+    flow.values["map"] = flow.values["features"]
+
+    def seek() -> None:
+        features = {"features": flow.values["map"]}
+        flow.values["places"] = places(part(features))["places"]
+
+    flow.seek = seek
 
 
 def draw(flow: Flow, table: Sequence[Array]) -> None:
@@ -159,6 +167,9 @@ def draw(flow: Flow, table: Sequence[Array]) -> None:
 
 def crop(flow: Flow, keeps: Sequence[str], number: int, side: Sequence[int]) -> None:
     """Images come in again, each with one of its crops, from the middle where nobody said where."""
+    if flow.seek is not None:
+        flow.seek()
+        flow.seek = None
     restart(flow, keeps)
     images, (height, width) = flow.values["features"], side
     free = np.array([images.shape[2] - height, images.shape[3] - width])

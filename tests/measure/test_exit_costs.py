@@ -8,7 +8,7 @@ from dynamize.conversion import convert, wrap
 from dynamize.graph.cuts import cut_points
 from dynamize.graph.macs import annotated_macs, count_macs
 from dynamize.graph.trace import trace
-from dynamize.measure.costs import exit_costs
+from dynamize.measure.costs import Costs, Once, exit_costs
 from dynamize.nn.piece import Decision, Setting
 from dynamize.transforms import Exits
 
@@ -61,3 +61,20 @@ def test_counting_changes_neither_mode_nor_statistics() -> None:
 def test_a_static_network_costs_its_macs_and_double_precision_the_same() -> None:
     assert exit_costs(wrap(ThreeLayer(), ThreeLayer.shape)).cumulative().tolist() == [11560]
     assert exit_costs(wrap(ThreeLayer().double(), ThreeLayer.shape)).cumulative().tolist() == [11560]
+
+
+def test_what_was_put_off_is_paid_once_by_who_asks_for_it() -> None:
+    def leaves(name: str) -> Decision:
+        return Decision(name, "member", ("leaves", "goes on"), (0.0, 0.0), 0.0, "leaves")
+
+    late = Once(7.0, 0)
+    legs = ((10.0, leaves("a")), (late, 100.0, leaves("b")), (late, 100.0, leaves("c")), (1000.0,))
+    costs = Costs(legs, frozenset("abc"))
+    every, none = Setting({"a": 1.0, "b": 1.0, "c": 1.0}), Setting()
+    assert costs.cumulative(every).tolist() == [10, 117, 217, 1217]
+    assert costs.cumulative(Setting({"a": 1.0, "b": None, "c": 1.0}))[2:].tolist() == [117, 1117]
+    assert costs.cumulative(Setting({"b": 1.0}))[1] == 100
+    assert costs.cumulative(none)[-1] == 1000
+    taken = {"a": [0, 1, 1, 1, -1, -1], "b": [-1, 0, 1, -1, 0, -1], "c": [-1, -1, 1, 0, -1, -1]}
+    found = costs.executed({name: torch.tensor(options) for name, options in taken.items()}, 6)
+    assert found.tolist() == [10, 117, 1217, 117, 100, 1000]
