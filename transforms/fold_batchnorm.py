@@ -62,6 +62,8 @@ class FoldBatchnorm(Transform):
             notes.append(f"answers differ by {rounded:.0e} of their spread, as sums round otherwise")
         if sliced_layers(network):
             notes.append("blocks with channel gates keep theirs: each width needs its own")
+        elif any(unit.has_own for unit in network.changing):
+            notes.append("gated blocks keep theirs: each way through them has its own")
         return Applied(network, self, notes)
 
 

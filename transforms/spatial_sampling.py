@@ -21,7 +21,8 @@ class SpatialSampling(BlockGates):
     Interpolation, with the positions of a grid). All gates start open: nothing is left out.
 
     The shortcut keeps every position, so blocks with a projection and those on maps of fewer than 4 x 4 stay as they
-    are. Images whose content is coarse need no more; `distill` teaches the gates which these are.
+    are. Both ways share weights; the coarse one has batch-norm statistics of its own. Images whose content is coarse
+    need no more; `distill` teaches the gates which these are.
 
     Example:
         >>> net = dz.source("dynamize:digits_resnet", pretrained=True)

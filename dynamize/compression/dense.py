@@ -1,7 +1,7 @@
 """All that a dynamic network can compute, in one graph that torch-pruning can follow."""
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 from torch import Tensor, fx, nn
@@ -38,7 +38,10 @@ class Dense(nn.Module):
         self.graph = self._with_points()
         modules = [(module, path) for path, module in layers(network).items() if path in cuttable]
         tensors = [(tensor, path) for path, tensor in network.plain.named_parameters() if path in cuttable]
-        self.stands = {id(module): _ordinary(path) for module, path in modules}
+        self._alike: dict[int, list[str]] = defaultdict(list)  # norms that differ in statistics only, by parameters
+        for module, path in modules:
+            self._alike[id(module._parameters)].append(path)
+        self.stands = {id(module): _ordinary(path, self._alike[id(module._parameters)]) for module, path in modules}
         self.stands |= {id(tensor): Stand(path, {"each": ((path, _last(tensor)),)}) for tensor, path in tensors}
         self.stands |= {id(module): stand for module, stand in put_stand_ins(self.graph).items()}
         self.by_key = {stand.key: stand for stand in self.stands.values()}
@@ -64,6 +67,8 @@ class Dense(nn.Module):
         yield from (stand.ties for stand in self.by_key.values() if stand.ties)
         holders: dict[int, list[tuple[str, nn.Module]]] = defaultdict(list)
         for path, module in layers(self.network).items():
+            if path in self._alike[id(module._parameters)][1:]:
+                continue
             for parameter in module.parameters(recurse=False):
                 holders[id(parameter)].append((path, module))
         for held in holders.values():
@@ -101,9 +106,9 @@ class Dense(nn.Module):
         return [*found, *(module for module in network.pieces.modules() if module not in bodies)]
 
 
-def _ordinary(path: str) -> Stand:
-    """A layer that stands for itself."""
-    held = ((path, None),)
+def _ordinary(path: str, alike: Sequence[str]) -> Stand:
+    """A layer that stands for itself, and for those that have its parameters."""
+    held = tuple((one, None) for one in alike)
     return Stand(path, {"each": held, "out": held, "in": held})
 
 

@@ -4,16 +4,18 @@ Training is dense: a unit computes all that its ways do and mixes it by hard dec
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import ClassVar, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dynamize.errors import DynamizeError
 from dynamize.graph.macs import count_macs, counting_macs
+from dynamize.graph.norms import own_statistics
 from dynamize.nn.flow import Flow, put_rows, take_rows
 from dynamize.nn.gates import Gate, choose, make_gate, make_memory
 from dynamize.nn.instructions import Choose as ChooseWay
@@ -251,19 +253,25 @@ class CoarseUnit(Unit):
     """A residual block, or a run of them, whose branches an image computes on a coarser grid or in full (Xie et al.
     2020, sec. 3, with a grid in the place of sampled positions).
 
-    Both ways share batch-norm statistics, which are those of the whole one, also while it is trained: means over two
-    ways, of which each has other variances, would fit neither.
+    Both ways share all weights, but the coarse one has batch-norm statistics of its own from the start, which are part
+    of the state dict: means of 2 x 2 positions vary less. In training each way's come from all images, as those of the
+    network do. With shared ones the digits network, at half of its MACs, answers 68 % right in the place of 95 %.
 
     Args:
         body: the block; it does not write to its input. Its layers are the network's.
         coarse: the same layers on the coarser grid (:func:`dynamize.graph.coarse.coarse`).
+
+    Attributes:
+        norms: the batch norms of the coarse way.
     """
 
     kind = "grid"
+    has_own = True
 
-    def __init__(self, label: str, gate: Gate, body: nn.Module, coarse: nn.Module) -> None:
+    def __init__(self, label: str, gate: Gate, body: nn.Module, coarse: fx.GraphModule) -> None:
         super().__init__(label, gate, 2)
-        self._sharing = (coarse, body)  # a tuple: their modules are the network's, which registers them
+        self.norms = nn.ModuleList(own_statistics(coarse))
+        self._sharing = (coarse, body)  # a tuple: their other modules are the network's, which registers them
 
     def ways(self) -> Sequence[nn.Module | None]:
         return self._sharing
@@ -276,18 +284,31 @@ class CoarseUnit(Unit):
         super().count(flow)
         self.path_costs.copy_(torch.tensor([0.0, 1.0]))
 
+    def freeze(self) -> None:
+        super().freeze()
+        self.norms = nn.ModuleList()
+
     def blend(self, features_NCHW: Tensor, shares_NP: Tensor) -> Tensor:
         coarse, body = self._sharing
         computed = body(features_NCHW)
-        norms = [one for one in coarse.modules() if isinstance(one, _BatchNorm) and one.training]
-        for norm in norms:
-            norm.training = False
-        roughly = coarse(features_NCHW)
-        for norm in norms:
-            norm.training = True
+        with _kept(coarse, besides=set(self.norms)):
+            roughly = coarse(features_NCHW)
         first, last = shares_NP.to(computed.dtype)[:, :, None, None, None].unbind(1)
         blended: Tensor = last * computed + first * roughly
         return blended
+
+
+@contextmanager
+def _kept(path: nn.Module, besides: set[nn.Module]) -> Iterator[None]:
+    """Let statistics of batch norms stay as they are inside the block, and normalise by them."""
+    norms = [one for one in path.modules() if isinstance(one, _BatchNorm) and one.training and one not in besides]
+    for norm in norms:
+        norm.training = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.training = True
 
 
 def _dispatch(ways: Sequence[Call | None], taken: Sequence[int], flow: Flow, means: Tensor | None) -> None:

@@ -36,7 +36,8 @@ def count_again(network: DynamicNetwork) -> None:
 def layers_and_norms(network: DynamicNetwork) -> dict[nn.Module, nn.Module]:
     """Every convolution or linear layer with the batch norm that alone reads it, in all graphs that call either.
 
-    Those that pieces slice while they run are left out: their narrower ways slice both.
+    Those that pieces slice while they run are left out: their narrower ways slice both. So are layers that several ways
+    share, each with a norm of its own behind.
     """
     pairs: dict[nn.Module, nn.Module] = {}
     elsewhere = sliced_layers(network)
@@ -44,6 +45,7 @@ def layers_and_norms(network: DynamicNetwork) -> dict[nn.Module, nn.Module]:
         here = {_module(root, layer): _module(root, norm) for layer, norm in norm_pairs(root, graph)}
         called = {_module(root, node) for node in graph.nodes if node.op == "call_module"}
         elsewhere |= called - set(here) - set(here.values())
+        elsewhere |= {layer for layer, norm in here.items() if pairs.get(layer, norm) is not norm}
         pairs |= here
     return {layer: norm for layer, norm in pairs.items() if layer not in elsewhere and norm not in elsewhere}
 

@@ -18,7 +18,7 @@ from dynamize.models import create
 from dynamize.nn.channels import ChannelUnit
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.piece import Setting
-from dynamize.transforms import ChannelGates, Exits, SkipGates
+from dynamize.transforms import ChannelGates, Exits, SkipGates, SpatialSampling
 
 EXITS = Exits(at=["layer1", "layer2"], head="conv", share=1.0, chain=True)
 
@@ -68,6 +68,15 @@ def with_channels(own: bool) -> DynamicNetwork:
     return network
 
 
+def with_coarse() -> DynamicNetwork:
+    network = convert(small_resnet(), [EXITS, SpatialSampling(group=1, keep_first=False)], SmallResNet.shape)
+    for unit in network.changing:
+        for name, statistics in unit.named_buffers():
+            if "running" in name:
+                statistics.mul_(torch.empty_like(statistics).uniform_(0.5, 1.5))
+    return scatter(network, images(64))
+
+
 def images(count: int, shape: tuple[int, ...] = SmallResNet.shape) -> Tensor:
     return torch.randn(count, *shape, generator=torch.Generator().manual_seed(count))
 
@@ -82,6 +91,7 @@ NETWORKS: dict[str, Callable[[], DynamicNetwork]] = {
     "recurrent gates": lambda: gated_resnet({}, gate="recurrent"),
     "channel gates": lambda: with_channels(own=False),
     "own statistics": lambda: with_channels(own=True),
+    "coarse grids": with_coarse,
     "tables": with_tables,
     "option A": lambda: option_a(Exits(at=["layer1.1", "layer2.1"], share=0.3), SkipGates(group=1)),
     "option A, channels": lambda: option_a(ChannelGates(multiple=4)),

@@ -7,9 +7,10 @@ import pytest
 import torch
 from gated_networks import masked, scatter
 from networks import close, randomise_norms, torchvision_network
-from torch import nn
+from torch import Tensor, nn
 
 import dynamize as dz
+from dynamize.conversion import apply
 from dynamize.data import DataSpec, load_data
 from dynamize.graph.macs import count_macs
 from dynamize.measure.costs import exit_costs
@@ -18,13 +19,27 @@ from dynamize.nn.gates import ALL_OPEN
 from dynamize.nn.network import DynamicNetwork, record_routing
 from dynamize.nn.piece import Setting
 from dynamize.training.objectives import exit_logits
+from dynamize.transform import Transform
 
 SHAPE = (3, 32, 32)
 
 
 def converted(**fields: Any) -> DynamicNetwork:
     network = randomise_norms(create("cifar_resnet20")).eval()
-    return dz.convert(network, [dz.SpatialSampling.model_validate(fields)], SHAPE).eval()
+    dynamic = dz.convert(network, [dz.SpatialSampling.model_validate(fields)], SHAPE).eval()
+    for statistics in own_statistics(dynamic):
+        statistics.mul_(torch.empty_like(statistics).uniform_(0.5, 1.5))
+    return dynamic
+
+
+def own_statistics(network: DynamicNetwork) -> list[Tensor]:
+    """Means and variances that coarse ways have for themselves."""
+    return [each for unit in network.changing for norm in unit.norms for each in (norm.running_mean, norm.running_var)]
+
+
+def all_coarse(network: DynamicNetwork, images: Tensor) -> Tensor:
+    forced = {unit.name: torch.zeros(len(images), dtype=torch.int64) for unit in network.changing}
+    return network.eval().run(images, Setting(forced=forced)).logits
 
 
 @pytest.mark.parametrize(
@@ -70,7 +85,7 @@ def test_each_image_computes_what_it_chose(gate: str, tmp_path: Path) -> None:
     assert executed == exit_costs(network).executed(routing.taken, routing.images).sum()
 
 
-@pytest.mark.parametrize("backend", ["onnxruntime", "openvino", "inductor"])
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 @pytest.mark.fast("onnxruntime")
 def test_maps_of_odd_sizes(backend: str) -> None:
     network = dz.convert(torchvision_network("resnet18"), [dz.SpatialSampling(group=1)], (3, 72, 72)).eval()
@@ -93,6 +108,62 @@ def test_training_leaves_the_whole_way_its_statistics() -> None:
         found.append({name: one for name, one in dynamic.nets.state_dict().items() if "running" in name})
     assert found[0].keys() == found[1].keys()
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_the_coarse_way_has_statistics_of_its_own() -> None:
+    """They move with what it sees, and scales and shifts are those of the whole way."""
+    network = dz.convert(randomise_norms(create("cifar_resnet20")).eval(), [dz.SpatialSampling(group=1)], SHAPE)
+    images, before = torch.randn(8, *SHAPE), [one.clone() for one in own_statistics(network)]
+    with torch.no_grad():
+        network.train()(images)
+    assert not any(torch.equal(*pair) for pair in zip(own_statistics(network), before, strict=True))
+    unit = network.changing[0]
+    coarse, whole = unit.ways()
+    assert coarse is not None
+    assert whole is not None
+    assert coarse.get_submodule("layer1.1.bn1") is unit.norms[0]
+    assert coarse.get_parameter("layer1.1.bn1.weight") is whole.get_parameter("layer1.1.bn1.weight")
+    assert not torch.equal(coarse.get_buffer("layer1.1.bn1.running_var"), whole.get_buffer("layer1.1.bn1.running_var"))
+
+
+def test_recalibrate_estimates_what_the_coarse_way_sees() -> None:
+    """From the images that take it: here all of them, so that nothing of the whole way counts."""
+    data = load_data(DataSpec(source="digits", calibration=100, train_limit=100, test_limit=50), (1, 8, 8), 10)
+    network = dz.source("dynamize:digits_resnet", pretrained=True)
+    steps = [dz.SpatialSampling(group=1, keep_first=False), dz.Recalibrate(statistics="recalibrated", images=100)]
+    dynamic = dz.convert(network, steps, (1, 8, 8), dz.Context(data=data, teacher=network))
+    images, labels = next(iter(data.calibration.batches(100)))
+    plain = dz.convert(network, steps[:1], (1, 8, 8))
+    right = [float((all_coarse(one, images).argmax(1) == labels).float().mean()) for one in (dynamic, plain)]
+    assert right[0] > right[1] + 0.2
+
+
+@pytest.mark.parametrize("step", [dz.Prune(ratio=0.5, round_to=4), dz.FoldBatchnorm()])
+def test_layers_change_for_both_ways(step: Transform) -> None:
+    """Whether before the coarse ways are there or after."""
+    images, first = torch.randn(4, *SHAPE), dz.SpatialSampling(group=1)
+    plain, found = randomise_norms(create("cifar_resnet20")).eval(), []
+    for steps in ([step, first], [first, step]):
+        network = dz.convert(plain, steps, SHAPE)
+        found.append((all_coarse(network, images), network.eval()(images)))
+    assert all(close(*pair, 1e-4) for pair in zip(*found, strict=True))
+
+
+def test_folding_leaves_layers_that_two_ways_share() -> None:
+    images, network = torch.randn(4, *SHAPE), converted(group=1)
+    wanted = all_coarse(network, images)
+    folded, notes = apply(network, dz.FoldBatchnorm(), dz.Context())
+    assert close(all_coarse(folded, images), wanted, 1e-5)
+    assert "gated blocks keep theirs: each way through them has its own" in notes
+
+
+def test_coarse_for_all_without_a_gate() -> None:
+    images, network = torch.randn(4, *SHAPE), converted(group=1)
+    wanted = all_coarse(network, images)
+    paths = dict.fromkeys((one.name for one in network.decisions()), 0)
+    fused, _ = apply(network, dz.FuseGates(paths=paths), dz.Context())
+    assert not fused.decisions()
+    assert close(fused.eval()(images), wanted, 1e-5)
 
 
 @pytest.mark.slow
