@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from dynamize.nn import single
 from dynamize.nn.confidence import CONFIDENCES, ConfidenceName
 from dynamize.nn.exits import Leaving
 from dynamize.nn.flow import Flow, take_rows
@@ -75,18 +76,25 @@ class Answer(Leaving):
         return SCORES[self.confidence](answer_NC) if votes_NM is None else agreement(votes_NM)
 
     def bind(self, calls: Mapping[str, Call]) -> Run:
+        temperature: float = self.temperature.item()
+
         def run(flow: Flow, setting: Setting) -> None:
             logits = flow.features
-            own = numbers(logits)
             if flow.seen is not None:
-                score = self.rated(weigh("last", own, self.temperature.item()), None)
+                score = self.rated(weigh("last", numbers(logits), temperature), None)
                 flow.seen.append((self.name, logits, torch.from_numpy(score)))
-                return
-            answer = weighed(flow, setting.combine, own, self.temperature)
-            if setting.combine != "last":
-                flow.extra[EVIDENCE] = torch.from_numpy(answer)
-                logits = flow.extra[EVIDENCE].to(logits.device)
-            self.let_go(flow, setting, logits, self.rated(answer, self._votes(flow, own)))
+            elif self.alone and single.is_single(logits):
+                said = weighed_single(flow, setting.combine, temperature)
+                if setting.combine != "last":
+                    logits = flow.extra[EVIDENCE] = single.as_logits(said, logits.device)
+                self.let_go(flow, setting, logits, single.SCORES[self.confidence](said))
+            else:
+                own = numbers(logits)
+                answer = weighed(flow, setting.combine, own, temperature)
+                if setting.combine != "last":
+                    flow.extra[EVIDENCE] = torch.from_numpy(answer)
+                    logits = flow.extra[EVIDENCE].to(logits.device)
+                self.let_go(flow, setting, logits, self.rated(answer, self._votes(flow, own)))
 
         return run
 
@@ -176,10 +184,17 @@ class Verdict(Piece):
         return []
 
     def bind(self, calls: Mapping[str, Call]) -> Run:
+        temperature: float = self.temperature.item()
+
         def run(flow: Flow, setting: Setting) -> None:
-            if EVIDENCE in flow.extra and len(flow):
-                answer = weighed(flow, setting.combine, numbers(flow.features), self.temperature)
-                flow.features = torch.from_numpy(answer).to(flow.features.device)
+            logits = flow.features
+            if EVIDENCE not in flow.extra or not len(flow):
+                return
+            if single.is_single(logits):
+                flow.features = single.as_logits(weighed_single(flow, setting.combine, temperature), logits.device)
+            else:
+                answer = weighed(flow, setting.combine, numbers(logits), temperature)
+                flow.features = torch.from_numpy(answer).to(logits.device)
 
         return run
 
@@ -208,8 +223,15 @@ def numbers(logits: Tensor) -> NDArray[np.float32]:
     return found
 
 
-def weighed(flow: Flow, how: Joining, own_NC: Floats, temperature: Tensor) -> Floats:
+def weighed(flow: Flow, how: Joining, own_NC: Floats, temperature: float) -> Floats:
     """The answers of the networks so far as logits of one, with a network's own logits added."""
-    added = weigh(how, own_NC, temperature.item())
+    added = weigh(how, own_NC, temperature)
     before = flow.extra.get(EVIDENCE)
-    return added if before is None else join(how, before.numpy(), added)
+    return added if before is None else join(how, numbers(before), added)
+
+
+def weighed_single(flow: Flow, how: Joining, temperature: float) -> list[float]:
+    """The same for the only image of a flow, whose features are the network's logits."""
+    added = single.weigh(how, flow.features.tolist()[0], temperature)
+    before = flow.extra.get(EVIDENCE)
+    return added if before is None else single.join(how, before.tolist()[0], added)

@@ -135,23 +135,24 @@ class Leaving(Answering):
             return
         self.let_go(flow, setting, logits, score)
 
-    def let_go(self, flow: Flow, setting: Setting, logits: Tensor, score_N: Tensor | Floats) -> None:
-        """Answer the images that are sure enough."""
+    def let_go(self, flow: Flow, setting: Setting, logits: Tensor, score_N: Tensor | Floats | float) -> None:
+        """Answer the images that are sure enough; a single one's score may be a number."""
         leaving = self._leaving(flow, setting, score_N)
         if setting.ends is not None and setting.ends(self.name, np.delete(flow.rows, leaving)):
             leaving = np.arange(len(flow))
         flow.log.append((self.name, flow.rows, _options(len(flow), leaving)))
         flow.leave(leaving, logits)
 
-    def _leaving(self, flow: Flow, setting: Setting, score_N: Tensor | Floats) -> Indices:
+    def _leaving(self, flow: Flow, setting: Setting, score_N: Tensor | Floats | float) -> Indices:
         if self.name in setting.forced:
             forced = setting.forced[self.name][torch.from_numpy(flow.rows)]
             return np.flatnonzero(forced.cpu().numpy() == LEAVES)
         threshold = setting.thresholds.get(self.name)
         if threshold is None:
             return NOBODY
-        if len(flow) == 1:
-            return ONLY if score_N.item() >= threshold else NOBODY
+        if isinstance(score_N, float) or len(flow) == 1:
+            score = score_N if isinstance(score_N, float) else score_N.item()
+            return ONLY if score >= threshold else NOBODY
         scores = score_N.detach().cpu().numpy() if isinstance(score_N, Tensor) else score_N
         return np.flatnonzero(scores.astype(np.float64) >= threshold)  # in float32 the threshold would be rounded
 

@@ -1,10 +1,7 @@
-"""How the answers of several networks become one, and how sure it is: arithmetic on a few rows of logits.
-
-It runs between two networks, for a single image too, where each operator of torch would take longer than all of this.
-"""
+"""How the answers of several networks become one, and how sure it is: arithmetic in numpy on a few rows of logits, that
+runs between two networks. For one image alone, see :mod:`dynamize.nn.single`."""
 
 from collections.abc import Callable
-from math import exp, log
 from typing import Any
 
 import numpy as np
@@ -13,8 +10,6 @@ from numpy.typing import NDArray
 from dynamize.nn.joining import Joining
 
 Floats = NDArray[np.floating[Any]]
-
-_FEW = 128  # numbers up to which plain Python is faster than numpy
 
 
 def weigh(how: Joining, logits_NC: Floats, temperature: float) -> Floats:
@@ -34,10 +29,6 @@ def join(how: Joining, before_NC: Floats, added_NC: Floats) -> Floats:
 
 def log_probabilities(logits_NC: Floats) -> Floats:
     """Of softmax(logits)."""
-    if _is_one(logits_NC):
-        values: list[float] = logits_NC[0].tolist()
-        top = max(values)
-        return logits_NC - logits_NC.dtype.type(top + log(sum([exp(value - top) for value in values])))
     found = logits_NC - logits_NC.max(axis=1, keepdims=True)
     found -= np.log(np.exp(found).sum(axis=1, keepdims=True))
     return found
@@ -45,26 +36,12 @@ def log_probabilities(logits_NC: Floats) -> Floats:
 
 def top_probability(logits_NC: Floats) -> Floats:
     """Log-odds of the top class, (N, C) -> (N,), as :func:`dynamize.nn.confidence.top_probability`."""
-    if _is_one(logits_NC):
-        return _of_one(logits_NC)
     rows, tops = np.arange(len(logits_NC)), logits_NC.argmax(axis=1)
     others = logits_NC - logits_NC[rows, tops][:, None]
     others[rows, tops] = -np.inf
     second: Floats = others.max(axis=1)
     found: Floats = -second - np.log(np.exp(others - second[:, None]).sum(axis=1))
     return found
-
-
-def _is_one(logits_NC: Floats) -> bool:
-    return len(logits_NC) == 1 and logits_NC.size <= _FEW
-
-
-def _of_one(logits_1C: Floats) -> Floats:
-    values: list[float] = logits_1C[0].tolist()
-    top = max(values)
-    values.remove(top)
-    second = max(values)
-    return np.array([top - second - log(sum([exp(value - second) for value in values]))], logits_1C.dtype)
 
 
 def margin(logits_NC: Floats) -> Floats:

@@ -1,6 +1,7 @@
 """A network on a backend: each static part compiled by itself, the decisions between them in Python."""
 
 import copy
+import math
 from contextlib import nullcontext
 from typing import Any, cast
 
@@ -19,6 +20,8 @@ from dynamize.runtime.engine import Border, Engine, OneTorchThread, default_back
 from dynamize.runtime.inputs import why_refused
 from dynamize.runtime.maker import Maker
 from dynamize.runtime.threads import Threads, chosen_threads
+
+_GRAIN = 2**15  # numbers below which an operator of torch takes one thread anyway (at::internal::GRAIN_SIZE)
 
 
 class CompiledNetwork:
@@ -42,6 +45,7 @@ class CompiledNetwork:
         self._frozen = engine.prepare(frozen)
         self.row = self._frozen.row
         self._shape, self._dtype = torch.Size(network.input_shape), blank(self._frozen, 1).dtype
+        self._largest = max(math.prod(shape) for shape in (self._shape, *self._frozen.shapes))
         self._maker = Maker(self._frozen, engine)
         self._parts: dict[str, list[Part]] = {}
         for part in self._frozen.parts():
@@ -86,7 +90,8 @@ class CompiledNetwork:
         if last is None or last[0] is not setting:
             last = self._last = setting, self._program(setting)
         found = last[1]
-        one_thread = self.engine.one_torch_thread and not self._maker.path_in_torch
+        one_thread = len(images_NCHW) * self._largest >= _GRAIN and self.engine.one_torch_thread
+        one_thread = one_thread and not self._maker.path_in_torch
         with torch.inference_mode(), OneTorchThread() if one_thread else nullcontext():
             try:
                 return execute(found, setting, images_NCHW, cache=self.cache)
