@@ -1,13 +1,15 @@
 """The program: its verbs in order, and what becomes of errors."""
 
 import errno
+import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from dynamize import __version__
-from dynamize.cli import artifacts, catalogue, look, runs
+from dynamize.cli import artifacts, catalogue, interrupts, look, runs
 from dynamize.cli.console import complain
 from dynamize.cli.suggest import suggest
 from dynamize.errors import DynamizeError
@@ -34,13 +36,20 @@ class _Program(TyperGroup):
                 raise
             complain(f"{error.format_message()} See `{error.ctx.command_path if error.ctx else 'dynamize'} --help`.")
         except KeyboardInterrupt:
-            complain("stopped; go on with --resume" if ctx.invoked_subcommand == "run" else "stopped")
-        except OSError as error:
-            if error.errno not in _USER_ERRNOS:
+            _stopped(ctx)
+        except Exception as error:
+            if interrupts.seen():
+                _stopped(ctx)
+            elif isinstance(error, OSError) and error.errno in _USER_ERRNOS:
+                place = f"{error.filename}: " if error.filename else ""
+                complain(f"{place}{error.strerror}. Free some space, or name a place that you may read and write.")
+            else:
                 raise
-            place = f"{error.filename}: " if error.filename else ""
-            complain(f"{place}{error.strerror}. Free some space, or name a place that you may read and write.")
         raise typer.Exit(2)
+
+
+def _stopped(ctx: Any) -> None:
+    complain("stopped; go on with --resume" if ctx.invoked_subcommand == "run" else "stopped")
 
 
 app = typer.Typer(
@@ -86,5 +95,11 @@ app.add_typer(catalogue.recipes, name="recipes")
 
 def main() -> None:
     """Entry point of the `dynamize` command."""
+    interrupts.remember()
+    try:
+        Path.cwd()
+    except FileNotFoundError:  # torch would end the process
+        complain("the folder that you are in does not exist any more: cd to another one")
+        sys.exit(2)
     share_threads()
     app(prog_name="dynamize")

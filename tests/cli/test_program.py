@@ -74,3 +74,32 @@ def test_closed_pipe_ends_quietly(finished_run: Path) -> None:
     done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0
     assert done.stderr == ""
+
+
+def test_an_interrupt_that_a_package_loses_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text(
+        "import os, signal\n"
+        "try:\n    os.kill(os.getpid(), signal.SIGINT)\n    while True: pass\n"
+        "except BaseException:\n    raise ImportError('half of it is there')\n"
+    )
+    code = (
+        f"import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        f"sys.path.insert(0, {str(tmp_path)!r})\n"
+        "from dynamize.cli import main; sys.argv = ['dynamize', 'inspect', 'dynamize:digits_resnet']; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr == "error: stopped\n"
+
+
+def test_a_folder_that_is_gone_is_one_line(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    code = (
+        f"import os; os.chdir({str(gone)!r}); os.rmdir({str(gone)!r})\n"
+        "import sys; sys.argv = ['dynamize', 'inspect', 'dynamize:digits_resnet']\n"
+        "from dynamize.cli import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: the folder that you are in does not exist any more")
