@@ -1,16 +1,20 @@
 """Networks that nobody here chose: families of blocks, drawn from a seed, in the many ways in which people write them.
 
 ``random_network(seed)`` gives a classifier in eval mode with the input shape, what it is made of, and how many of its
-blocks may be skipped. Any seed is a valid network; the same seed is the same network.
+blocks may be skipped; ``random_anynet(seed)`` one of the AnyNet space. Any seed is a valid network; the same seed is
+the same network.
 """
 
 from dataclasses import dataclass
+from random import Random
 
 import torch
 from networks import randomise_norms
 from random_blocks import DROPOUTS, Draw, Style
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from dynamize.search.regnets import AnyNetSpace, network
 
 CLASSES = 7
 
@@ -41,6 +45,18 @@ def random_network(seed: int) -> Drawn:
         randomise_norms(network, seed)
     skippable = sum(isinstance(block, Skippable) for block in network.blocks)
     return Drawn(network.eval(), network.input_shape, frozenset(draw.families), skippable)
+
+
+def random_anynet(seed: int) -> Drawn:
+    """A small AnyNet, each stage by itself, with and without squeeze-and-excitation, for images of any size."""
+    generator = Random(seed)
+    space = AnyNetSpace("A", most_depth=2, most_width=48)
+    choice, squeeze, side = space.sample(generator), generator.choice([0.0, 0.25]), generator.randrange(17, 40)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        net = network(space, choice, squeeze=squeeze, num_classes=CLASSES, stem_stride=1)
+        randomise_norms(net, seed)
+    return Drawn(net.eval(), (3, side, side), frozenset({"anynet"}), sum(stage.depth for stage in net.stages))
 
 
 class Skippable(nn.Module):

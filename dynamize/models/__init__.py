@@ -12,6 +12,8 @@ from dynamize.errors import DynamizeError
 _CIFAR = ("cifar_resnet20", "cifar_resnet32", "cifar_resnet44", "cifar_resnet56", "cifar_resnet110")
 REGISTRY: dict[str, tuple[str, str]] = {
     **{name: ("dynamize.models.cifar_resnet", name) for name in _CIFAR},
+    "anynet": ("dynamize.models.regnet", "anynet"),
+    "regnet": ("dynamize.models.regnet", "regnet"),
     "digits_resnet": ("dynamize.models.digits", "digits_resnet"),
     "digits_resnet_small": ("dynamize.models.digits", "digits_resnet_small"),
 }

@@ -1,0 +1,1 @@
+"""Spaces of networks: what may be chosen, and how many such networks there are."""
