@@ -19,6 +19,8 @@ from dynamize.sources import origin
 from dynamize.transform import Context, Kind, Transform, check_order, parse_step
 from dynamize.upgrade import upgraded_names
 
+_LEARNS = Kind.TRAINS | Kind.ESTIMATES
+
 
 def wrap(network: nn.Module, input_shape: Sequence[int], *, check: bool = True) -> DynamicNetwork:
     """The traced network as one static piece; ``network`` itself is left alone.
@@ -128,6 +130,7 @@ def alone(network: DynamicNetwork, transform: Transform) -> Iterator[DynamicNetw
 def _take(network: DynamicNetwork, transform: Transform, members: Sequence[str]) -> DynamicNetwork:
     """Networks of the row by themselves, with the steps that they have behind them."""
     _refuse_other_images(network, transform, members[0])
+    _refuse_half(network, transform, members[0])
     taken = network.take(members)
     taken.history = [step for step in network.history if step.get("member", MAIN) in members]
     return taken
@@ -136,12 +139,21 @@ def _take(network: DynamicNetwork, transform: Transform, members: Sequence[str])
 def _refuse_other_images(network: DynamicNetwork, transform: Transform, member: str) -> None:
     """Refuse to show the recipe's images to a network that sees parts of them."""
     seen = network.sizes[member]
-    if seen != network.input_shape and transform.kind & (Kind.TRAINS | Kind.ESTIMATES):
+    if seen != network.input_shape and transform.kind & _LEARNS:
         together = any(member in group for group in network.made) and transform.kind & Kind.TRAINS
         instead = "leave out member: all looks learn together" if together else "do this before crops are taken"
         raise DynamizeError(
             f"{transform.pass_name}: member: {member} sees crops of {seen[1]} x {seen[2]} pixels, and the images are "
             f"whole: {instead}"
+        )
+
+
+def _refuse_half(network: DynamicNetwork, transform: Transform, member: str) -> None:
+    """Refuse to train a network without what it goes on with."""
+    if transform.kind & _LEARNS and any(piece.continues for piece in network.row if piece.member == member):
+        raise DynamizeError(
+            f"{transform.pass_name}: member: {member} goes on with what the network before it has seen, and would "
+            "learn without that: leave out member, so that they learn together"
         )
 
 
@@ -160,6 +172,8 @@ def _meant(network: DynamicNetwork, transform: Transform) -> Sequence[Sequence[s
             f"{transform.pass_name}: member: {name} is no network of this row. {closest(name, known.split(', '))}"
             f"Known: {known}."
         )
+    if name is None and network.resized and transform.kind & Kind.ESTIMATES:
+        return network.resized
     if name is None and network.members and transform.kind & Kind.TRAINS and not transform.kind & Kind.REFINES_GATES:
         if not network.made:
             raise DynamizeError(

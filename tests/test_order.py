@@ -15,10 +15,9 @@ NEEDED = {
     "fuse_gates": GATES,
     "hybrid_gates": GATES,
     "q_gates": GATES,
-    "recalibrate": GATES,
 }
 TO_BYTES, SOLVED = "quantize", "calibrate"
-OF_GATES = {"distill", "hybrid_gates", "q_gates", "recalibrate", "fuse_gates", TO_BYTES, SOLVED}
+OF_GATES = {"distill", "hybrid_gates", "q_gates", "fuse_gates", TO_BYTES, SOLVED}
 TOO_LATE_AFTER = {
     "calibrate": set[str](),
     "channel_gates": OF_GATES,

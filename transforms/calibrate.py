@@ -25,6 +25,7 @@ from dynamize.graph.tracer import blank
 from dynamize.measure.controls import adaptivity
 from dynamize.measure.costs import exit_costs
 from dynamize.nn.network import DynamicNetwork
+from dynamize.nn.piece import setting_at
 from dynamize.transform import Applied, Context, Kind, Transform, find_transform, gates_are_fused
 
 if TYPE_CHECKING:
@@ -193,7 +194,7 @@ def _asked(network: DynamicNetwork, point: OperatingPoint) -> list[str]:
     """Which networks of a row are asked at a point, and how their answers are joined."""
     if not network.members:
         return []
-    asked = [name for name in network.members if point.thresholds[name] is not None]
+    asked = [piece.name for piece in network.leaving if piece.links and not piece.idle(setting_at(point))]
     if not asked:
         return ["chosen on calibration images: none of the networks in front is asked"]
     return [f"chosen on calibration images: first {', '.join(asked)}, and answers joined by {point.combine}"]

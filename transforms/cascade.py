@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self, cast
 
 import torch
 from pydantic import Field, PositiveInt, ValidationError, model_validator
@@ -26,9 +26,11 @@ from dynamize.nn.cascade import Answer, MemberConfidence, Restart, Verdict
 from dynamize.nn.joining import Joining, joinings
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.piece import MAIN, Piece
+from dynamize.nn.reuse import carried
 from dynamize.preprocessing import Normalisation, Steps, of_images, published, steps_between
 from dynamize.rewrite.exchange import count_again
 from dynamize.rewrite.preprocessed import preprocessed
+from dynamize.rewrite.reused import meeting_points, reuse
 from dynamize.runtime.compiled import compile_network
 from dynamize.sections import Section
 from dynamize.sources import Checkpoint, Scalar, SourceSpec, load_source
@@ -122,7 +124,12 @@ class Cascade(Transform):
     Wisdom of Committees; Lebovitz et al. 2023, Efficient Inference With Model Cascades).
 
     No training is needed. Each network keeps its own size, crop and normalisation, which are part of its graph. Steps
-    behind mean one network with ``member``, and `calibrate`, `quantize` and `fold_batchnorm` all of them.
+    behind mean one network with ``member``, and `calibrate`, `quantize` and `fold_batchnorm` all of them; `recalibrate`
+    means those with a ``resolution``.
+
+    With ``reuse`` the passes over the images at one resolution after the other share what they see (Yang et al. 2020,
+    RANet): projections, which start at zero, add feature maps of each to the next. They always run, and a `distill`
+    step behind trains them and the recipe's own network together.
 
     Example:
         >>> net = dz.source("dynamize:digits_resnet", pretrained=True)
@@ -145,9 +152,16 @@ class Cascade(Transform):
         description="the answer of an image that has been through several networks: the last one's, or the mean or the "
         "product of their probabilities; auto: what `calibrate` finds best on calibration images",
     )
+    reuse: bool | Annotated[list[str], Field(min_length=1)] = Field(
+        False,
+        description="let each network with a `resolution`, and the recipe's own, go on with the feature maps of the "
+        "one before it: at these cut points of the recipe's network; true: at the ends of the last two resolutions at "
+        "which it computes a tenth of its MACs or more",
+    )
 
     whole: ClassVar[bool] = True
     once: ClassVar[bool] = True
+    added: ClassVar[tuple[str, ...]] = (*Transform.added, "reuse")
     kind: ClassVar[Kind] = Kind.ADDS_EXITS
 
     def apply(self, network: DynamicNetwork, context: Context) -> Applied:
@@ -156,12 +170,35 @@ class Cascade(Transform):
         named = [one.model_copy(update={"name": name}) for one, name in zip(self.first, names, strict=True)]
         built = [build(member, network, context) for member in named]
         nets = {name: net for name, (_, net) in zip(names, built, strict=True)}
-        _check_row(nets, network)
-        _link(network, nets, self.confidence)
-        network.made = tuple((name,) for name, member in zip(names, named, strict=True) if member.shrink is not None)
-        network.combining = joinings(self.combine)
         resolved = self.model_copy(update={"first": [member for member, _ in built]})
-        return Applied(network, resolved, [_cost_note(nets, network), *_accuracy_notes(network, context)])
+        _check_row(nets, network)
+        resized = tuple(member.called() for member in named if member.resolution is not None)
+        places = self._places(network, resolved.first) if self.reuse else []
+        _link(network, nets, self.confidence, resized, len(places))
+        untrained = [member.called() for member in named if member.shrink is not None]
+        network.made, network.resized = tuple((name,) for name in untrained), tuple((name,) for name in resized)
+        network.combining = joinings(self.combine)
+        notes = [_cost_note(nets, network)]
+        if places:
+            notes.append(_share(network, resized, places))
+            resolved = resolved.model_copy(update={"reuse": places})
+        return Applied(network, resolved, [*notes, *_accuracy_notes(network, untrained, context)])
+
+    def _places(self, network: DynamicNetwork, first: Sequence[Member]) -> list[str]:
+        """The cut points at which feature maps are handed on."""
+        resized = [member for member in first if member.resolution is not None]
+        if not resized:
+            raise DynamizeError(
+                "cascade: reuse: no network of `first` is the recipe's own on smaller images: give it one with "
+                "`resolution`, or leave reuse out"
+            )
+        for member in resized:
+            if member.preprocess is not None and member.preprocess != "auto" and member.preprocess.share < 1:
+                raise DynamizeError(
+                    f"cascade: reuse: {member.called()} sees the middle of the images only, so that its feature maps "
+                    "lie elsewhere than those of the others: leave out its `crop`"
+                )
+        return meeting_points(network, None if self.reuse is True else cast(list[str], self.reuse))
 
 
 def names_of(members: Sequence[Member], taken: Sequence[str]) -> list[str]:
@@ -318,15 +355,38 @@ def _check_row(nets: Mapping[str, fx.GraphModule], network: DynamicNetwork) -> N
         )
 
 
-def _link(network: DynamicNetwork, nets: Mapping[str, fx.GraphModule], confidence: MemberConfidence) -> None:
-    """Put the networks in front, with a place to leave behind each and a way back to the images before the next."""
+def _link(
+    network: DynamicNetwork,
+    nets: Mapping[str, fx.GraphModule],
+    confidence: MemberConfidence,
+    resized: Sequence[str],
+    points: int,
+) -> None:
+    """Put the networks in front, with a place to leave behind each and a way back to the images before the next.
+
+    Args:
+        resized: those that hand on feature maps.
+        points: at how many points they do.
+    """
+    carries = [carried(number) for number in range(1, points + 1)]
     pieces: dict[str, Piece] = {}
     for k, (name, net) in enumerate(nets.items()):
         if k:
-            pieces[f"{name}/{placeholder(net.graph).name}"] = Restart()
-        pieces[f"{name}/{output_value(net.graph).name}"] = Answer(confidence)
+            pieces[f"{name}/{placeholder(net.graph).name}"] = Restart(carries)
+        pieces[f"{name}/{output_value(net.graph).name}"] = Answer(confidence, chained=points > 0 and name in resized)
     own = network.plain.graph
-    network.insert({**pieces, placeholder(own).name: Restart(), output_value(own).name: Verdict()}, nets)
+    network.insert({**pieces, placeholder(own).name: Restart(carries), output_value(own).name: Verdict()}, nets)
+
+
+def _share(network: DynamicNetwork, resized: tuple[str, ...], places: Sequence[str]) -> str:
+    """Let the network at several resolutions go on with what it has seen; what that takes, in words."""
+    together = (*resized, MAIN)
+    share = reuse(network, together, places) / annotated_macs(network.plain)
+    network.made, network.resized = (*network.made, together), (resized,)
+    return (
+        f"feature maps at {', '.join(places)} go from each of {', '.join(together)} to the next, for {share:.1%} of "
+        f"the network's MACs; {', '.join(resized)} always run"
+    )
 
 
 def _cost_note(nets: Mapping[str, fx.GraphModule], network: DynamicNetwork) -> str:
@@ -335,7 +395,7 @@ def _cost_note(nets: Mapping[str, fx.GraphModule], network: DynamicNetwork) -> s
     return f"in front of the network: {listed}"
 
 
-def _accuracy_notes(network: DynamicNetwork, context: Context) -> list[str]:
+def _accuracy_notes(network: DynamicNetwork, untrained: Sequence[str], context: Context) -> list[str]:
     """What each network answers by itself, and which one seems to speak of other classes."""
     if context.data is None:
         return []
@@ -346,7 +406,6 @@ def _accuracy_notes(network: DynamicNetwork, context: Context) -> list[str]:
     right = {name: logits.argmax(1) == labels for name, logits in zip([*names, MAIN], seen.logits, strict=True)}
     found = ", ".join(f"{name} {one.double().mean():.1%}" for name, one in right.items())
     notes = [f"alone on the calibration images: {found}"]
-    untrained = [name for (name,) in network.made]
     if untrained:
         notes.append(f"not trained yet, until a `distill` step behind does it: {', '.join(untrained)}")
     if guessed(right[MAIN], labels) is None:

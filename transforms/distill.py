@@ -21,6 +21,7 @@ from dynamize.training.gating import BudgetLoss, GatedLoss, Noise
 from dynamize.training.hints import HintLoss
 from dynamize.training.loop import WEIGHT_DECAY, Plan, Precision, decide_precision, train
 from dynamize.training.objectives import MultiExitLoss
+from dynamize.training.parts import Trained, last_layers
 from dynamize.transform import Applied, Context, Kind, Share, Transform, gates_are_fused
 
 if TYPE_CHECKING:
@@ -45,8 +46,10 @@ class Distill(Transform):
 
     pass_name: Literal["distill"] = Field("distill", alias="pass")
     epochs: PositiveInt = Field(3, description="passes over the train split")
-    train: Literal["all", "heads"] = Field(
-        "all", description="heads: the network's own layers and batch-norm statistics stay as they are"
+    train: Trained = Field(
+        "all",
+        description="heads: the network's own layers and batch-norm statistics stay as they are; last: but for its "
+        "last layer and last batch norm, which is enough for images of another size (Touvron et al. 2019, FixRes)",
     )
     batch_size: PositiveInt = Field(128, description="over all processes")
     lr: PositiveFloat = Field(0.05, description="peak of the one-cycle schedule")
@@ -129,12 +132,12 @@ class Distill(Transform):
             batch_size=self.batch_size,
             lr=self.lr,
             weight_decay=self.weight_decay,
-            heads_only=self.train == "heads",
+            part=self.train,
             bf16=precision == "bfloat16",
             trackers=tuple(self.trackers),
             label=self.pass_name,
         )
-        joined = float(bool(network.members)) if self.joined is None else self.joined
+        joined = float(any(piece.cuts for piece in network.row)) if self.joined is None else self.joined
         answers = MultiExitLoss(
             teacher,
             alpha=self.alpha,
@@ -202,20 +205,25 @@ class Distill(Transform):
             )
         if self.gate_budget is not None and not network.changing and not gates_are_fused(network):
             raise DynamizeError("distill: gate_budget, but the network has no gates: put `skip_gates` before")
-        if self.gate_budget is not None and self.train == "heads":
-            raise DynamizeError("distill: gate_budget, but train: heads leaves the gates as they are: use train: all")
+        if self.gate_budget is not None and self.train != "all":
+            raise DynamizeError(
+                f"distill: gate_budget, but train: {self.train} leaves the gates as they are: use train: all"
+            )
         if self.unlabelled is not None and self.alpha == 0:
             raise DynamizeError(
                 "distill: unlabelled, but alpha: 0 takes nothing from the original network: give alpha above 0"
             )
-        if self.features and self.train == "heads":
-            raise DynamizeError("distill: features, but train: heads leaves the feature maps as they are: set one only")
+        if self.features and self.train != "all":
+            raise DynamizeError(
+                f"distill: features, but train: {self.train} leaves the feature maps as they are: set one only"
+            )
         if self.features and network.members:
             raise DynamizeError(
-                "distill: features, but looks at parts of an image have no feature maps of the original network's to "
-                "compare: set features: 0"
+                "distill: features, but networks that see images in other sizes have no feature maps of the original "
+                "network's to compare: set features: 0"
             )
-        if self.train == "heads" and not any(
-            True for piece in network.row if piece.answers for _ in piece.parameters()
-        ):
+        alone = any(True for piece in network.row if piece.trains_alone for _ in piece.parameters())
+        if self.train == "heads" and not alone:
             raise DynamizeError("distill: train: heads, but the network has no exit heads: put an `exits` step before")
+        if self.train == "last" and not last_layers(network):
+            raise DynamizeError("distill: train: last, but the network has no linear layer or convolution of its own")

@@ -91,7 +91,8 @@ class GlanceFocus(Transform):
         network.insert({**pieces, placeholder(own).name: Restart(), output_value(own).name: Verdict()}, nets)
         if policy:
             network.insert(policy)
-        network.made, network.combining = (tuple(nets),), joinings(self.combine)
+        network.made = network.resized = (tuple(nets),)
+        network.combining = joinings(self.combine)
         return Applied(network, resolved, [_cost_note(nets, network)])
 
     def _decided(self, side: int) -> "GlanceFocus":

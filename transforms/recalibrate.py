@@ -1,4 +1,4 @@
-"""`recalibrate`: batch-norm statistics for networks with gates, estimated anew or for each width."""
+"""`recalibrate`: batch-norm statistics estimated anew: for gates, for another resolution, or for each width."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -28,6 +28,9 @@ class Recalibrate(Transform):
     of each width of channel gates by itself from the images that take it (slimmable networks, Yu et al. 2019, sec. 3.3;
     Yu & Huang 2019, sec. 3.3); of paths that few images take, from all.
 
+    Behind `cascade` and `glance_focus` it is for the networks that see images at another size than they were trained at
+    (Touvron et al. 2019, Fixing the train-test resolution discrepancy), each by itself, unless ``member`` names one.
+
     Example:
         >>> net = dz.source("dynamize:digits_resnet", pretrained=True)
         >>> distill = dz.Distill(epochs=1, gate_budget=0.8)
@@ -50,13 +53,12 @@ class Recalibrate(Transform):
 
     exact: ClassVar[bool] = False
     kind: ClassVar[Kind] = Kind.ESTIMATES | Kind.FITS_CALIBRATION
-    needs: ClassVar[Kind] = Kind.ADDS_GATES
 
     def passes(self, data: Splits) -> float:
         return 3 * (self.images + len(data.calibration))
 
     def apply(self, network: DynamicNetwork, context: Context) -> Applied:
-        units = [unit for unit in network.changing if unit.slices]
+        units = [unit for unit in network.changing if unit.slices and not network.members]
         if self.statistics == "widths" and not units:
             raise DynamizeError(
                 "recalibrate: the network has no channel gates, so there are no widths with statistics of their own: "

@@ -38,7 +38,7 @@ class Asking:
     @classmethod
     def at(cls, network: DynamicNetwork, setting: Setting) -> "Asking":
         """As a network runs at a setting."""
-        off = tuple(name for name in network.members if setting.thresholds.get(name) is None)
+        off = tuple(piece.name for piece in network.leaving if piece.links and piece.idle(setting))
         return cls(off, setting.combine)
 
     def leaves_out(self, name: str) -> bool:
@@ -104,10 +104,13 @@ def askings(network: DynamicNetwork, labelled: bool) -> Iterator[Asking]:
     are no others."""
     names = network.members
     joinings = network.combining if labelled else ("last",)
-    yield Asking(tuple(names))
+    always = {piece.name for piece in network.leaving if piece.links and piece.chained}
+    yield Asking(tuple(name for name in names if name not in always))
     needs = {piece.name: piece.needs for piece in network.leaving if piece.needs}
     for count, combine in product(range(1, len(names) + 1), joinings):
         for asked in combinations(names, count):
+            if not always.issubset(asked) or (always.issuperset(asked) and combine == "last"):
+                continue  # they run in any case; and that they alone are asked was the first
             if any(one in needs and needs[one] not in asked for one in asked):
                 continue  # what it would answer without what it needs is not known
             yield Asking(tuple(name for name in names if name not in asked), combine)

@@ -4,7 +4,7 @@ A row ``small, Answer, Restart, big, Verdict`` is a cascade (Wang et al. 2020, W
 2023, Efficient Inference With Model Cascades). A network whose place to leave is off does not run at all.
 """
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -38,14 +38,19 @@ class Answer(Leaving):
     Attributes:
         classes: how many logits the network gives.
         needs: the name of a network before without which this one is not asked.
+
+    Args:
+        chained: whether later networks build on what this one saw, so that it always runs.
     """
 
     kind = "member"
     rank = 1
     links = True
 
-    def __init__(self, confidence: MemberConfidence = "top_probability", needs: str | None = None) -> None:
-        super().__init__("answer", "top_probability" if confidence == "agreement" else confidence)
+    def __init__(
+        self, confidence: MemberConfidence = "top_probability", needs: str | None = None, chained: bool = False
+    ) -> None:
+        super().__init__("answer", "top_probability" if confidence == "agreement" else confidence, chained)
         self.alone = confidence != "agreement"
         self.classes = 0
         self.needs = needs
@@ -124,11 +129,19 @@ class _Rated(nn.Module):
 
 
 class Restart(Piece):
-    """Back to the images, for those that are still on their way."""
+    """Back to the images, for those that are still on their way.
+
+    Args:
+        keeps: names of what they carry on besides what was answered so far.
+    """
 
     rank = -1
     links = True
     restarts = True
+
+    def __init__(self, keeps: Sequence[str] = ()) -> None:
+        super().__init__()
+        self.keeps = (*KEPT, *keeps)
 
     @property
     def own_name(self) -> str:
@@ -139,7 +152,7 @@ class Restart(Piece):
 
     def go_back(self, flow: Flow) -> None:
         """Let the images come in again."""
-        restart(flow)
+        restart(flow, self.keeps)
 
     def bind(self, calls: Mapping[str, Call]) -> Run:
         def run(flow: Flow, setting: Setting) -> None:
@@ -148,7 +161,7 @@ class Restart(Piece):
         return run
 
     def instruct(self, files: Mapping[str, str]) -> Instruction:
-        return StartAgain(KEPT)
+        return StartAgain(self.keeps)
 
     def dense(self, flow: Flow, choose: Choose) -> None:
         self.go_back(flow)
@@ -208,12 +221,12 @@ class Verdict(Piece):
         """Nothing that multiplies."""
 
 
-def restart(flow: Flow) -> None:
-    """Let the images that are left come in again; only what their answers so far say is kept."""
+def restart(flow: Flow, keeps: Container[str] = KEPT) -> None:
+    """Let the images that are left come in again; of what they carry only ``keeps`` is kept."""
     everyone = len(flow.rows) == len(flow.images)
     flow.features = flow.images if everyone else take_rows(flow.images, flow.rows)
     flow.means, flow.owned = None, False
-    flow.extra = {name: values for name, values in flow.extra.items() if name in KEPT}
+    flow.extra = {name: values for name, values in flow.extra.items() if name in keeps}
 
 
 def numbers(logits: Tensor) -> NDArray[np.float32]:

@@ -29,6 +29,7 @@ class Answering(Piece):
     """
 
     answers = True
+    trains_alone = True
 
     def parts(self) -> list[Part]:
         return [Part("head", "head", self)]

@@ -97,6 +97,24 @@ class Restart(Instruction):
 
 
 @dataclass(frozen=True)
+class Keep(Instruction):
+    """Images carry from here on, as ``name``, what a part describes of the features."""
+
+    do = "keep"
+    part: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Add(Instruction):
+    """The features become what a part makes of them and of what images carry as ``name``, for the last time."""
+
+    do = "add"
+    part: str
+    name: str
+
+
+@dataclass(frozen=True)
 class Look(Instruction):
     """Features are kept until the first crop; of what a part describes of them "places" are made, carried on."""
 

@@ -27,7 +27,7 @@ _DRAWN = 997  # places that random crops are drawn from
 
 
 class Passing(Piece):
-    """A piece that only reads what passes, and notes where crops are among what images carry."""
+    """A piece that only reads what passes, and notes something among what images carry: where crops are."""
 
     @property
     def own_name(self) -> str:

@@ -43,7 +43,9 @@ class DynamicNetwork(nn.Module):
         setting: the operating point at which it runs unless another one is given.
         choose: how decisions are taken in training.
         shapes: of one image's features at each border between pieces (:meth:`parts`).
-        made: names of the networks in front that were made here, to be trained; those of a group learn together.
+        made: names of networks that were made here, to be trained; those of a group learn together.
+        resized: names of networks in front that see images at another size than they were trained at, together with
+            those that they build on.
         combining: how answers of several networks may be joined; calibration chooses.
         sizes: of the images that each of the networks sees, (C, H, W), by name.
         openings: numbers of the borders at which images come in.
@@ -76,6 +78,7 @@ class DynamicNetwork(nn.Module):
         self.openings: set[int] = {0}
         self.sizes: dict[str, tuple[int, ...]] = {}
         self.made: tuple[tuple[str, ...], ...] = ()
+        self.resized: tuple[tuple[str, ...], ...] = ()
         self.combining: tuple[Joining, ...] = ("last",)
         self.contexts: dict[str, int] = {}
         self._row: tuple[Piece, ...] = ()

@@ -23,7 +23,8 @@ Effect = Literal["leaves", "changes"]
 that change, and those of :class:`Leaving` of all that leave."""
 Role = Literal["path", "gate", "head"]
 Call = Callable[..., Any]
-"""A part as a backend runs it. path: features -> (features, their channel means if they are handed on, else None);
+"""A part as a backend runs it. path: features, and rows where it takes some (:attr:`Part.beside`) -> (features, their
+channel means if they are handed on, else None);
 gate: features -> description (n, D); head: features, context or None -> what the piece's own forward gives."""
 Run = Callable[[Flow, "Setting"], None]
 Ends = Callable[[str, Indices], bool]
@@ -132,6 +133,7 @@ class Part:
         before: number of the border that it reads from.
         after: number of the border that it gives to. What passes a piece unchanged lies on the same border as what was
             computed there.
+        beside: of a path, how wide the rows are that it takes beside the features, (n, D); 0 for none.
     """
 
     name: str
@@ -143,6 +145,7 @@ class Part:
     owner: str = ""
     before: int = -1
     after: int = -1
+    beside: int = 0
 
 
 class Piece(nn.Module, ABC):
@@ -160,7 +163,10 @@ class Piece(nn.Module, ABC):
         scored: whether it has a ``temperature``, by which logits are divided before they are scored or joined.
         reads_means: whether it reads nothing but channel means, which the piece before can hand on.
         passes: whether features may pass it unchanged, so that both sides are one border.
-        answers: whether it is a classifier, which may be trained alone.
+        answers: whether it is a classifier.
+        trains_alone: whether its layers may be trained while the network's own stay as they are.
+        continues: whether it goes on with what a network before it has found, so that its own network is not to be
+            trained without that one.
         straight: whether running it means running its one path and nothing else, so that a path and the head behind it
             can be one call, and be exported.
         effect: of its decision, if it takes one.
@@ -168,6 +174,8 @@ class Piece(nn.Module, ABC):
     """
 
     answers: ClassVar[bool] = False
+    trains_alone: ClassVar[bool] = False
+    continues: ClassVar[bool] = False
     links: ClassVar[bool] = False
     restarts: ClassVar[bool] = False
     cuts: ClassVar[bool] = False
@@ -332,8 +340,8 @@ def eager_call(part: Part, means: bool) -> Call:
     if part.role != "path":
         return module
 
-    def path(features: Tensor) -> tuple[Tensor, Tensor | None]:
-        features = module(features)
+    def path(features: Tensor, *beside: Tensor) -> tuple[Tensor, Tensor | None]:
+        features = module(features, *beside)
         return features, pool(features) if means else None
 
     return path

@@ -148,6 +148,16 @@ def restart(flow: Flow, keeps: Sequence[str]) -> None:
     flow.values = {"features": images} | {name: flow.values[name] for name in keeps if name in flow.values}
 
 
+def keep(flow: Flow, part: Part, name: str) -> None:
+    """Images carry on, as ``name``, what a part describes of the features."""
+    flow.values[name] = part(flow.values)["description"]
+
+
+def add(flow: Flow, part: Part, name: str) -> None:
+    """The features become what a part makes of them and of what images carry as ``name``, for the last time."""
+    flow.values = carry(flow.values, part(flow.values | {"context": flow.values.pop(name)}))
+
+
 def look(flow: Flow, part: Part, places: Part) -> None:
     """Keep the features, of which a part says where to look, for the first crop."""
     flow.values["map"] = flow.values["features"]
@@ -230,7 +240,7 @@ def passed(way: Part | None, values: Values) -> Values:
 
 
 WORDS: dict[str, Callable[..., None]] = {
-    word.__name__: word for word in (through, leave, leave_joined, join, restart, choose, look, draw, crop)
+    word.__name__: word for word in (through, leave, leave_joined, join, restart, choose, keep, add, look, draw, crop)
 }
 
 

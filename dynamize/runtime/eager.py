@@ -24,11 +24,11 @@ class Eager(Engine):
                 part.put(folded(part.graph))
         return lay_out(network.to(self.device))
 
-    def path(self, module: nn.Module, takes: Border, gives: Border) -> Callable[..., Any]:
+    def path(self, module: nn.Module, takes: Border, gives: Border, beside: int = 0) -> Callable[..., Any]:
         fast = lay_out(folded(module).to(self.device))
 
-        def run(features: Tensor) -> tuple[Tensor, Tensor | None]:
-            features = fast(features)
+        def run(features: Tensor, *beside: Tensor) -> tuple[Tensor, Tensor | None]:
+            features = fast(features, *beside)
             return features, pool(features) if gives.means else None
 
         return run

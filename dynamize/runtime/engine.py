@@ -105,8 +105,9 @@ class Engine(ABC):
         return features
 
     @abstractmethod
-    def path(self, module: "nn.Module", takes: Border, gives: Border) -> Callable[..., Any]:
-        """Features -> (features, channel means (n, C) if ``gives.means``, else None)."""
+    def path(self, module: "nn.Module", takes: Border, gives: Border, beside: int = 0) -> Callable[..., Any]:
+        """Features, and rows (n, ``beside``) if that is not 0 -> (features, channel means (n, C) if ``gives.means``,
+        else None)."""
 
     @abstractmethod
     def gate(self, gate: "nn.Module", takes: Border) -> Callable[..., Any]:

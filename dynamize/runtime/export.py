@@ -186,8 +186,8 @@ class _Recording(OnnxRuntime):
         self._latest = model
         return super().load(model, channels, overwrite)
 
-    def path(self, module: nn.Module, takes: Border, gives: Border) -> Call:
-        return self._noted(super().path(module, takes, gives))
+    def path(self, module: nn.Module, takes: Border, gives: Border, beside: int = 0) -> Call:
+        return self._noted(super().path(module, takes, gives, beside))
 
     def gate(self, gate: nn.Module, takes: Border) -> Call:
         return self._noted(super().gate(gate, takes))

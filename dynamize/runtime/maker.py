@@ -45,7 +45,7 @@ class Maker:
         if part.role == "gate" and self.engine.late_gates:
             return self._when_needed(part, takes)
         with torch.inference_mode():
-            context = self.network.contexts[part.owner] if part.role == "head" else None
+            context = self.network.contexts[part.owner] if part.role == "head" else part.beside or None
             return self._tried(part, takes, gives, self._inputs(part, context))
 
     def both(self, path: Part, head: Part, takes: Border, gives: Border) -> Call | None:
@@ -69,7 +69,7 @@ class Maker:
             return None if fault(self.engine, made, inputs, wanted, takes, gives, in_bytes) else made
 
     def _inputs(self, part: Part, context: int | None) -> list[Tensor | None]:
-        """Features, and for a head the context, which may be None."""
+        """Features; for a head the context, which may be None; for a path what it takes beside them, if anything."""
         features = self.features.at(part.before)
         if context is None:
             return [features]
@@ -118,7 +118,7 @@ class Maker:
         if part.role == "head":
             return self.engine.head(part.module, takes, self.network.contexts[part.owner])
         assert gives is not None
-        return self.engine.path(part.module, takes, gives)
+        return self.engine.path(part.module, takes, gives, part.beside)
 
     def _by_torch(self, plain: Callable[..., Any], takes: Border, gives: Border | None) -> Call:
         engine = self.engine

@@ -59,18 +59,18 @@ class OnnxEngine(Engine):
         self.byte_borders = exchange_bytes(network.cpu())
         return network
 
-    def path(self, module: nn.Module, takes: Border, gives: Border) -> Callable[..., Any]:
+    def path(self, module: nn.Module, takes: Border, gives: Border, beside: int = 0) -> Callable[..., Any]:
         ends = _ends(takes, gives)
         outputs = [NEXT, MEANS] if gives.means else [NEXT]
         if gives.means and NEXT in ends:
             ends |= {MEANS: ends[NEXT]}  # a map of one pixel is the same in either layout
-        exported = self._export(_Way(module, gives.means), takes, 0, outputs)
-        session = self.load(exported, ends, takes.may_overwrite)
+        exported = self._export(_Way(module, gives.means), takes, beside, outputs)
+        session = self.load(exported, ends, takes.may_overwrite and not beside)
         if not gives.means:
-            return lambda features: (session([features])[0], None)
+            return lambda *inputs: (session([*inputs])[0], None)
 
-        def run(features: Tensor) -> tuple[Tensor, Tensor]:
-            found, means = session([features])
+        def run(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+            found, means = session([*inputs])
             return found, means.flatten(1)
 
         return run
@@ -105,8 +105,8 @@ class _Way(nn.Module):
         super().__init__()
         self.module, self.means = module, means
 
-    def forward(self, features: Tensor) -> Any:
-        features = self.module(features)
+    def forward(self, features: Tensor, *beside: Tensor) -> Any:
+        features = self.module(features, *beside)
         return (features, pool_map(features)) if self.means else features
 
 

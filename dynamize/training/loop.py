@@ -23,6 +23,7 @@ from dynamize.files import write_json_lines
 from dynamize.measure.accuracy import exit_accuracies
 from dynamize.nn import channels_last
 from dynamize.nn.network import DynamicNetwork
+from dynamize.training.parts import Trained, kept
 from dynamize.training.state import CheckpointClock, Position, load_checkpoint, save_checkpoint
 from dynamize.transform import Context, Progress, quiet
 
@@ -46,9 +47,9 @@ class Advancing(Protocol):
 @dataclass(frozen=True)
 class Plan:
     """How to train. ``batch_size`` is over all processes; ``lr`` is the peak of a one-cycle schedule
-    (Smith & Topin 2018); SGD with Nesterov momentum 0.9. ``heads_only`` freezes the network's own layers and
-    their batch-norm statistics; ``frozen`` does so to single modules. ``work`` keeps checkpoints and metrics; None
-    keeps nothing."""
+    (Smith & Topin 2018); SGD with Nesterov momentum 0.9. ``part`` is what is trained: "heads" freezes the networks' own
+    layers and their batch-norm statistics, "last" all of them but the last layer and the last batch norm of each;
+    ``frozen`` does so to single modules. ``work`` keeps checkpoints and metrics; None keeps nothing."""
 
     epochs: int
     batch_size: int
@@ -56,7 +57,7 @@ class Plan:
     weight_decay: float
     bf16: bool
     seed: int
-    heads_only: bool = False
+    part: Trained = "all"
     work: Path | None = None
     resume: bool = False
     trackers: tuple[str, ...] = ()
@@ -146,8 +147,11 @@ class _Run:
 
     def _epoch(self, epoch: int, first: int, batches: Any) -> None:
         self.network.train()
-        for module in (*self.plan.frozen, *(_all_but_heads(self.network) if self.plan.heads_only else ())):
+        held, trained = kept(self.network, self.plan.part)
+        for module in (*self.plan.frozen, *held):
             module.eval()
+        for module in trained:
+            module.train()
         waiting: list[Tensor] = []
         for step, (images, labels) in enumerate(batches, start=first):
             waiting.append(self._step(epoch, step, images, labels))
@@ -219,18 +223,16 @@ def _accelerator(plan: Plan) -> Accelerator:
 def _trainable(network: DynamicNetwork, plan: Plan) -> Iterator[list[nn.Parameter]]:
     """The parameters to train; the others are frozen inside the block and as they were after it."""
     before = {p: p.requires_grad for p in network.parameters()}
-    for module in (*plan.frozen, *(_all_but_heads(network) if plan.heads_only else ())):
+    held, trained = kept(network, plan.part)
+    for module in (*plan.frozen, *held):
         module.requires_grad_(False)
+    for parameter in (parameter for module in trained for parameter in module.parameters()):
+        parameter.requires_grad_(before[parameter])
     try:
         yield [p for p in network.parameters() if p.requires_grad]
     finally:
         for parameter, wanted in before.items():
             parameter.requires_grad_(wanted)
-
-
-def _all_but_heads(network: DynamicNetwork) -> list[nn.Module]:
-    """Modules that hold the network's own layers and the gates."""
-    return [network.nets, *(piece for piece in network.row if not piece.answers)]
 
 
 def _flat(row: dict[str, Any]) -> dict[str, float]:

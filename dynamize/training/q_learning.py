@@ -97,7 +97,7 @@ def all_gates(network: DynamicNetwork) -> nn.ModuleList:
 def all_but_gates(network: DynamicNetwork) -> list[nn.Module]:
     """Modules that hold everything else."""
     own = [child for unit in network.changing for child in unit.children() if child is not unit.gate]
-    return [network.nets, *(piece for piece in network.row if piece.answers), *own]
+    return [network.nets, *(piece for piece in network.row if piece.trains_alone), *own]
 
 
 def copy_gates(network: DynamicNetwork) -> nn.ModuleList:

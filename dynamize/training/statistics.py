@@ -101,7 +101,7 @@ def _draw(images: Images, count: int, seed: int, device: torch.device, augmented
 def _call(part: Part, estimate: bool) -> Call:
     if part.role == "gate":
         return lambda features: torch.cat([part.module(some) for some in features.split(_BATCH)])
-    return lambda features: (_through(part.module, features, estimate=estimate), None)
+    return lambda features, *beside: (_through(part.module, features, *beside, estimate=estimate), None)
 
 
 class _Deciding:

@@ -165,7 +165,7 @@ def test_the_last_good_checkpoint_is_named_and_good(splits: Splits, tmp_path: Pa
 
 def test_heads_only_leaves_the_network_to_the_bit(splits: Splits) -> None:
     before = weights(digit_network())
-    network, _ = trained(splits, replace(PLAN, heads_only=True))
+    network, _ = trained(splits, replace(PLAN, part="heads"))
     after = weights(network)
     own = {name for name in before if name.startswith("nets.main.")}
     assert any("running_mean" in name for name in own)

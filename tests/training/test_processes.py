@@ -20,7 +20,7 @@ from dynamize.training.loop import Plan, train
 from dynamize.training.objectives import MultiExitLoss
 from accelerate import PartialState
 work = Path(sys.argv[1])
-plan = Plan(epochs=6, batch_size=64, lr=0.1, weight_decay=1e-4, heads_only=sys.argv[2] == "heads", bf16=False, seed=0,
+plan = Plan(epochs=6, batch_size=64, lr=0.1, weight_decay=1e-4, part=sys.argv[2], bf16=False, seed=0,
             work=work)
 network, steps = digit_network(), []
 def progress(items, label, total):
