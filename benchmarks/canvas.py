@@ -1,7 +1,7 @@
 """Glance and focus on cluttered canvases, trained, against the static network, a lower resolution and cascades.
 
     python benchmarks/canvas.py --data cifar10 --static runs/canvas_static --cache canvas.npz \
-        runs/canvas_activation runs/canvas_centre runs/canvas_random
+        runs/canvas_activation runs/canvas_learned runs/canvas_centre runs/canvas_random
     python benchmarks/canvas.py ... --times              # the same settings, timed; nothing else may run meanwhile
 
 The folders are those that benchmarks/canvas_static.yaml and canvas_looks.yaml make; the static network stands behind
@@ -52,10 +52,11 @@ def main(
     """Print one Markdown table."""
     images = canvases(data)
     rows = all_rows(static, looks, images)
-    if not cache.exists():
-        np.savez(cache, **answered(rows, images))
-    with np.load(cache) as file:
-        kept = dict(file)
+    kept = dict(np.load(cache)) if cache.exists() else {}
+    missing = {title: network for title, network in rows.items() if f"{title}/{network.members[0]}" not in kept}
+    if missing:
+        kept |= answered(missing, images, MAIN not in kept)
+        np.savez(cache, **kept)
     judged = {title: Row(title, network, kept) for title, network in rows.items()}
     print("\n".join(timed(judged, images, seconds) if times else told(judged, kept)))
 
@@ -87,8 +88,8 @@ def all_rows(static: Path, looks: list[Path], images: Splits) -> dict[str, Dynam
     return found
 
 
-def answered(rows: Mapping[str, DynamicNetwork], images: Splits) -> dict[str, Any]:
-    """What each network answers alone for all images, where each looks, and labels."""
+def answered(rows: Mapping[str, DynamicNetwork], images: Splits, whole: bool) -> dict[str, Any]:
+    """What each network answers alone for all images, where each looks, and labels; and the static one, if wanted."""
     every = [images.calibration, images.test]
     found: dict[str, Any] = {
         "labels": np.concatenate([part.labels.numpy() for part in every]),
@@ -96,7 +97,7 @@ def answered(rows: Mapping[str, DynamicNetwork], images: Splits) -> dict[str, An
     }
     for title, network in rows.items():
         compiled = dz.compile_network(network, "onnxruntime")
-        for member in [*network.members, *([] if MAIN in found else [MAIN])]:
+        for member in [*network.members, *([MAIN] if whole and MAIN not in found else [])]:
             before = network.members[: network.members.index(member)] if member != MAIN else []
             setting = Setting({**dict.fromkeys(before, float("inf")), member: float("-inf")} if member != MAIN else {})
             runs = [compiled.run(batch, setting) for part in every for batch, _ in part.batches(200)]

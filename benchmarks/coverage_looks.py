@@ -125,7 +125,7 @@ def looking(dynamic: DynamicNetwork) -> str:
     """What the place is found by, and what that costs."""
     (look,) = (piece for piece in dynamic.row if isinstance(piece, Look))
     glance: Any = dynamic.graphs["glance/"]
-    return f"{type(look.evidence).__name__}, {look.macs / annotated_macs(glance):.1%}"
+    return f"{type(look.where).__name__}, {look.macs / annotated_macs(glance):.1%}"
 
 
 def halved(dynamic: DynamicNetwork, images: Tensor) -> Setting:

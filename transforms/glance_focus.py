@@ -3,19 +3,21 @@
 import copy
 from typing import Annotated, ClassVar, Literal
 
+import torch
 from pydantic import Field, PositiveInt
 from torch import fx
 
 from dynamize.errors import DynamizeError
-from dynamize.graph.evidence import last_map
+from dynamize.graph.evidence import LastMap, last_map
 from dynamize.graph.macs import annotated_macs
 from dynamize.graph.nodes import output_value, placeholder
 from dynamize.nn.cascade import Answer, MemberConfidence, Restart, Verdict
 from dynamize.nn.joining import Joining, joinings
-from dynamize.nn.looking import Anywhere, Crop, Look, Policy
+from dynamize.nn.looking import Anywhere, Crop, LearntLook, Look, Policy
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.piece import Piece
-from dynamize.nn.where import ClassMap, Occlusion
+from dynamize.nn.proposal import Proposal
+from dynamize.nn.where import ClassMap, Occlusion, Peaks, Share
 from dynamize.preprocessing import Steps
 from dynamize.rewrite.preprocessed import preprocessed
 from dynamize.transform import Applied, Context, Kind, Transform, comes_first
@@ -32,9 +34,8 @@ class GlanceFocus(Transform):
 
     No training is needed: crops are where the glance's class activation map has its peaks (Zhou et al. 2016), or, in a
     network that has none, where its last feature map is missed most when it is left out; and `calibrate` solves the
-    thresholds, chooses who is asked, and how answers are joined. With all of them off the
-    network answers as before. A `distill` step behind trains all looks together; the network itself only if it says
-    ``member: main``.
+    thresholds, chooses who is asked, and how answers are joined. With all of them off the network answers as before. A
+    `distill` step behind trains all looks together; the network itself only if it says ``member: main``.
 
     Example:
         >>> net = dz.source("dynamize:digits_resnet", pretrained=True)
@@ -54,7 +55,8 @@ class GlanceFocus(Transform):
     )
     policy: Policy = Field(
         "activation",
-        description="where crops are: activation: at the peaks of the surest classes; centre and random are controls",
+        description="where crops are: activation: at the peaks of the surest classes; learned: starts there and is "
+        "trained by `distill`; centre and random are controls",
     )
     confidence: MemberConfidence = Field(
         "top_probability",
@@ -122,8 +124,15 @@ class GlanceFocus(Transform):
                 "answer comes, and there is none; the glance may be too small for it: give a larger `glance`, or "
                 "policy: centre"
             )
-        evidence = ClassMap(found.shape[1:]) if found.means else Occlusion(found.shape, share)
-        return {f"{GLANCE}/{found.node}": Look(evidence, self.crops, share)}
+        return {f"{GLANCE}/{found.node}": self._look(found, share)}
+
+    def _look(self, found: LastMap, share: Share) -> Look:
+        by_weights = ClassMap(found.shape[1:]) if found.means else None
+        if self.policy == "learned":
+            torch.manual_seed(0)
+            return LearntLook(Proposal(found.shape, self.crops, share, by_weights))
+        evidence = by_weights or Occlusion(found.shape, share)
+        return Look(evidence, Peaks(evidence.grid, self.crops, share))
 
 
 def scaled(size: Size, shorter: int) -> Size:

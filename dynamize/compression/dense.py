@@ -34,7 +34,7 @@ class Dense(nn.Module):
         for module in every_module(network):
             if getattr(module, "inplace", False):
                 module.inplace = False  # type: ignore[assignment]  # torch-pruning loses whose output it was
-        self.deciding = [piece for piece in network.row if piece.effect is not None]
+        self.reading = [piece for piece in network.row if piece.reads]
         self.graph = self._with_points()
         modules = [(module, path) for path, module in layers(network).items() if path in cuttable]
         tensors = [(tensor, path) for path, tensor in network.plain.named_parameters() if path in cuttable]
@@ -52,13 +52,13 @@ class Dense(nn.Module):
         self.not_ours = [parameter for memory in memories for parameter in memory.parameters()]
 
     def _with_points(self) -> fx.GraphModule:
-        """The original graph with the features that decisions read as further outputs."""
+        """The original graph with the features that pieces read as further outputs."""
         plain = self.network.plain
         annotate(plain, self.network.input_shape)
         graph = plain.graph
         nodes = nodes_by_name(graph)
         output = graph.output_node()
-        points = [nodes[piece.place[0]] for piece in self.deciding]
+        points = [nodes[piece.place[0]] for piece in self.reading]
         output.args = ((output.args[0], *points),)
         return fx.GraphModule(plain, graph, "Dense")
 
@@ -79,7 +79,7 @@ class Dense(nn.Module):
     def forward(self, images_NCHW: Tensor) -> list[Tensor]:
         logits, *points = self.graph(images_NCHW)
         flow, found = Flow(images_NCHW), []
-        for piece, features in zip(self.deciding, points, strict=True):
+        for piece, features in zip(self.reading, points, strict=True):
             flow.features = features
             found.append(piece.read(flow))
         flow.features = logits

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dynamize.graph.macs import counting_macs
 from dynamize.nn.confidence import CONFIDENCES, ConfidenceName, sure_words
 from dynamize.nn.flow import NOBODY, ONLY, Flow, Indices, Options
+from dynamize.nn.gradients import Rescale
 from dynamize.nn.heads import ExitHead
 from dynamize.nn.instructions import Instruction, Leave, Through
 from dynamize.nn.piece import GOES_ON, LEAVES, Call, Choose, Decision, Part, Piece, Run, Setting
@@ -161,8 +162,8 @@ class Leaving(Answering):
         features = flow.features
         if choose.equilibrium:
             left = flow.ahead
-            features = _Rescale.apply(flow.features, 1 / left)
-            flow.features = _Rescale.apply(flow.features, (left - 1) / left)
+            features = Rescale.apply(flow.features, 1 / left)
+            flow.features = Rescale.apply(flow.features, (left - 1) / left)
         flow.ahead -= 1
         logits, seen = self.classify(features, flow.extra.get(CONTEXT))
         assert flow.seen is not None
@@ -255,16 +256,3 @@ def _only(files: Mapping[str, str]) -> str:
 def extend(context_ND: Tensor | None, pooled_NC: Tensor) -> Tensor:
     """What the next exit may build on: everything earlier heads pooled, side by side."""
     return pooled_NC if context_ND is None else torch.cat([context_ND, pooled_NC], dim=1)
-
-
-class _Rescale(torch.autograd.Function):
-    """Identity whose gradient is multiplied: gradient equilibrium (Li et al. 2019, IMTA, sec. 3.2)."""
-
-    @staticmethod
-    def forward(ctx: Any, features: Tensor, factor: float) -> Tensor:
-        ctx.factor = factor
-        return features.view_as(features)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0] * ctx.factor, None

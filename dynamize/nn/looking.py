@@ -10,7 +10,8 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
+from torch.nn.functional import affine_grid, grid_sample
 
 from dynamize.graph.macs import counting_macs
 from dynamize.nn.cascade import KEPT, PLACES, Restart, restart
@@ -19,10 +20,11 @@ from dynamize.nn.instructions import Crop as CutOut
 from dynamize.nn.instructions import Draw, Instruction, Rows
 from dynamize.nn.instructions import Look as LookThere
 from dynamize.nn.piece import Call, Choose, Part, Piece, Run, Setting
-from dynamize.nn.where import Evidence, Peaks, Share
+from dynamize.nn.proposal import Proposal
+from dynamize.nn.where import Where
 
 MAP = "map"  # (n, C, h, w), in what a flow carries: the last feature map of the glance
-Policy = Literal["activation", "centre", "random"]
+Policy = Literal["activation", "learned", "centre", "random"]
 _DRAWN = 997  # places that random crops are drawn from
 
 
@@ -60,33 +62,36 @@ class Passing(Piece):
 
 
 class Look(Passing):
-    """Crops where the last feature map of a glance has most evidence for its answer, sought when the first is cut.
+    """Crops where the last feature map of a glance says, which is asked when the first one is cut.
 
     Args:
-        evidence: of each cell of the map.
-        crops: how many.
-        share: of each side of the image that a crop holds, of height and width.
+        where: describes the map.
+        places: makes places of the description.
     """
 
     waits = True
 
-    def __init__(self, evidence: Evidence, crops: int, share: Share) -> None:
+    def __init__(self, where: Where, places: nn.Module) -> None:
         super().__init__()
-        self.evidence, self.peaks = evidence, Peaks(evidence.grid, crops, share)
+        self.where, self.places = where, places
+
+    @property
+    def reads(self) -> bool:
+        return self.where.learns
 
     def settle(self, plain: fx.GraphModule) -> None:
-        self.evidence.settle(plain, self.place[0])
+        self.where.settle(plain, self.place[0])
 
     def parts(self) -> list[Part]:
-        return [Part("gate", "gate", self.evidence)]
+        return [Part("gate", "gate", self.where)]
 
     def bind(self, calls: Mapping[str, Call]) -> Run:
-        describe, peaks = calls["gate"], self.peaks
+        describe, places = calls["gate"], self.places
 
         def seek(flow: Flow) -> None:
             found = flow.extra.pop(MAP)
             if len(flow):
-                flow.extra[PLACES] = peaks(describe(found))
+                flow.extra[PLACES] = places(describe(found))
 
         def run(flow: Flow, setting: Setting) -> None:
             flow.extra[MAP] = flow.features.clone()  # layers behind may write over it
@@ -95,17 +100,32 @@ class Look(Passing):
         return run
 
     def note(self, flow: Flow) -> None:
-        flow.extra[PLACES] = self.peaks(self.evidence(flow.features.detach()))
+        flow.extra[PLACES] = self.places(self.where(flow.features.detach()))
 
     def fold(self) -> None:
-        self.evidence.hold()
+        self.where.hold()
 
     def freeze(self) -> None:
         self.fold()
 
     def instruct(self, files: Mapping[str, str]) -> Instruction:
-        rows, columns = self.evidence.grid
-        return LookThere(files["gate"], Rows(self.peaks, {"description": rows * columns}, (PLACES,)))
+        return LookThere(files["gate"], Rows(self.places, {"description": self.where.described}, (PLACES,)))
+
+
+class LearntLook(Look):
+    """The same, of a proposal that learns where crops are from what they answer; the glance does not."""
+
+    where: Proposal
+
+    def __init__(self, proposal: Proposal) -> None:
+        super().__init__(proposal, nn.Identity())
+
+    def dense(self, flow: Flow, choose: Choose) -> None:
+        features = flow.features.detach()
+        flow.extra[PLACES] = self.where.tried(features) if self.training else self.where(features)
+
+    def read(self, flow: Flow) -> Tensor:
+        return self.where.scores(flow.features)
 
 
 class Anywhere(Passing):
@@ -161,7 +181,11 @@ class Crop(Restart):
 
     def dense(self, flow: Flow, choose: Choose) -> None:
         restart(flow)
-        flow.features = windows(flow.images, flow.extra.get(PLACES), self.number, self.side)
+        places = flow.extra.get(PLACES)
+        if places is not None and places.requires_grad:
+            flow.features = sampled(flow.images, places, self.number, self.side)
+        else:
+            flow.features = windows(flow.images, places, self.number, self.side)
 
     def instruct(self, files: Mapping[str, str]) -> Instruction:
         return CutOut(KEPT, self.number, self.side)
@@ -186,6 +210,20 @@ def windows(images_NCHW: Tensor, places: Tensor | None, number: int, side: tuple
     every = images_NCHW.unfold(2, side[0], 1).unfold(3, side[1], 1)
     found: Tensor = every[torch.arange(len(top), device=top.device), :, top, left]
     return found
+
+
+def sampled(images_NCHW: Tensor, places: Tensor, number: int, side: tuple[int, int]) -> Tensor:
+    """The same between pixels too, by interpolation, so that gradients reach the places (Wang et al. 2022, AdaFocus V2,
+    sec. 3.1)."""
+    sizes = images_NCHW.shape[2:]
+    whole, part = (places.new_tensor(one).float() for one in (sizes, side))
+    starts = places[:, 2 * number : 2 * number + 2].float() * (whole - part)
+    y, x = ((2 * starts + part) / whole - 1).T
+    none = torch.zeros_like(x)
+    height, width = part / whole
+    theta = torch.stack([width + none, none, x, none, height + none, y], 1).reshape(-1, 2, 3)
+    grid = affine_grid(theta, [len(places), images_NCHW.shape[1], *side], align_corners=False)
+    return grid_sample(images_NCHW, grid.to(images_NCHW.dtype), padding_mode="border", align_corners=False)
 
 
 def cut(images: Tensor, rows: np.ndarray, corners_N2: np.ndarray, side: tuple[int, int]) -> Tensor:

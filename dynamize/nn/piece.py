@@ -161,6 +161,7 @@ class Piece(nn.Module, ABC):
         cuts: whether what comes in again is a part of each image, so that it runs even where the images have just come.
         waits: whether what it does waits until a part of an image is asked for, and is left out where none is.
         scored: whether it has a ``temperature``, by which logits are divided before they are scored or joined.
+        reads: whether layers of its own :meth:`read` the features that come there.
         reads_means: whether it reads nothing but channel means, which the piece before can hand on.
         passes: whether features may pass it unchanged, so that both sides are one border.
         answers: whether it is a classifier.
@@ -215,6 +216,11 @@ class Piece(nn.Module, ABC):
     def reads_means(self) -> bool:
         """Whether it reads nothing but channel means, which the piece before can hand on."""
         return False
+
+    @property
+    def reads(self) -> bool:
+        """Whether layers of its own :meth:`read` the features that come there."""
+        return self.effect is not None
 
     @property
     def passes(self) -> bool:

@@ -5,10 +5,12 @@
 """
 
 import copy
+from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import reduce
 from math import ceil
+from typing import ClassVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -21,9 +23,30 @@ Share = tuple[float, float]  # of each side of the image that a crop holds, of h
 _SUREST = 3  # classes whose evidence is added up
 
 
-class Evidence(nn.Module):
-    """A map (n, C, h, w) -> by how much the logits of the surest classes, weighed by how likely these are, would fall
-    without each cell of it, (n, P).
+class Where(nn.Module):
+    """A map (n, C, h, w) -> what places are made of, (n, D).
+
+    Attributes:
+        learns: whether it is trained by gradients that reach places.
+    """
+
+    learns: ClassVar[bool] = False
+
+    @property
+    @abstractmethod
+    def described(self) -> int:
+        """D."""
+
+    def settle(self, plain: fx.GraphModule, node: str) -> None:
+        """Take from the network whose ``node`` gives the map what makes logits of it."""
+
+    def hold(self) -> None:
+        """Keep that as it is now, where it is about to be compiled or rounded."""
+
+
+class Evidence(Where):
+    """By how much the logits of the surest classes, weighed by how likely these are, would fall without each cell of
+    the map, (n, P).
 
     Attributes:
         grid: rows and columns of cells, whose product is P.
@@ -31,11 +54,9 @@ class Evidence(nn.Module):
 
     grid: tuple[int, int]
 
-    def settle(self, plain: fx.GraphModule, node: str) -> None:
-        """Take from the network whose ``node`` gives the map what makes logits of it."""
-
-    def hold(self) -> None:
-        """Keep that as it is now, where it is about to be compiled or rounded."""
+    @property
+    def described(self) -> int:
+        return self.grid[0] * self.grid[1]
 
 
 class ClassMap(Evidence):
@@ -80,7 +101,7 @@ class ClassMap(Evidence):
         rows = torch.bmm(top.values.softmax(1)[:, None].to(last.dtype), last[top.indices])[:, 0]
         for matrix in reversed(before):
             rows = rows @ matrix
-        cells = map_NCHW.reshape(-1, map_NCHW.shape[1], self.grid[0] * self.grid[1])
+        cells = map_NCHW.reshape(-1, map_NCHW.shape[1], self.described)
         return torch.bmm(rows[:, None], cells.to(rows.dtype))[:, 0]
 
 
@@ -143,7 +164,7 @@ class Peaks(nn.Module):
         super().__init__()
         self.crops = crops
         centres = cell_centres(grid)
-        self.register_buffer("starts", start(centres, share), persistent=False)
+        self.register_buffer("starts", start(centres, torch.tensor(share)), persistent=False)
         apart = (centres[:, None] - centres).abs()
         self.register_buffer("near", (apart < torch.tensor(share) / 2).all(2).float(), persistent=False)
 
@@ -164,9 +185,8 @@ def cell_centres(grid: tuple[int, int]) -> Tensor:
     return torch.cartesian_prod(ys, xs)
 
 
-def start(centres: Tensor, share: Share) -> Tensor:
-    """Where crops around these centres (..., 2) begin, from 0 to 1 of where they may."""
-    sides = torch.tensor(share).to(centres)
+def start(centres: Tensor, sides: Tensor) -> Tensor:
+    """Where crops around these centres (..., 2) begin, from 0 to 1 of where they may; ``sides`` are their shares."""
     return ((centres - sides / 2) / (1 - sides).clamp(min=1e-6)).clamp(0, 1)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import dynamize as dz
 from dynamize.graph.macs import count_macs
 from dynamize.measure.costs import exit_costs
-from dynamize.nn.looking import corners, cut, windows
+from dynamize.nn.looking import corners, cut, sampled, windows
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.piece import Dense, Setting
 
@@ -36,7 +36,7 @@ def made(policy: Any = "activation", **fields: Any) -> DynamicNetwork:
     return dz.convert(net(), [step], SHAPE).eval()
 
 
-@pytest.fixture(scope="module", params=["activation", "centre", "random"])
+@pytest.fixture(scope="module", params=["activation", "learned", "centre", "random"])
 def network(request: pytest.FixtureRequest) -> DynamicNetwork:
     return made(request.param)
 
@@ -126,6 +126,17 @@ def test_crops_of_a_batch_are_those_of_each_image(images: Tensor) -> None:
         at_once = windows(images, where, number, (7, 10))
         found = corners(None if where is None else where.numpy(), number, 40, (9, 6))
         assert torch.equal(at_once, cut(images, np.arange(40), found, (7, 10)))
+        if where is not None:
+            at_pixels = torch.from_numpy(found / np.array([9, 6], np.float32)).repeat(1, 2).float()
+            assert torch.allclose(sampled(images, at_pixels, number, (7, 10)), at_once, atol=1e-4)
+
+
+def test_gradients_of_crops_reach_places() -> None:
+    ramp = torch.arange(16.0).expand(1, 1, 16, 16)  # larger to the right
+    places = torch.tensor([[0.3, 0.55]], requires_grad=True)
+    sampled(ramp, places, 0, (8, 8)).mean().backward()
+    assert places.grad is not None
+    assert places.grad[0].tolist() == pytest.approx([0, 8], abs=1e-4)  # a place of 1 is 8 pixels away from one of 0
 
 
 def test_it_is_saved_and_loaded(images: Tensor, tmp_path) -> None:
@@ -137,8 +148,8 @@ def test_it_is_saved_and_loaded(images: Tensor, tmp_path) -> None:
     assert torch.equal(loaded.run(images, Setting(SETTINGS[0])).logits, wanted.logits)
 
 
-@pytest.mark.parametrize("policy", ["activation", "centre", "random"])
-@pytest.mark.fast("activation")
+@pytest.mark.parametrize("policy", ["activation", "learned", "centre", "random"])
+@pytest.mark.fast("activation", "learned")
 def test_the_driver_of_an_export_looks_alike(images: Tensor, tmp_path, policy: str, monkeypatch) -> None:
     import importlib.util
 

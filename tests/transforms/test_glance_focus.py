@@ -119,7 +119,7 @@ def test_crops_follow_what_the_glance_became(tmp_path: Path) -> None:
         dz.Factorize(layers={"linear": [4]}, member="glance"),
     ]
     network = dz.convert(net(), steps, SHAPE).eval()
-    evidence = looking(network).evidence
+    evidence = looking(network).where
     features = torch.rand(3, 16, *evidence.grid)
     with torch.no_grad():
         wanted = evidence(features)
@@ -150,7 +150,7 @@ def test_a_network_that_reads_its_batch_size_is_looked_into() -> None:
             return self.linear(pooled.view(count, -1))
 
     network = dz.convert(Sized().eval(), [dz.GlanceFocus(glance=8)], SHAPE)
-    assert isinstance(looking(network).evidence, ClassMap)
+    assert isinstance(looking(network).where, ClassMap)
 
 
 class Ending(nn.Module):
