@@ -11,7 +11,7 @@ images gives the thresholds, who is asked and how answers are joined, and the ot
 from collections.abc import Mapping
 from itertools import combinations
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.piece import Setting
 
 SIDE, CROPS = 240, 2
+POLICIES: tuple[Policy, ...] = ("activation", "centre", "random")  # those that need no training
 BUDGETS = (0.5, 0.55, 0.6, 0.7, 0.8, 1.0)
 WHOLE = f"{SIDE} pixels"
 
@@ -68,7 +69,7 @@ def rows(glance: int, rival: int) -> dict[str, list[str]]:
     first = f"{glance} pixels"
     found = {f"cascade {glance}, {SIDE}": [first, WHOLE], f"cascade {rival}, {SIDE}": [f"{rival} pixels", WHOLE]}
     found[f"cascade {glance}, {rival}, {SIDE}"] = [first, f"{rival} pixels", WHOLE]
-    for policy in get_args(Policy):
+    for policy in POLICIES:
         crops = [f"crop {number}, {policy}" for number in range(1, 1 + count(policy))]
         found |= {f"glance, {len(some)} x {policy}, {SIDE}": [first, *some, WHOLE] for some in (crops[:1], crops)}
     return found
@@ -82,11 +83,11 @@ def count(policy: Policy) -> int:
 def looked(net: nn.Module, data: Splits, glance: int, crop: float, rival: int) -> dict[str, Any]:
     """Logits of each look for all images, by name, what each costs, and labels."""
     found: dict[str, Any] = {"labels": torch.cat([labels for _, labels in batches(data)]).numpy()}
-    for policy in get_args(Policy):
+    for policy in POLICIES:
         step = dz.GlanceFocus(glance=glance, crops=count(policy), crop=crop, policy=policy)
         network = dz.convert(net, [step], (3, SIDE, SIDE)).eval()
         names = {f"focus-{number}": f"crop {number}, {policy}" for number in range(1, 1 + count(policy))}
-        shared = {"glance": f"{glance} pixels", "": WHOLE} if policy == get_args(Policy)[0] else {}
+        shared = {"glance": f"{glance} pixels", "": WHOLE} if policy == POLICIES[0] else {}
         found |= answers(network, data, shared | names)
     cascade = dz.convert(net, [dz.Cascade(first=[{"resolution": rival}])], (3, SIDE, SIDE)).eval()
     return found | answers(cascade, data, {cascade.members[0]: f"{rival} pixels"})
