@@ -1,6 +1,7 @@
 """Where in an image a classifier's evidence lies: its last feature map, and what makes logits of that."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -41,9 +42,12 @@ def last_map(traced: fx.GraphModule) -> LastMap | None:
     return LastMap(node.name, (channels, height, width), _ends_in_means(traced, node))
 
 
-def classifier(traced: fx.GraphModule) -> nn.Module | None:
-    """The layer that gives the logits."""
-    return callee(traced, output_value(traced.graph))
+def classifier(traced: fx.GraphModule) -> Any:
+    """The layer that gives the logits, before what only hands them on."""
+    node = output_value(traced.graph)
+    while isinstance(found := callee(traced, node), nn.Identity):
+        (node,) = node.all_input_nodes
+    return found
 
 
 def _before_the_end(traced: fx.GraphModule) -> fx.Node | None:

@@ -75,9 +75,7 @@ class ClassMap(Evidence):
         self.register_buffer("bias", None)
 
     def settle(self, plain: fx.GraphModule, node: str) -> None:
-        found = classifier(plain)
-        assert found is not None
-        self._linear = (found,)
+        self._linear = (classifier(plain),)
 
     def hold(self) -> None:
         if self.weight is None:
