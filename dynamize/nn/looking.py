@@ -216,12 +216,10 @@ def sampled(images_NCHW: Tensor, places: Tensor, number: int, side: tuple[int, i
     """The same between pixels too, by interpolation, so that gradients reach the places (Wang et al. 2022, AdaFocus V2,
     sec. 3.1)."""
     sizes = images_NCHW.shape[2:]
-    whole, part = (places.new_tensor(one).float() for one in (sizes, side))
-    starts = places[:, 2 * number : 2 * number + 2].float() * (whole - part)
-    y, x = ((2 * starts + part) / whole - 1).T
-    none = torch.zeros_like(x)
-    height, width = part / whole
-    theta = torch.stack([width + none, none, x, none, height + none, y], 1).reshape(-1, 2, 3)
+    starts = places[:, 2 * number : 2 * number + 2].float().T
+    y, x = ((2 * at * (whole - part) + part) / whole - 1 for at, whole, part in zip(starts, sizes, side, strict=True))
+    none, height, width = torch.zeros_like(x), side[0] / sizes[0], side[1] / sizes[1]
+    theta = torch.stack([none + width, none, x, none, none + height, y], 1).reshape(-1, 2, 3)
     grid = affine_grid(theta, [len(places), images_NCHW.shape[1], *side], align_corners=False)
     return grid_sample(images_NCHW, grid.to(images_NCHW.dtype), padding_mode="border", align_corners=False)
 

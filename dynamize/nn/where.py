@@ -117,7 +117,6 @@ class Occlusion(Evidence):
 
     def __init__(self, shape: tuple[int, int, int], share: Share) -> None:
         super().__init__()
-        self.shape = shape
         self.grid = tuple(min(side, ceil(1 / part)) for side, part in zip(shape[1:], share, strict=True))  # type: ignore
         rows, columns = (torch.arange(side) * cells // side for side, cells in zip(shape[1:], self.grid, strict=True))
         cells = rows[:, None] * self.grid[1] + columns
