@@ -100,7 +100,11 @@ def _linear_paths(linear: nn.Linear, costs_P: Tensor) -> Paths:
     shifted = cache(lambda offset: bias + np.float32(offset) * costs)
 
     def paths(described: Tensor, flow: object, offset: float) -> list[int]:
-        found: list[int] = (described.numpy() @ weight + shifted(offset)).argmax(1).tolist()
+        scores = described.numpy() @ weight + shifted(offset)
+        if len(scores) == 1:  # plain Python is faster than another call of numpy
+            (row,) = scores.tolist()
+            return [row.index(max(row))]
+        found: list[int] = scores.argmax(1).tolist()
         return found
 
     return paths

@@ -71,7 +71,7 @@ class OnnxEngine(Engine):
 
         def run(*inputs: Tensor) -> tuple[Tensor, Tensor]:
             found, means = session([*inputs])
-            return found, means.flatten(1)
+            return found, means if means.dim() == 2 else means.flatten(1)
 
         return run
 

@@ -1,6 +1,7 @@
 """Blocks that ONNX Runtime adds to their input where it lies: the same numbers, in the input's memory."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import onnxruntime as ort
 import pytest
@@ -113,7 +114,26 @@ def test_written_over_the_input(make: Callable[[], nn.Module], outputs: int, cou
     assert found[0].data_ptr() == features.data_ptr()
     assert len(found) == outputs
     for one, other in zip(found, wanted, strict=True):
-        assert torch.equal(one, torch.from_numpy(other))
+        assert torch.equal(one, torch.from_numpy(other).reshape(one.shape))
+
+
+def test_what_is_bound_serves_all_features_in_that_place_and_means_are_their_own() -> None:
+    torch.manual_seed(0)
+    model = optimised(WithMeans(randomise_norms(Residual(CHANNELS, CHANNELS))).eval(), 2)
+    plain, in_place, place = session(model), InPlace(session(model), unused), torch.empty(3, CHANNELS, 8, 8)
+
+    def wanted(features: Tensor) -> Tensor:
+        return torch.from_numpy(plain.run(None, {"features": features.numpy()})[1]).flatten(1)
+
+    given = [torch.randn(count, CHANNELS, 8, 8) for count in (3, 3, 2, 3)]
+    found = [in_place([place[: len(one)].copy_(one)])[1] for one in given]
+    assert all(torch.equal(one, wanted(features)) for one, features in zip(found, given, strict=True))
+    elsewhere = [torch.randn(1, CHANNELS, 8, 8) for _ in range(2 * inplace._KEPT)]
+    assert all(torch.equal(wanted(one.clone()), in_place([one.clone()])[1]) for one in elsewhere)
+    with ThreadPoolExecutor(4) as threads:
+        many = [torch.randn(1, CHANNELS, 8, 8) for _ in range(40)]
+        means = threads.map(lambda one: in_place([one.clone()])[1], many)
+        assert all(torch.equal(one, wanted(features)) for one, features in zip(means, many, strict=True))
 
 
 def test_rows_of_a_batch() -> None:
