@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 _WORTH = 2**18  # bytes of features whose copy takes longer than binding memory does
-_KEPT = 16  # bindings
+_KEPT = 64  # bindings: a batch of large maps is as many flows of one image
 _Bound = tuple[ort.IOBinding, list[NDArray[np.float32]]]  # and where its means come
 _SUM = 3  # position of the values that a fused convolution adds to
 
