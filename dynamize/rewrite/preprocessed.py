@@ -4,10 +4,12 @@ from collections.abc import Sequence
 
 from torch import fx, nn
 
-from dynamize.graph.nodes import placeholder
+from dynamize.graph.nodes import nodes_by_name, placeholder
 from dynamize.graph.trace import annotate, trace
 from dynamize.nn.preprocess import Preprocess
 from dynamize.preprocessing import Steps
+
+_PATHS = "nn_module_stack"
 
 
 def preprocessed(net: nn.Module, given: Sequence[int], steps: Steps | None) -> fx.GraphModule:
@@ -18,6 +20,8 @@ def preprocessed(net: nn.Module, given: Sequence[int], steps: Steps | None) -> f
     """
     channels, *size = given
     traced = trace(net, (channels, *(size if steps is None else steps.size)))
+    if isinstance(net, fx.GraphModule):
+        _keep_paths(traced, net)
     if steps is None:
         return traced
     first = placeholder(traced.graph)
@@ -32,3 +36,12 @@ def preprocessed(net: nn.Module, given: Sequence[int], steps: Steps | None) -> f
     traced.recompile()
     annotate(traced, given)
     return traced
+
+
+def _keep_paths(traced: fx.GraphModule, before: fx.GraphModule) -> None:
+    """Let nodes belong to the modules that they belonged to in the graph that was read again."""
+    known = nodes_by_name(before.graph)
+    for node in traced.graph.nodes:
+        same = known.get(node.name)
+        if same is not None and same.op == node.op and _PATHS in same.meta:
+            node.meta[_PATHS] = same.meta[_PATHS]

@@ -170,3 +170,36 @@ def test_known_networks(source: str, tmp_path: Path) -> None:
         compiled = dz.compile_network(network, "onnxruntime").run(images, setting)
         assert torch.equal(compiled.exits, routed.exits)
         assert close(compiled.logits, routed.logits, 1e-3)
+
+
+BEHIND: dict[str, Any] = {
+    "channel_gates": dz.ChannelGates(blocks=["layer3.1"], multiple=4, member="main"),
+    "exits": dz.Exits(at=["layer2"], size=[8], share=1.0, member="main"),
+    "expand_branches": dz.ExpandBranches(layers=["layer3.0.conv1"], member="main"),
+    "factorize": dz.Factorize(layers={"layer3.1.conv1": [8, 8]}, timed=False, member="main"),
+    "fold_batchnorm": dz.FoldBatchnorm(),
+    "skip_gates": dz.SkipGates(blocks=[["layer2.1"]], member="main-8"),
+    "spatial_sampling": dz.SpatialSampling(blocks=[["layer2.1"]], member="main"),
+}
+
+
+@pytest.mark.parametrize("step", BEHIND.values(), ids=BEHIND)
+@pytest.mark.fast("exits", "skip_gates")
+def test_steps_behind(step: Any, tmp_path: Path) -> None:
+    """What comes of it executes what it says that it costs, and is saved and loaded."""
+    network = dz.convert(net(), [REUSE, step], SHAPE).eval()
+    generator = torch.Generator().manual_seed(0)
+    for piece in network.row:
+        for parameter in piece.parameters() if isinstance(piece, Fuse) else ():
+            nn.init.normal_(parameter, std=0.2, generator=generator)
+    images = 2 * torch.randn(20, *SHAPE, generator=generator)
+    network.setting = setting = Setting(dict.fromkeys(network.decision_names[0], 2.0))
+    routed = network.run(images)
+    assert len(set(routed.exits.tolist())) > 1
+    expected = exit_costs(network).executed(routed.taken, len(images)).sum()
+    assert count_macs(network, images) == pytest.approx(float(expected))
+    dz.save(network, tmp_path)
+    assert torch.equal(dz.load(tmp_path).run(images, setting).logits, routed.logits)
+    found = dz.compile_network(network, "onnxruntime").run(images, setting)
+    assert torch.equal(found.exits, routed.exits)
+    assert close(found.logits, routed.logits, 1e-3)
