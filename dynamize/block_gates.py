@@ -51,7 +51,7 @@ class BlockGates(Transform, ABC):
 
     def apply(self, network: DynamicNetwork, context: Context) -> Applied:
         annotate(network.plain, network.input_shape)
-        found = [block for block in residual_blocks(network.plain) if self._fits(block)]
+        found = [block for block in residual_blocks(network.plain) if self._fits(network.plain, block)]
         if not found:
             raise DynamizeError(f"{self.pass_name}: {self._lacking()}")
         notes: list[str] = []
@@ -71,7 +71,7 @@ class BlockGates(Transform, ABC):
         return Applied(network, resolved, notes)
 
     @abstractmethod
-    def _fits(self, block: ResidualBlock) -> bool:
+    def _fits(self, plain: fx.GraphModule, block: ResidualBlock) -> bool:
         """Whether the cheaper way is there for this block."""
 
     @abstractmethod

@@ -313,6 +313,12 @@ def has_gates_to_refine(step: Transform, network: DynamicNetwork) -> bool:
             f"{step.pass_name}: the network has no gates: put {_either(adding)} before, and {_either(training)}, "
             "which trains them first"
         )
+    others = [unit.name for unit in network.changing if not unit.by_scores]
+    if others:
+        raise DynamizeError(
+            f"{step.pass_name}: the gate of {others[0]} decides tile by tile, which has no score for each option to "
+            f"refine: leave {step.pass_name} out"
+        )
     return bool(network.changing)
 
 

@@ -177,7 +177,7 @@ class Distill(Transform):
     def _noise(self, network: DynamicNetwork) -> Noise:
         if self.gate_noise != "auto":
             return self.gate_noise
-        return "long" if all(len(unit.path_macs) == 2 for unit in network.changing) else "falling"
+        return "long" if all(unit.binary for unit in network.changing) else "falling"
 
     def _budget(self, network: DynamicNetwork, context: Context) -> BudgetLoss:
         counted = exit_costs(network)

@@ -82,7 +82,7 @@ class FuseGates(Transform):
         base = _accuracies(network, paths, context)
         originals, stays = dict(paths), list[str]()
         for use in sorted(free, key=lambda one: -one.shares[one.common]):
-            if use.name in paths or use.shares[use.common] < self.share:
+            if use.name in paths or use.shares[use.common] < self.share or not use.settles:
                 continue
             accuracies = _accuracies(network, {**paths, use.name: use.common}, context)
             fall = 100 * max(a - b for a, b in zip(base, accuracies, strict=True))
@@ -119,6 +119,7 @@ class _Use:
 
     decision: Decision
     alone: bool
+    settles: bool
     shares: Sequence[float]
     gate_us: float
     saved_us: float
@@ -161,7 +162,8 @@ def _uses(network: DynamicNetwork, context: Context) -> list[_Use]:
         taken, costs = seen.taken[unit.name], times.options[unit.name]
         shares = (torch.bincount(taken, minlength=len(costs)).double() / len(taken)).tolist()
         saved = sum(share * (costs[-1] - one) for share, one in zip(shares, costs, strict=True))
-        found.append(_Use(unit.decision, unit.gate.alone, shares, 1e3 * gate_ms, 1e3 * saved))
+        settles = unit.settles(max(range(len(shares)), key=shares.__getitem__))
+        found.append(_Use(unit.decision, unit.gate.alone, settles, shares, 1e3 * gate_ms, 1e3 * saved))
     return found
 
 
@@ -189,6 +191,11 @@ def _given(network: DynamicNetwork, paths: Mapping[str, int]) -> dict[str, int]:
         if path > most:
             raise DynamizeError(
                 f"fuse_gates: '{name}' has no path {path}: give 0 (the cheapest) to {most} (the original one)"
+            )
+        if not unit.settles(path):
+            raise DynamizeError(
+                f"fuse_gates: path {path} of '{name}' is {unit.decision.options[path]}, others for each image: give 0 "
+                f"or {most}"
             )
         if not unit.gate.alone:
             raise DynamizeError(

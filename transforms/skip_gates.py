@@ -26,7 +26,7 @@ class SkipGates(BlockGates):
 
     pass_name: Literal["skip_gates"] = Field("skip_gates", alias="pass")
 
-    def _fits(self, block: ResidualBlock) -> bool:
+    def _fits(self, plain: fx.GraphModule, block: ResidualBlock) -> bool:
         return True
 
     def _lacking(self) -> str:

@@ -25,7 +25,9 @@ Role = Literal["path", "gate", "head"]
 Call = Callable[..., Any]
 """A part as a backend runs it. path: features, and rows where it takes some (:attr:`Part.beside`) -> (features, their
 channel means if they are handed on, else None);
-gate: features -> description (n, D); head: features, context or None -> what the piece's own forward gives."""
+gate: features -> description (n, D); head: features, context or None -> what the piece's own forward gives. Beside the
+parts of a piece that computes windows stands ``grid``, features -> a view of them whose dimensions 2 and 3 are rows and
+columns, where the backend has a layout of its own."""
 Run = Callable[[Flow, "Setting"], None]
 Ends = Callable[[str, Indices], bool]
 
@@ -134,6 +136,7 @@ class Part:
         after: number of the border that it gives to. What passes a piece unchanged lies on the same border as what was
             computed there.
         beside: of a path, how wide the rows are that it takes beside the features, (n, D); 0 for none.
+        size: height and width of what it is given and gives, where that is a part of the maps at these borders.
     """
 
     name: str
@@ -146,6 +149,7 @@ class Part:
     before: int = -1
     after: int = -1
     beside: int = 0
+    size: tuple[int, int] | None = None
 
 
 class Piece(nn.Module, ABC):
@@ -337,7 +341,7 @@ class Static(Piece):
 
 def eager_calls(piece: Piece, means: bool) -> dict[str, Call]:
     """A piece's parts in torch; with ``means``, paths hand on the channel means of what they give."""
-    return {part.name: eager_call(part, means) for part in piece.parts()}
+    return {part.name: eager_call(part, means and part.size is None) for part in piece.parts()}
 
 
 def eager_call(part: Part, means: bool) -> Call:

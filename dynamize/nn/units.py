@@ -32,12 +32,14 @@ class Unit(Piece):
         path_macs: MACs per image of each way, (P,).
         fresh: whether a recurrent gate starts anew here, as it does behind a place where images may leave.
         kind: of its decision.
+        by_scores: whether its gate has a score for each of its options.
         slices: whether narrower ways slice the weights of the whole one.
         has_own: whether these have batch-norm statistics of their own.
     """
 
     path_costs: Tensor
     kind: ClassVar[str]
+    by_scores: ClassVar[bool] = True
     slices: ClassVar[bool] = False
     has_own = False
     effect = "changes"
@@ -60,6 +62,19 @@ class Unit(Piece):
     @abstractmethod
     def options(self) -> Sequence[str]:
         """A label for each way."""
+
+    @property
+    def binary(self) -> bool:
+        """Whether each decision of its gate is between two."""
+        return len(self.path_macs) == 2
+
+    def settles(self, option: int) -> bool:
+        """Whether one option can be that of all images without a gate."""
+        return True
+
+    def way_calls(self, calls: Mapping[str, Call]) -> list[Call | None]:
+        """What runs by each option, of its compiled parts; None where nothing does."""
+        return [calls.get(str(p)) for p in range(len(self.path_macs))]
 
     def trained(self, choice_N: Tensor) -> tuple[nn.Module, list[Tensor]]:
         """The module whose batch norms training moves when all images come here, and what it takes beside features."""
@@ -128,7 +143,7 @@ class Unit(Piece):
         return put
 
     def bind(self, calls: Mapping[str, Call]) -> Run:
-        ways: list[Call | None] = [calls.get(str(p)) for p in range(len(self.path_macs))]
+        ways = self.way_calls(calls)
         describe, pooled, name = calls["gate"], self.gate.pooled, self.name
         decide = calls.get("decide") or self.decide
 
@@ -169,6 +184,10 @@ class Unit(Piece):
                 "a compiled or quantised network is not trained: train the network it was made of, then compile or "
                 "quantise again"
             )
+        self.mix(flow, choose)
+
+    def mix(self, flow: Flow, choose: Choose) -> None:
+        """What :meth:`dense` does, of a piece that is trained."""
         shares = choose(self.name, flow.features, self.read(flow))
         flow.shares[self.name] = shares
         flow.features = self.blend(flow.features, shares)

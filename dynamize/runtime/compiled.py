@@ -15,6 +15,7 @@ from dynamize.nn.flow import Flow
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.piece import Call, Part, Piece, Point, Setting, setting_at
 from dynamize.nn.row import needed
+from dynamize.nn.units import Unit
 from dynamize.runtime.deadline import Deadlines, Timely
 from dynamize.runtime.engine import Border, Engine, OneTorchThread, default_backend, engine_class
 from dynamize.runtime.inputs import why_refused
@@ -140,7 +141,10 @@ class CompiledNetwork:
     def calls(self, piece: Piece, following: Piece | None = None) -> dict[str, Call]:
         """The compiled parts of a piece by name; ``following`` may want to be handed channel means."""
         means = following is not None and following.reads_means
-        found = {part.name: self._call(part, means) for part in self._parts.get(piece.name, [])}
+        parts = self._parts.get(piece.name, [])
+        found = {part.name: self._call(part, means and part.size is None) for part in parts}
+        if any(part.size is not None and self._taken(part).blocked for part in parts):
+            found["grid"] = self.engine.grid
         return found | piece.quick_calls() if self.engine.one_torch_thread else found
 
     def ways(self, images_NCHW: Tensor) -> dict[str, tuple[list[Call | None], Tensor]]:
@@ -155,7 +159,7 @@ class CompiledNetwork:
                 if piece.decision is None or piece.effect == "leaves":
                     piece.bind(calls)(flow, setting)
                     continue
-                every = [calls.get(str(option)) for option in range(len(piece.decision.options))]
+                every = cast(Unit, piece).way_calls(calls)
                 found[piece.name] = every, flow.features.clone()
                 dearest = every[-1]
                 assert dearest is not None
@@ -163,7 +167,7 @@ class CompiledNetwork:
         return found
 
     def _call(self, part: Part, means: bool) -> Call:
-        takes, gives = self._taken(part), self._border(part.after, means=means)
+        takes, gives = self._taken(part), self._border(part.after, part.size, means=means)
         key = id(part.module), takes, gives
         if key not in self._made:
             self._made[key] = self._maker.part(part, takes, gives)
@@ -171,12 +175,13 @@ class CompiledNetwork:
 
     def _taken(self, part: Part) -> Border:
         """What a part is given: nothing may write to the user's images."""
-        return self._border(part.before, may_overwrite=part.before not in self._frozen.openings)
+        return self._border(part.before, part.size, may_overwrite=part.before not in self._frozen.openings)
 
-    def _border(self, number: int, **facts: bool) -> Border:
+    def _border(self, number: int, size: tuple[int, int] | None = None, **facts: bool) -> Border:
         if number < 0:
             return Border(())
         shape = self._frozen.shapes[number]
+        shape = shape if size is None else (shape[0], *size)
         dtype = torch.uint8 if number in self.engine.byte_borders else None
         return Border(shape, dtype, number not in self._frozen.openings and self.engine.blocks(shape), **facts)
 

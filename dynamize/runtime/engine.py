@@ -104,6 +104,10 @@ class Engine(ABC):
         """Features (N, C, H, W) brought into the engine's own layout."""
         return features
 
+    def grid(self, features: "torch.Tensor") -> "torch.Tensor":
+        """A view of features in the engine's own layout whose dimensions 2 and 3 are their rows and columns."""
+        return features
+
     @abstractmethod
     def path(self, module: "nn.Module", takes: Border, gives: Border, beside: int = 0) -> Callable[..., Any]:
         """Features, and rows (n, ``beside``) if that is not 0 -> (features, channel means (n, C) if ``gives.means``,

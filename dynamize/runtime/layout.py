@@ -30,12 +30,16 @@ def blocks(shape: Sequence[int], threads: Threads) -> bool:
     return len(shape) == 3 and shape[0] % BLOCK == 0 and _machine_has_blocks(threads)
 
 
-def from_blocks(features: Tensor, threads: Threads) -> Tensor:
-    """Features (N, C, H, W) in blocks as they are elsewhere."""
+def in_blocks(features: Tensor, threads: Threads) -> Tensor:
+    """A view (N, blocks, H, W, channels of a block) of features (N, C, H, W) in blocks."""
     images, channels, *size = features.shape
     block = _block(threads)
-    apart = features.contiguous().view(images, channels // block, *size, block)
-    return apart.movedim(-1, 2).reshape(features.shape)
+    return features.contiguous().view(images, channels // block, *size, block)
+
+
+def from_blocks(features: Tensor, threads: Threads) -> Tensor:
+    """Features (N, C, H, W) in blocks as they are elsewhere."""
+    return in_blocks(features, threads).movedim(-1, 2).reshape(features.shape)
 
 
 def to_blocks(features: Tensor, threads: Threads) -> Tensor:

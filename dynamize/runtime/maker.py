@@ -71,6 +71,9 @@ class Maker:
     def _inputs(self, part: Part, context: int | None) -> list[Tensor | None]:
         """Features; for a head the context, which may be None; for a path what it takes beside them, if anything."""
         features = self.features.at(part.before)
+        if part.size is not None:
+            rows, columns = part.size
+            features = features[..., :rows, :columns].contiguous()
         if context is None:
             return [features]
         random = torch.randn(len(features), context, generator=torch.Generator().manual_seed(2))

@@ -11,7 +11,7 @@ from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.quantized import is_quantized
 from dynamize.runtime.engine import RefusedPart
 from dynamize.runtime.inplace import InPlace, can_write_over
-from dynamize.runtime.layout import BLOCK, blocks, exchange_blocked, from_blocks, to_blocks
+from dynamize.runtime.layout import BLOCK, blocks, exchange_blocked, from_blocks, in_blocks, to_blocks
 from dynamize.runtime.onnx import FEATURES, INPUTS, NEXT, OnnxEngine, Session, as_array
 from dynamize.runtime.session import session_options
 
@@ -34,6 +34,9 @@ class OnnxRuntime(OnnxEngine):
 
     def own(self, features: Tensor) -> Tensor:
         return to_blocks(features, self.threads)
+
+    def grid(self, features: Tensor) -> Tensor:
+        return in_blocks(features, self.threads)
 
     def load(self, model: bytes, channels: Mapping[str, int], overwrite: bool) -> Session:
         options = session_options(self.threads)

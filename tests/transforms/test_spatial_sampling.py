@@ -18,6 +18,7 @@ from dynamize.models import create
 from dynamize.nn.gates import ALL_OPEN
 from dynamize.nn.network import DynamicNetwork, record_routing
 from dynamize.nn.piece import Setting
+from dynamize.runtime.export import export
 from dynamize.training.objectives import exit_logits
 from dynamize.transform import Transform
 
@@ -194,3 +195,37 @@ def test_a_network_without_such_blocks_is_refused() -> None:
     layers = [nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)]
     with pytest.raises(dz.DynamizeError, match="no residual block that hands its input on.*`skip_gates` takes"):
         dz.convert(nn.Sequential(*layers).eval(), [dz.SpatialSampling()], SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"tile": 8}, "tile and dense_from are for form: tiles"),
+        ({"form": "tiles", "gate": "conv"}, "gate: conv scores whole images"),
+        ({"form": "tiles", "tile": 30}, "no residual block .* large enough for tiles"),
+        ({"form": "tiles", "blocks": [["layer2.1", "layer2.2"]]}, "cannot be computed in tiles"),
+        ({"form": "tiles", "blocks": [["layer3.1"]]}, "'layer3.1' is no residual block"),
+    ],
+)
+def test_refusals_of_tiles(fields: dict[str, Any], told: str) -> None:
+    with pytest.raises(dz.DynamizeError, match=told):
+        dz.convert(create("cifar_resnet20").eval(), [dz.SpatialSampling(**fields)], SHAPE)
+
+
+def test_blocks_that_look_at_the_whole_map_have_no_tiles() -> None:
+    """Squeeze and excitation; those without have."""
+    network = torchvision_network("mobilenet_v3_large")
+    found = dz.convert(network, [dz.SpatialSampling(form="tiles", keep_first=False)], (3, 224, 224)).decisions()
+    assert [one.name for one in found] == ["features.1", "features.3", "features.8", "features.9", "features.10"]
+
+
+def test_what_tiles_do_not_go_with(tmp_path: Path) -> None:
+    network = dz.convert(create("cifar_resnet20").eval(), [dz.SpatialSampling(form="tiles")], SHAPE)
+    with pytest.raises(dz.DynamizeError, match="path 1 of 'layer1.1' is 1 tile, others for each image: give 0 or 8"):
+        apply(network, dz.FuseGates(paths={"layer1.1": 1}), dz.Context())
+    data = load_data(DataSpec(source="digits", calibration=100, train_limit=100, test_limit=50), SHAPE, 10)
+    for step in (dz.HybridGates(), dz.QGates()):
+        with pytest.raises(dz.DynamizeError, match="the gate of layer1.1 decides tile by tile"):
+            apply(network, step, dz.Context(data=data, teacher=network))
+    with pytest.raises(dz.DynamizeError, match="bind"):
+        export(network, tmp_path)
