@@ -37,8 +37,9 @@ def net() -> nn.Module:
 
 
 @pytest.mark.slow
-def test_calibrated_in_bytes_and_loaded_again(context: Context, tmp_path: Path) -> None:
-    look = dz.GlanceFocus(glance=8, crops=1, crop=0.75)
+@pytest.mark.parametrize("policy", ["activation", "learned"])
+def test_calibrated_in_bytes_and_loaded_again(context: Context, tmp_path: Path, policy: Any) -> None:
+    look = dz.GlanceFocus(glance=8, crops=1, crop=0.75, policy=policy)
     steps: list[Any] = [look, dz.Calibrate(max_drop=5, points=4), dz.Quantize(images=64, max_drop=None)]
     network = dz.convert(net(), steps, SHAPE, replace(context, teacher=net())).eval()
     for point in network.operating_points:
