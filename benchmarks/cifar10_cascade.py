@@ -3,7 +3,7 @@ other.
 
     python benchmarks/cifar10_cascade.py --data cifar10 --given DIR
     python benchmarks/cifar10_cascade.py --data cifar10 --given DIR --bytes --backend openvino --networks 20,32
-    python benchmarks/cifar10_cascade.py --data cifar10 --given DIR --artifact runs/shrink
+    python benchmarks/cifar10_cascade.py --data cifar10 --given DIR --artifact runs/shrink --budgets 0.2,0.3
 
 DIR holds the three resnet*-cifar10-jpeg.pt. ``--artifact`` judges what a recipe made of the ResNet-56 instead, such as
 benchmarks/cifar10_shrink.yaml. Accuracies and MACs are means of both halves, executed. Times are medians of interleaved
@@ -37,7 +37,6 @@ from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.piece import Setting
 from dynamize.transform import Context, Transform
 
-BUDGETS = (0.40, 0.44, 0.53)
 DROPS = (0.0, 0.3)
 BATCHES = (1, 8, 64)
 DEPTHS = (20, 32, 56)
@@ -52,6 +51,7 @@ def main(
     networks: Annotated[str, typer.Option(help="depths of the networks, the cheapest first")] = "20,32,56",
     in_bytes: Annotated[bool, typer.Option("--bytes", help="quantise all networks")] = False,
     artifact: Annotated[Path | None, typer.Option(help="judge this instead; it was made of the ResNet-56")] = None,
+    budgets: Annotated[str, typer.Option(help="shares of the ResNet-56's MACs")] = "0.40,0.44,0.53",
     seconds: Annotated[float, typer.Option(help="for each comparison of times")] = 8.0,
 ) -> None:
     """Measure everything and print one Markdown report."""
@@ -60,7 +60,8 @@ def main(
     }
     depths = [int(depth) for depth in networks.split(",")]
     folds = [Fold(statics, depths, data, fold, backend, in_bytes, artifact) for fold in (0, 1)]
-    rows = [row for budget in BUDGETS if (row := summary(folds, f"{budget:.2f} of the MACs", budget=budget))]
+    shares = [float(budget) for budget in budgets.split(",")]
+    rows = [row for budget in shares if (row := summary(folds, f"{budget:.2f} of the MACs", budget=budget))]
     rows += [row for drop in DROPS if (row := summary(folds, f"drop of {drop:g} points", drop=drop))]
     static = {f"ResNet-{n}": sum(fold.alone[n] for fold in folds) / 2 for n in DEPTHS}
     times = {batch: folds[0].speedups([row["points"][0] for row in rows], batch, seconds) for batch in BATCHES}
