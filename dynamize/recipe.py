@@ -21,13 +21,13 @@ from dynamize.data.spec import DataSpec
 from dynamize.errors import DynamizeError
 from dynamize.expect import Expect
 from dynamize.faults import explain
+from dynamize.member import Member
 from dynamize.paths import beside, from_here, located
 from dynamize.recipes import builtin_recipes, find_recipe, read_recipe, read_value
 from dynamize.runtime.engine import backend_names, unknown_backend
 from dynamize.sections import Section
 from dynamize.sources import SourceSpec
 from dynamize.transform import Transform, any_step, check_order, upgraded
-from dynamize.transforms.cascade import Member
 from dynamize.usercode import import_file
 
 

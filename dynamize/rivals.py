@@ -10,11 +10,12 @@ from torch import nn
 from dynamize.conversion import apply, wrap
 from dynamize.errors import DynamizeError, InfeasibleError
 from dynamize.graph.macs import annotated_macs
+from dynamize.member import Member, names_of
 from dynamize.nn.network import DynamicNetwork
 from dynamize.report.ledger import RIVAL
 from dynamize.transform import Context, Kind, Transform
 from dynamize.transforms.calibrate import Calibrate
-from dynamize.transforms.cascade import Cascade, Member, build, names_of
+from dynamize.transforms.cascade import Cascade, build
 
 CASCADE = "cascade"  # of all that are cheaper than the recipe's own network, in front of it
 

@@ -9,6 +9,7 @@ import torch
 
 from dynamize.data import DataSpec, load_data
 from dynamize.errors import DynamizeError
+from dynamize.member import Member
 from dynamize.recipe import Recipe, load_recipe, parse_recipe
 from dynamize.report import html, markdown
 from dynamize.report.best import UNNAMED
@@ -17,7 +18,6 @@ from dynamize.rivals import Rivals
 from dynamize.run import Outcome, run_recipe
 from dynamize.sources import SourceSpec, load_source
 from dynamize.transform import Context
-from dynamize.transforms.cascade import Member
 
 SMALL = {"source": "dynamize:digits_resnet_small,pretrained=true"}
 CALIBRATED = [{"pass": "exits", "count": 1, "head": "linear"}, {"pass": "calibrate", "max_drop": 3}]

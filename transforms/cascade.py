@@ -1,122 +1,41 @@
 """`cascade`: networks in a row, the cheapest first; each answers the images that it is sure of."""
 
 import copy
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Annotated, ClassVar, Literal, Self, cast
+from typing import Annotated, ClassVar, Literal, cast
 
 import torch
-from pydantic import Field, PositiveInt, ValidationError, model_validator
+from pydantic import Field
 from torch import Tensor, fx, nn
 
 from dynamize.arguments import given_network, trained_network
 from dynamize.calibration.intervals import guessed
 from dynamize.compression.layers import resize
 from dynamize.compression.shrink import blocks_to_leave_out, leave_out
-from dynamize.data.spec import check_normalisation
 from dynamize.errors import DynamizeError
 from dynamize.graph.given import own_copy, unwrapped
 from dynamize.graph.macs import annotated_macs
 from dynamize.graph.nodes import output_value, placeholder
 from dynamize.measure.accuracy import everything
 from dynamize.measure.latency import interleave
+from dynamize.member import Member, names_of
 from dynamize.nn.cascade import Answer, MemberConfidence, Restart, Verdict
 from dynamize.nn.joining import Joining, joinings
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.piece import MAIN, Piece
 from dynamize.nn.reuse import carried
-from dynamize.preprocessing import Normalisation, Steps, of_images, published, steps_between
+from dynamize.preprocessing import of_images, published, steps_between
 from dynamize.rewrite.exchange import count_again
 from dynamize.rewrite.preprocessed import preprocessed
 from dynamize.rewrite.reused import meeting_points, reuse
 from dynamize.runtime.compiled import compile_network
-from dynamize.sections import Section
-from dynamize.sources import Checkpoint, Scalar, SourceSpec, load_source
+from dynamize.sources import load_source
 from dynamize.transform import Applied, Context, Kind, Transform, comes_first
 from dynamize.transforms.prune import Prune
 
-_NAME = re.compile(r"[A-Za-z_][\w-]*")
-_RESERVED = (MAIN, "start", "verdict", "fusion")
 _ENOUGH = 0.9  # of the MACs asked for: nearer than that leaving out blocks alone is near enough
 _SECONDS = 2.0  # how long copies are timed against each other
-
-
-class Member(Section):
-    """A network in front of the recipe's own.
-
-    One of ``source`` (with its checkpoint), ``resolution`` (the recipe's own network, on smaller images) and ``shrink``
-    (a smaller copy of it, which a `distill` step behind trains); or none of them, with ``name``, for one that
-    ``Context(members=...)`` brings from Python.
-    """
-
-    name: str | None = Field(None, description="how it is called; default: after its source")
-    source: str | None = Field(None, description="as in `model`, e.g. torchvision:mobilenet_v3_large,weights=DEFAULT")
-    kwargs: dict[str, Scalar] = Field(default_factory=dict, description="keyword arguments of the factory")
-    checkpoint: Path | Checkpoint | None = Field(
-        None, description=".pt, .pth, .th or .safetensors file, or {file, weights} as in `model`"
-    )
-    resolution: PositiveInt | None = Field(
-        None, description="the recipe's own network on images of this height and width"
-    )
-    shrink: Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        None, description="a smaller copy of the recipe's own network, of this share of its MACs"
-    )
-    size: PositiveInt | None = Field(
-        None, description="height and width of its images; default: as published with its weights, or the recipe's"
-    )
-    crop: Annotated[float, Field(gt=0, le=1)] | None = Field(
-        None, description="share of the shorter side that it sees; default: as published, or the recipe's"
-    )
-    normalize: Normalisation | None = Field(
-        None, description="[[mean...], [std...]] of pixels in 0..1; default: as published, or the recipe's"
-    )
-    preprocess: Literal["auto"] | Steps | None = Field(
-        "auto", description="what the step decided: how its images are made of the recipe's"
-    )
-    leave_out: list[tuple[str, str]] | None = Field(
-        None, description="what the step decided for `shrink`: blocks left out, from one node to another"
-    )
-    widths: dict[str, list[int]] | None = Field(
-        None, description="what the step decided for `shrink`: channels of each layer that is narrower"
-    )
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> Self:
-        given = [name for name in ("source", "resolution", "shrink") if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} say each what the network is; give one of them")
-        if not given and self.name is None:
-            raise ValueError("say what the network is: source (with checkpoint or weights), resolution or shrink")
-        if (self.checkpoint is not None or self.kwargs) and self.source is None:
-            raise ValueError("checkpoint and kwargs belong to a source, which is missing")
-        if self.source is not None:
-            try:
-                self.spec()
-            except ValidationError as error:
-                raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from error
-        if self.normalize is not None:
-            check_normalisation(self.normalize)
-        if self.name is not None and (not _NAME.fullmatch(self.name) or self.name in _RESERVED):
-            raise ValueError(
-                f"name: {self.name!r} cannot be used: write letters, digits, _ and -, but none of "
-                f"{', '.join(_RESERVED)}"
-            )
-        return self
-
-    def spec(self) -> SourceSpec:
-        """Its source as the recipe's own network has one."""
-        assert self.source is not None
-        return SourceSpec.model_validate({"source": self.source, "kwargs": self.kwargs, "checkpoint": self.checkpoint})
-
-    def called(self) -> str:
-        """Its name, or one after its source."""
-        if self.name is not None:
-            return self.name
-        if self.source is not None:
-            return re.sub(r"[^\w-]", "_", self.spec().target[1])
-        return f"{MAIN}-{self.resolution}" if self.resolution else f"{MAIN}-{round(100 * (self.shrink or 0))}"
 
 
 class Cascade(Transform):
@@ -199,19 +118,6 @@ class Cascade(Transform):
                     "lie elsewhere than those of the others: leave out its `crop`"
                 )
         return meeting_points(network, None if self.reuse is True else cast(list[str], self.reuse))
-
-
-def names_of(members: Sequence[Member], taken: Sequence[str]) -> list[str]:
-    """How each is called, none by a name that is ``taken``."""
-    names: list[str] = []
-    for member in members:
-        name, number = member.called(), 2
-        while member.name is None and name in names:
-            name, number = f"{member.called()}-{number}", number + 1
-        if name in names or name in taken:
-            raise DynamizeError(f"cascade: '{name}' is the name of two; give one of them another `name`")
-        names.append(name)
-    return names
 
 
 def build(member: Member, network: DynamicNetwork, context: Context) -> tuple[Member, fx.GraphModule]:

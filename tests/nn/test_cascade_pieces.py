@@ -11,11 +11,11 @@ from torch import Tensor
 import dynamize as dz
 from dynamize.graph.macs import count_macs
 from dynamize.measure.costs import exit_costs
+from dynamize.member import Member
 from dynamize.nn.joining import Joining
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.piece import Dense, Setting
 from dynamize.transform import Context
-from dynamize.transforms.cascade import Member
 
 SHAPE = (1, 8, 8)
 NAMES = ("small", "middle")

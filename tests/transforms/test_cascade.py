@@ -12,12 +12,13 @@ from torchvision.transforms import v2
 
 import dynamize as dz
 from dynamize.data import DataSpec, load_data
+from dynamize.member import Member
 from dynamize.nn.piece import MAIN, Setting
 from dynamize.nn.preprocess import Preprocess
 from dynamize.preprocessing import Preprocessing, Steps, of_images, published, steps_between
 from dynamize.sources import SourceSpec
 from dynamize.transform import Context
-from dynamize.transforms.cascade import Member, chance_notes
+from dynamize.transforms.cascade import chance_notes
 
 SHAPE = (1, 8, 8)
 SMALL: dict[str, Any] = {"source": "dynamize:digits_resnet_small", "kwargs": {"pretrained": True}}
