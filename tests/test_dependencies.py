@@ -31,6 +31,13 @@ ON_REQUEST = {
 }
 
 
+def test_every_folder_of_code_is_in_the_wheel() -> None:
+    setup = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    elsewhere = {place: name for name, place in setup["package-dir"].items()}
+    holding = {file.parent.relative_to(ROOT).as_posix() for file in FILES}
+    assert {elsewhere.get(place, place.replace("/", ".")) for place in holding} == set(setup["packages"])
+
+
 def test_what_the_owner_named_comes_with_a_plain_install() -> None:
     assert {"torch", "torchvision", "torch-pruning", "neural-compressor", "fvcore", "thop", "rich", "typer"} <= ALWAYS
     assert not {"prune", "quantize"} & set(PROJECT["optional-dependencies"])
