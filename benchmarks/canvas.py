@@ -10,7 +10,7 @@ rest is arithmetic on them. Half of the test images gives thresholds, temperatur
 others judge; then the other way round.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import typer
 from cifar10_images import CPU, MEAN_STD
+from torch import Tensor
 
 import dynamize as dz
 from dynamize.calibration.intervals import wilson
@@ -242,12 +243,19 @@ def timed(rows: Mapping[str, Row], images: Splits, seconds: float) -> list[str]:
         exits = row.exits(asked, "drop" if row.plan(asked, 0, "drop") else "budget", 1)
         costs.append(torch.from_numpy(np.cumsum([row.macs[name] for name in asked])[exits]))
     chosen = gather(images.test, representative(torch.stack(costs).sum(0), IMAGES), CPU)
+    return time_table(contenders, "static", chosen, seconds)
+
+
+def time_table(
+    contenders: Mapping[str, Callable[[Tensor], Any]], static: str, chosen: Tensor, seconds: float
+) -> list[str]:
+    """How many times as fast as ``static`` each is on these images, in interleaved rounds, as Markdown."""
     cells: dict[str, list[str]] = {name: [] for name in contenders}
     for batch in BATCHES:
         inputs = [chosen[i : i + batch] for i in range(0, len(chosen) - batch + 1, batch)]
         found = interleave(contenders, inputs, CPU, seconds)
         for name, one in cells.items():
-            one.append(f"{found.speedup('static', name):.2f} x")
+            one.append(f"{found.speedup(static, name):.2f} x")
     heads = " | ".join(f"batch {batch}" for batch in BATCHES)
     lines = [f"| network | {heads} |", "|---" * (1 + len(BATCHES)) + "|"]
     return [*lines, *[f"| {name} | {' | '.join(one)} |" for name, one in cells.items()]]

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from canvas import BATCHES, CHANNELS, IMAGES, RIVAL, SIDE, TRAIN, canvases, spread
+from canvas import CHANNELS, IMAGES, RIVAL, SIDE, TRAIN, canvases, spread, time_table
 from cifar10_images import CPU
 
 import dynamize as dz
@@ -30,7 +30,6 @@ from dynamize.errors import InfeasibleError
 from dynamize.evaluation import gather, representative
 from dynamize.graph.macs import annotated_macs
 from dynamize.measure.costs import exit_costs
-from dynamize.measure.latency import interleave
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.piece import MAIN, Setting
 from dynamize.transform import Context
@@ -205,15 +204,7 @@ def timed(rows: Mapping[str, Row], images: Splits, seconds: float) -> list[str]:
         contenders[title] = partial(compiled.run, setting=setting)
         costs.append(torch.from_numpy(np.cumsum(row.macs)[row.routed(plan, 1)[0]]))
     chosen = gather(images.test, representative(torch.stack(costs).sum(0), IMAGES), CPU)
-    cells: dict[str, list[str]] = {name: [] for name in contenders}
-    for batch in BATCHES:
-        inputs = [chosen[i : i + batch] for i in range(0, len(chosen) - batch + 1, batch)]
-        found = interleave(contenders, inputs, CPU, seconds)
-        for name, one in cells.items():
-            one.append(f"{found.speedup(STATIC, name):.2f} x")
-    heads = " | ".join(f"batch {batch}" for batch in BATCHES)
-    lines = [f"| network | {heads} |", "|---" * (1 + len(BATCHES)) + "|"]
-    return [*lines, *[f"| {name} | {' | '.join(one)} |" for name, one in cells.items()]]
+    return time_table(contenders, STATIC, chosen, seconds)
 
 
 if __name__ == "__main__":
