@@ -248,6 +248,10 @@ class Piece(nn.Module, ABC):
             calls: by name of the part.
         """
 
+    def way_calls(self, calls: Mapping[str, Call]) -> list[Call | None]:
+        """What runs by each option of what changes features, of its compiled parts; None where nothing does."""
+        return [calls.get(str(option)) for option in range(self.option_count)]
+
     def instruct(self, files: Mapping[str, str]) -> Instruction:
         """What :meth:`bind` runs, for the driver of an export.
 

@@ -72,10 +72,6 @@ class Unit(Piece):
         """Whether one option can be that of all images without a gate."""
         return True
 
-    def way_calls(self, calls: Mapping[str, Call]) -> list[Call | None]:
-        """What runs by each option, of its compiled parts; None where nothing does."""
-        return [calls.get(str(p)) for p in range(len(self.path_macs))]
-
     def trained(self, choice_N: Tensor) -> tuple[nn.Module, list[Tensor]]:
         """The module whose batch norms training moves when all images come here, and what it takes beside features."""
         whole = self.ways()[-1]

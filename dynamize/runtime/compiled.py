@@ -15,7 +15,6 @@ from dynamize.nn.flow import Flow
 from dynamize.nn.network import DynamicNetwork
 from dynamize.nn.piece import Call, Part, Piece, Point, Setting, setting_at
 from dynamize.nn.row import needed
-from dynamize.nn.units import Unit
 from dynamize.runtime.deadline import Deadlines, Timely
 from dynamize.runtime.engine import Border, Engine, OneTorchThread, default_backend, engine_class
 from dynamize.runtime.inputs import why_refused
@@ -159,7 +158,7 @@ class CompiledNetwork:
                 if piece.decision is None or piece.effect == "leaves":
                     piece.bind(calls)(flow, setting)
                     continue
-                every = cast(Unit, piece).way_calls(calls)
+                every = piece.way_calls(calls)
                 found[piece.name] = every, flow.features.clone()
                 dearest = every[-1]
                 assert dearest is not None
